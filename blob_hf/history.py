@@ -1,0 +1,58 @@
+"""kl_history.csv: NLL, KL, its weight and the posterior std at every optimizer step."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+COLUMNS = ("step", "nll", "kl", "kl_weight", "kl_loss", "elbo", "posterior_std")
+FILE_NAME = "kl_history.csv"
+
+
+class KLHistory:
+    """Collects one row per optimizer step without waiting for the device; numbers are read when it is drained.
+
+    Columns: step; nll (mean per example or token of the step's whole batch, nats); kl (nats); kl_weight (pi_t);
+    kl_loss (pi_t * kl); elbo (nll + kl, the negative ELBO as the published tables print it); posterior_std (mean
+    of Omega over all weights).
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self._pending: dict[int, tuple[Tensor, Tensor, float, Tensor]] = {}
+
+    def add(self, step: int, nll: Tensor, kl: Tensor, weight: float, std: Tensor) -> None:
+        """Add the share of one micro-batch: its NLL counts towards the step, the rest is the same for all of them."""
+        before = self._pending[step][0] if step in self._pending else 0.0
+        self._pending[step] = (before + nll.detach(), kl.detach(), weight, std.detach())
+
+    def drain(self, average: Callable[[Tensor], Tensor]) -> list[dict[str, float]]:
+        """Read the rows added since the last call; `average` takes the mean of the NLLs over processes."""
+        if not self._pending:
+            return []
+        nlls = average(torch.stack([row[0] for row in self._pending.values()])).tolist()
+        kls = torch.stack([row[1] for row in self._pending.values()]).tolist()
+        stds = torch.stack([row[3] for row in self._pending.values()]).tolist()
+        weights = [row[2] for row in self._pending.values()]
+        new = [
+            dict(zip(COLUMNS, (step, nll, kl, weight, weight * kl, nll + kl, std), strict=True))
+            for step, nll, kl, weight, std in zip(self._pending, nlls, kls, weights, stds, strict=True)
+        ]
+        self._pending.clear()
+        self.rows += new
+        return new
+
+    def load(self, path: Path, up_to_step: int) -> None:
+        """Take over the rows of an interrupted run, up to the step of its checkpoint."""
+        if path.is_file():
+            table = pd.read_csv(path)
+            self.rows = table[table["step"] <= up_to_step].to_dict("records")
+
+    def save(self, path: Path) -> None:
+        """Write the CSV, whole or not at all."""
+        temporary = path.with_name(path.name + ".tmp")
+        pd.DataFrame(self.rows, columns=list(COLUMNS)).astype({"step": int}).to_csv(temporary, index=False)
+        os.replace(temporary, path)

@@ -1,0 +1,243 @@
+"""The Gaussian A of one LoRA layer: its std, the training-time noise estimators, and frozen posterior samples.
+
+`GaussianA` takes the place of the `nn.Linear` that PEFT keeps in `lora_A[adapter]`. PEFT's own forward then does
+`lora_B(lora_A(dropout(x))) * scaling`, and everything about the posterior happens inside `lora_A(x)`.
+
+Why not PEFT's `LoraVariant` hook: AQLM, AWQ, EETQ, INC and TransformerEngine layers never look at it, so a posterior
+there would silently train as plain LoRA, and PEFT calls it private; a submodule needs no hook. It also gathers
+under ZeRO-3 by itself, because mean and rho belong to the module whose forward reads them, is toggled, moved and
+deleted by PEFT as part of `lora_A`, and leaves the posterior mean bit-identical to plain LoRA.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from blob_hf.errors import BlobError
+from blob_hf.kl import gaussian_kl
+
+# ----- std <-> rho -----------------------------------------------------------------------------------------------
+
+
+def std_from_rho(rho: Tensor, parameterization: str) -> Tensor:
+    """Omega = G * G (`square`) or log(1 + exp(rho)) (`softplus`)."""
+    return rho * rho if parameterization == "square" else F.softplus(rho)
+
+
+def rho_from_std(std: Tensor, parameterization: str) -> Tensor:
+    """The inverse of `std_from_rho`. In double: then the root of a square is exact, and |G| survives a save."""
+    wide = std.double()
+    return (wide.sqrt() if parameterization == "square" else wide + torch.log(-torch.expm1(-wide))).to(std.dtype)
+
+
+# ----- training-time noise: y = A x with A ~ N(M, Omega^2), decorrelated in three ways ----------------------------
+#
+# All three have E[y] = M x and, for one row x, Var[y_i] = sum_j Omega_ij^2 x_j^2. They differ in what rows share.
+# flipout and local keep nothing of the size of x for the backward pass (x itself is kept by M x anyway): signs are
+# kept as bits, squares are computed again. That is what keeps the memory of a step at that of plain LoRA.
+
+
+def shared_noise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """One draw of A per forward, the same for every row and token."""
+    return F.linear(x, mean + std * torch.randn_like(std))
+
+
+def local_noise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Local reparameterization (Kingma et al., 2015): noise on the r-dimensional activation, independent per token."""
+    return F.linear(x, mean) + _LocalNoise.apply(x, std.square().to(x.dtype))
+
+
+def flipout_noise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Flipout (Wen et al., 2018): one draw of A, decorrelated by random signs per row *and token*, as the authors."""
+    draw = (std * torch.randn_like(std)).to(x.dtype)
+    return F.linear(x, mean) + _FlipoutNoise.apply(x, draw)
+
+
+NOISE_ESTIMATORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "flipout": flipout_noise,
+    "local": local_noise,
+    "shared": shared_noise,
+}
+
+
+class _LocalNoise(torch.autograd.Function):
+    """zeta * sqrt(x^2 V^T) with zeta ~ N(0, 1), for variances V (r, in)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, variance: Tensor) -> Tensor:
+        std = (x.square() @ variance.T).clamp_min_(torch.finfo(x.dtype).tiny).sqrt_()  # an all-zero row has std 0
+        zeta = torch.randn_like(std)
+        ctx.save_for_backward(x, variance, zeta / (2 * std))
+        return zeta.mul_(std)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, variance, half_zeta_over_std = ctx.saved_tensors
+        grad_var = (grad * half_zeta_over_std).flatten(0, -2)
+        rows = x.flatten(0, -2)
+        grad_x = (grad_var @ variance).mul_(rows).mul_(2).view_as(x) if ctx.needs_input_grad[0] else None
+        grad_variance = grad_var.T @ rows.square() if ctx.needs_input_grad[1] else None
+        return grad_x, grad_variance
+
+
+class _FlipoutNoise(torch.autograd.Function):
+    """((x * s) D^T) * t with independent random signs s (per row and input) and t (per row and output)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, draw: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        bits_in, bits_out = _random_bits(rows, rows.shape[-1]), _random_bits(rows, draw.shape[0])
+        ctx.save_for_backward(x, draw, bits_in, bits_out)
+        return _flip(_flip(rows, bits_in) @ draw.T, bits_out).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, draw, bits_in, bits_out = ctx.saved_tensors
+        grad_rows = _flip(grad.reshape(-1, grad.shape[-1]), bits_out)
+        grad_x = _flip(grad_rows @ draw, bits_in).view_as(x) if ctx.needs_input_grad[0] else None
+        grad_draw = grad_rows.T @ _flip(x.reshape(-1, x.shape[-1]), bits_in) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_draw
+
+
+_INT_OF_WIDTH = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _random_bits(rows: Tensor, columns: int) -> Tensor:
+    """Random bits for (rows, columns) signs, packed in int32 words: 1/32 of the memory and of the random numbers."""
+    words = (columns + 31) // 32
+    return torch.empty(rows.shape[0], words, dtype=torch.int32, device=rows.device).random_(-(2**31), 2**31 - 1)
+
+
+def _flip(x: Tensor, bits: Tensor) -> Tensor:
+    """x (rows, columns) with the sign of entry (i, j) flipped where bit j of row i is set."""
+    integer = _INT_OF_WIDTH[x.element_size()]
+    width = 8 * x.element_size()
+    sign_bit = torch.iinfo(integer).min
+    columns = x.shape[-1]
+    words = bits.view(integer) if width <= 32 else bits.to(integer)
+    shifts = torch.arange(min(width, 32), dtype=integer, device=x.device)
+    # move bit j of its word to the place of the sign bit; for 64-bit floats only the low 32 bits are random
+    spread = (words.unsqueeze(-1) << (shifts + (width - len(shifts)))).flatten(-2)[:, :columns]
+    return (x.contiguous().view(integer) ^ (spread & sign_bit)).view(x.dtype)
+
+
+# ----- the layer -------------------------------------------------------------------------------------------------
+
+
+class GaussianA(nn.Linear):
+    """LoRA's A with a Gaussian posterior: `weight` is the mean M (rank, in_features), `rho` gives the std Omega.
+
+    What `forward(x)` uses: frozen posterior samples if there are any (see `frozen_samples`); else the mean when in
+    eval mode or `mean_only`; else noise from the estimator `noise`.
+    """
+
+    def __init__(self, linear: nn.Linear, name: str, init_eps: float, parameterization: str, noise: str) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's: the trained or freshly initialised weight is taken over as it is
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight
+        self.register_parameter("bias", None)
+        self.name = name
+        self.parameterization, self.noise = parameterization, noise
+        weight = linear.weight
+        with gathered([weight]):
+            if weight.dim() != 2 or weight.numel() == 0:
+                raise BlobError(f"lora_A of {name} is empty: it is a shard, gather the model before bayesianize")
+            g = torch.empty(weight.shape, dtype=torch.float32, device=weight.device).uniform_(
+                init_eps / 2**0.5, init_eps
+            )
+        self.rho = nn.Parameter(g if parameterization == "square" else rho_from_std(g * g, parameterization))
+        self.rho.requires_grad_(weight.requires_grad)
+        self.mean_only = False
+        self._samples: Tensor | None = None
+        self.train(linear.training)
+
+    @property
+    def std(self) -> Tensor:
+        """Posterior standard deviations Omega (rank, in_features), differentiable in rho."""
+        return std_from_rho(self.rho, self.parameterization)
+
+    def kl(self, prior_std: float) -> Tensor:
+        """KL(q(A) || N(0, prior_std^2)) of this layer, nats."""
+        return gaussian_kl(self.weight, self.std, prior_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._samples is not None:
+            return _sample_major_linear(x, self._samples, self.name)
+        if self.mean_only or not self.training:
+            return F.linear(x, self.weight)
+        mean, std = self.weight, self.std
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, mean = x.to(dtype), mean.to(dtype)
+        return NOISE_ESTIMATORS[self.noise](x, mean, std)
+
+    @contextmanager
+    def frozen_samples(self, num_samples: int, seed: int, first: int = 0) -> Iterator[None]:
+        """Use samples `first` ... `first + num_samples - 1` of seed `seed` inside the block (sample-major rows)."""
+        outer, self._samples = self._samples, self.draw(num_samples, seed, first)
+        try:
+            yield
+        finally:
+            self._samples = outer
+
+    @torch.no_grad()
+    def draw(self, num_samples: int, seed: int, first: int = 0) -> Tensor:
+        """Posterior samples of A, shape (num_samples, rank, in_features).
+
+        Sample s depends on (seed, s, layer name) alone: not on the number of samples, the device, the rank, the
+        batch or any global random state.
+        """
+        with gathered([self.weight, self.rho]):
+            mean, std = full_tensor(self.weight).float(), full_tensor(self.std).float()
+            noise = torch.stack([_standard_normal(self.name, seed, first + s, mean.shape) for s in range(num_samples)])
+            return (mean + std * noise.to(mean.device)).to(self.weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, std={self.parameterization}, noise={self.noise}"
+
+
+def _sample_major_linear(x: Tensor, samples: Tensor, name: str) -> Tensor:
+    """x (S * rows, ..., in) times its own A_s (S, rank, in) per block of rows -> (S * rows, ..., rank)."""
+    num_samples = samples.shape[0]
+    samples = samples.to(x.dtype)
+    if num_samples == 1:
+        return F.linear(x, samples[0])
+    if x.shape[0] % num_samples:
+        raise BlobError(
+            f"{num_samples} posterior samples are frozen, so inputs must be {num_samples} equal blocks of rows "
+            f"(sample-major), got {x.shape[0]} rows in {name}; repeat the batch with tensor.repeat({num_samples}, 1)"
+        )
+    out = x.reshape(num_samples, -1, x.shape[-1]) @ samples.transpose(1, 2)
+    return out.view(*x.shape[:-1], samples.shape[1])
+
+
+def _standard_normal(name: str, seed: int, index: int, shape: Sequence[int]) -> Tensor:
+    key = hashlib.sha256(f"{seed}/{index}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+    return torch.randn(tuple(shape), generator=generator)
+
+
+# ----- sharded parameters ----------------------------------------------------------------------------------------
+
+
+def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager[Any]:
+    """Inside the block ZeRO-3 parameters hold their full values on every rank; nothing to do for others."""
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(sharded)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole tensor of an FSDP2 / tensor-parallel shard (a DTensor); any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

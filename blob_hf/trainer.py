@@ -1,0 +1,353 @@
+"""`BlobTrainer` and `BlobSeq2SeqTrainer`: transformers' trainers with the BLoB objective and posterior evaluation."""
+
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import get_last_checkpoint
+
+from blob_hf.dropout import no_base_dropout
+from blob_hf.errors import BlobError, NonFiniteLossError
+from blob_hf.generation import generate_mean, generate_samples, pad_to
+from blob_hf.history import COLUMNS, FILE_NAME, KLHistory
+from blob_hf.kl import KLDiagnosis, KLSchedule, diagnose, kl_cycle_length
+from blob_hf.model import BlobModel
+from blob_hf.optimizer import DecoupledKLStep
+from blob_hf.posterior import gaussian_layers, kl_divergence, mean_posterior_std
+from blob_hf.prediction import IGNORED_LABEL, predict_classes, score_targets
+
+logger = logging.getLogger(__name__)
+
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class BlobTrainerMixin(_Base):
+    """Adds to a transformers trainer: NLL + pi_t * KL, the decoupled KL step, and Monte Carlo evaluation.
+
+    Needs `BlobArguments` among its training arguments and, for `method="blob"`, a `BlobModel`.
+    """
+
+    args: Any
+    model: Any
+    loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole accumulated batch
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._kl_step: DecoupledKLStep | None = None
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # count the items of a batch, whether or not the model would use them
+        self.kl_history = KLHistory()
+        self.kl_schedule = KLSchedule("none")
+        self.kl_diagnosis: KLDiagnosis | None = None
+        self._kl_of_step: tuple[int, Tensor, Tensor] | None = None
+        self.add_callback(_BlobCallback(self))
+        self._check_model()
+
+    def _check_model(self) -> None:
+        has_posterior = bool(gaussian_layers(self.model))
+        if self.args.method == "blob" and not has_posterior:
+            raise BlobError(
+                "method='blob' needs a model with a posterior (get_blob_model), or train with method='lora'"
+            )
+        if self.args.method != "blob" and has_posterior:
+            raise BlobError(f"method={self.args.method!r} needs plain LoRA (peft.get_peft_model), but got a BlobModel")
+        if has_posterior and self.args.beta not in (None, self._posterior.blob_config.prior_std):
+            raise BlobError(
+                f"beta is the prior std: got {self.args.beta}, but the model was made with "
+                f"prior_std={self._posterior.blob_config.prior_std}; set one of them"
+            )
+        if has_posterior and self.args.kl_gradient == "loss" and is_deepspeed_zero3_enabled():
+            raise BlobError("kl_gradient='loss' cannot reach sharded parameters under ZeRO-3; use 'decoupled'")
+
+    @property
+    def _posterior(self) -> BlobModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    # ----- training ----------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.args.method != "blob" or self._kl_step is not None or self.args.kl_gradient != "decoupled":
+            return optimizer
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise BlobError(
+                "the decoupled KL step needs a torch optimizer, but the DeepSpeed config has an 'optimizer' section "
+                "of its own: remove that section (the Trainer's optimizer is used under ZeRO, too)"
+            )
+        config = self._posterior.blob_config
+        self._kl_step = DecoupledKLStep(
+            optimizer, self.model, config.prior_std, config.std_parameterization, self.args.kl_learning_rate
+        )
+        return optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """NLL + pi_t * KL of one micro-batch, such that the micro-batches of an optimizer step add up to the step's.
+
+        The NLL is the mean over the examples (or target tokens) of the whole accumulated batch over all processes,
+        averaged over `train_samples` posterior samples. The KL counts once per optimizer step.
+
+        Raises:
+            NonFiniteLossError: The loss is NaN or infinite; no weight has been changed by it.
+        """
+        nll, outputs = self._nll(model, inputs, num_items_in_batch)
+        if not model.training:
+            return (nll, outputs) if return_outputs else nll
+        for _ in range(self.args.train_samples - 1):
+            nll = nll + self._nll(model, inputs, num_items_in_batch)[0]
+        nll = nll / self.args.train_samples
+        loss = nll + self._weighted_kl(nll) if self.args.method == "blob" else nll
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(self._non_finite(loss))
+        return (loss, outputs) if return_outputs else loss
+
+    def _nll(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> tuple[Tensor, Any]:
+        inputs = dict(inputs)
+        labels = self._aligned_labels(inputs)
+        outputs = model(**inputs)
+        logits = outputs.logits.float().flatten(0, -2)
+        total = F.cross_entropy(
+            logits,
+            labels.flatten(),
+            ignore_index=IGNORED_LABEL,
+            label_smoothing=self.args.label_smoothing_factor if model.training else 0.0,
+            reduction="sum",
+        )
+        if num_items is None:
+            return total / (labels != IGNORED_LABEL).sum().clamp(min=1), outputs
+        if isinstance(num_items, Tensor):
+            num_items = num_items.flatten()[0].to(total.device)
+        # num_items counts all processes, over which DDP takes the mean of the gradients
+        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return total * scale / num_items, outputs
+
+    def _aligned_labels(self, inputs: dict[str, Any]) -> Tensor:
+        """Pop the labels, shifted so that they line up with the logits, and give a decoder its inputs.
+
+        The labels are not passed on: models would compute a loss of their own, some ignoring `num_items_in_batch`.
+        """
+        labels = inputs.pop("labels")
+        if labels.is_floating_point():
+            raise BlobError(f"labels must be class or token ids, got {labels.dtype}: regression has no NLL here")
+        if self._loss_shifts_labels:
+            return F.pad(labels, (0, 1), value=IGNORED_LABEL)[..., 1:].contiguous()
+        encoder_decoder = getattr(self.model.config, "is_encoder_decoder", False)
+        if encoder_decoder and labels.dim() > 1 and inputs.get("decoder_input_ids") is None:
+            base: Any = self._posterior.get_base_model()
+            inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
+        return labels
+
+    def _weighted_kl(self, nll: Tensor) -> Tensor:
+        """This micro-batch's share of pi_t * KL; tells the KL step its weight and the history what happened."""
+        step = self.state.global_step + 1
+        weight = self.kl_schedule(step)
+        prior_std = self._posterior.blob_config.prior_std
+        through_loss = self.args.kl_gradient == "loss"
+        if through_loss or self._kl_of_step is None or self._kl_of_step[0] != step:
+            with torch.set_grad_enabled(through_loss):
+                kl = kl_divergence(self.model, prior_std)
+            self._kl_of_step = (step, kl, mean_posterior_std(self.model))
+        _, kl, std = self._kl_of_step
+        if self._kl_step is not None:
+            self._kl_step.weight = weight
+        self.kl_history.add(step, nll, kl, weight, std)
+        return weight * kl / getattr(self, "current_gradient_accumulation_steps", 1)
+
+    def _non_finite(self, loss: Tensor) -> str:
+        checkpoint = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved yet"
+        return (
+            f"the loss became {loss.item()} at step {self.state.global_step + 1}; "
+            f"try a lower learning_rate or kl_learning_rate, a longer warm-up, or bf16 instead of fp16 ({kept})"
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of nll, kl, kl_weight, kl_loss, elbo and posterior_std since the last log."""
+        rows = self.kl_history.drain(self._mean_over_processes)
+        if rows and "loss" in logs:
+            logs.update({name: fmean(row[name] for row in rows) for name in COLUMNS[1:]})
+        super().log(logs, start_time)
+
+    def _mean_over_processes(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, reduction="mean")
+
+    # ----- evaluation --------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Any, Tensor | None]:
+        """Predict with `eval_samples` posterior samples and with the posterior mean.
+
+        Returns:
+            (loss, predictions, labels). The predictions of a classifier are the fields of `ClassPrediction`, those
+            of a language model the fields of `TokenScores`, as a tuple: log-probabilities of the predictive first.
+        """
+        inputs = self._prepare_inputs(dict(inputs))
+        labels = inputs.get("labels")
+        num_samples, seed = self._num_eval_samples, self.args.eval_seed
+        per_forward = self.args.posterior_batch_size or 1
+        with self.compute_loss_context_manager():
+            if labels is None or labels.dim() == 1:
+                inputs.pop("labels", None)
+                classes = predict_classes(model, inputs, num_samples, seed, per_forward)
+                predictions = (classes.log_probs, classes.sample_log_probs, classes.mean_log_probs)
+                loss = None if labels is None else F.nll_loss(classes.log_probs, labels)
+            else:
+                targets = self._aligned_labels(inputs)
+                scores = score_targets(model, inputs, targets, num_samples, seed, per_forward)
+                predictions = (scores.log_probs, scores.mean_log_probs, scores.sample_log_probs)
+                labels = targets
+                loss = -scores.log_probs.sum() / (targets != IGNORED_LABEL).sum().clamp(min=1)
+        return loss, None if prediction_loss_only else predictions, labels
+
+    @property
+    def _num_eval_samples(self) -> int:
+        return self.args.eval_samples if self.args.method == "blob" else 0
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """transformers' loop, with an exact loss: a sum over examples or tokens, divided by their number.
+
+        (The loop's own loss is the mean of batch means, in which a short last batch counts too much.) Adds `nll` of
+        the predictive and `mean_nll` of the posterior mean, in nats.
+        """
+        metric_key_prefix = kwargs.get("metric_key_prefix", "eval")
+        kwargs["prediction_loss_only"] = False  # the predictions are small, and the exact loss needs them
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        predictions: Any = output.predictions
+        labels: Any = output.label_ids
+        if labels is None or predictions is None or output.metrics is None:
+            return output
+        count = (labels != IGNORED_LABEL).sum()
+        if labels.ndim == 1:
+            rows = range(len(labels))
+            nll, mean_nll = (-scores[rows, labels].sum() / count for scores in (predictions[0], predictions[2]))
+        else:
+            kept = labels != IGNORED_LABEL
+            nll, mean_nll = (-scores[kept].sum() / count for scores in predictions[:2])
+        for name, value in (("loss", nll), ("nll", nll), ("mean_nll", mean_nll)):
+            output.metrics[f"{metric_key_prefix}_{name}"] = float(value)
+        return output
+
+
+class BlobTrainer(BlobTrainerMixin, Trainer):
+    """`transformers.Trainer` for a `BlobModel`."""
+
+
+class BlobSeq2SeqTrainer(BlobTrainerMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` for a `BlobModel`.
+
+    Rows with labels are scored; rows without labels are generated from; with `predict_with_generate` rows with labels
+    get both. Generation gives `(batch, length)` token ids of the posterior mean and `(batch, samples, length)` of
+    the posterior samples, appended to the predictions in this order and padded with the pad token.
+    """
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **gen_kwargs: Any,
+    ) -> tuple[Any, Any, Tensor | None]:
+        loss, predictions, labels = None, (), None
+        if inputs.get("labels") is not None:
+            loss, predictions, labels = super().prediction_step(model, inputs, False, ignore_keys)
+        if prediction_loss_only or (labels is not None and not self.args.predict_with_generate):
+            return loss, predictions, labels
+        return loss, (*predictions, *self._generate(inputs, gen_kwargs)), labels
+
+    def _generate(self, inputs: dict[str, Any], gen_kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        inputs = self._prepare_inputs(dict(inputs))
+        inputs = {
+            name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask", "inputs_embeds")
+        }
+        gen_kwargs = {**getattr(self, "_gen_kwargs", {}), **gen_kwargs}
+        gen_kwargs = {name: value for name, value in gen_kwargs.items() if value is not None}
+        gen_kwargs.setdefault("synced_gpus", is_deepspeed_zero3_enabled())
+        pad = self.model.config.pad_token_id or 0
+        mean = generate_mean(self._posterior, inputs, **gen_kwargs)
+        samples = mean.unsqueeze(1)
+        if self._num_eval_samples:
+            samples = generate_samples(
+                self._posterior,
+                inputs,
+                self._num_eval_samples,
+                self.args.eval_seed,
+                self.args.posterior_batch_size,
+                pad,
+                **gen_kwargs,
+            )
+        # every batch of every process must come back with the same length to be concatenated
+        longest = gen_kwargs["max_new_tokens"] + 1 if "max_new_tokens" in gen_kwargs else gen_kwargs.get("max_length")
+        longest = max(longest or self.model.generation_config.max_length or 20, mean.shape[-1], samples.shape[-1])
+        return pad_to(mean, longest, pad), pad_to(samples, longest, pad)
+
+
+class _BlobCallback(TrainerCallback):
+    """Sets up the KL schedule before training, and keeps kl_history.csv next to the checkpoints."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._dropout = ExitStack()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not args.base_dropout:
+            self._dropout.enter_context(no_base_dropout(self.trainer.model))
+        if args.method == "blob":
+            self.trainer.kl_schedule, self.trainer.kl_diagnosis = plan_kl(
+                args,
+                num_examples=self.trainer.num_examples(self.trainer.get_train_dataloader()),
+                batch_size=self.trainer.get_total_train_batch_size(args),
+                total_steps=state.max_steps,
+            )
+            _announce(self.trainer.kl_diagnosis, state.is_world_process_zero)
+            self.trainer.kl_history.load(Path(args.output_dir, FILE_NAME), up_to_step=state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.kl_history.drain(self.trainer._mean_over_processes)
+        if args.method == "blob" and args.should_save:
+            self.trainer.kl_history.save(Path(args.output_dir, FILE_NAME))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._dropout.close()
+        self.on_save(args, state, control)
+
+
+def plan_kl(args: Any, num_examples: int, batch_size: int, total_steps: int) -> tuple[KLSchedule, KLDiagnosis]:
+    """The KL schedule that `BlobArguments` ask for, and what it will do.
+
+    Args:
+        num_examples: Training examples n.
+        batch_size: Global batch size.
+        total_steps: Optimizer steps of the run.
+    """
+    cycle = args.kl_cycle_steps or kl_cycle_length(num_examples, args.gamma, batch_size)
+    schedule = KLSchedule(args.kl_schedule, cycle, num_examples, total_steps, args.kl_weight)
+    return schedule, diagnose(schedule, batch_size, None if args.kl_cycle_steps else args.gamma)
+
+
+def _announce(diagnosis: KLDiagnosis, is_main_process: bool) -> None:
+    if is_main_process:
+        logger.info("%s", diagnosis)
+        for warning in diagnosis.warnings:
+            logger.warning("%s", warning)

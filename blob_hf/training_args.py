@@ -1,0 +1,126 @@
+"""Training arguments: transformers' own, plus the BLoB ones."""
+
+from dataclasses import dataclass, field
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from blob_hf.errors import BlobError
+from blob_hf.kl import KL_SCHEDULES
+
+METHODS = ("blob", "lora")
+KL_GRADIENTS = ("decoupled", "loss")
+
+
+@dataclass
+class BlobArguments:
+    """The arguments that BLoB adds to `TrainingArguments`.
+
+    Parameters:
+        > The objective
+
+        beta (`float`, *optional*): std sigma_p of the prior on A. It is *not* a factor in front of the KL.
+        gamma (`float`): sets the period M of the KL re-weighting cycle, int(100 * n**(pi/gamma) / global batch).
+        kl_schedule (`str`): a key of `blob_hf.kl.KL_SCHEDULES`.
+        kl_cycle_steps (`int`, *optional*): M itself, instead of through gamma.
+        kl_weight (`float`): the weight of the `constant` schedule.
+        kl_learning_rate (`float`): rate of the KL's own SGD step.
+        kl_gradient (`str`): `decoupled` (own SGD step after the optimizer's) or `loss` (through the loss).
+        train_samples (`int`): posterior samples per training step; their NLLs are averaged.
+        base_dropout (`bool`): keep the backbone's own dropout on in training.
+
+        > Evaluation
+
+        eval_samples (`int`): posterior samples N of the predictive; 0 is the posterior mean.
+        eval_seed (`int`): names the posterior samples.
+        posterior_batch_size (`int`, *optional*): samples evaluated in one batch, to bound memory.
+
+        > Method
+
+        method (`str`): `blob`, or `lora` for plain LoRA with all else equal.
+    """
+
+    beta: float | None = field(
+        default=None,
+        metadata={
+            "help": "Std sigma_p of the Gaussian prior on A (not a factor in front of the KL). "
+            "Default: the model's BlobConfig.prior_std, 0.2 in the scripts."
+        },
+    )
+    gamma: float = field(
+        default=8.0,
+        metadata={
+            "help": "Sets the period M of the KL re-weighting cycle: M = int(100 * n**(pi/gamma) / global_batch_size) "
+            "steps, n training examples. Larger gamma: shorter cycle, more KL per step."
+        },
+    )
+    kl_schedule: str = field(
+        default="geometric", metadata={"help": "How the KL is weighted over steps.", "choices": list(KL_SCHEDULES)}
+    )
+    kl_cycle_steps: int | None = field(default=None, metadata={"help": "Cycle length M in steps, instead of gamma."})
+    kl_weight: float = field(default=0.0, metadata={"help": "Weight of the KL for --kl_schedule constant."})
+    kl_learning_rate: float = field(
+        default=0.002, metadata={"help": "Rate of the KL's own SGD step; follows the main schedule in shape."}
+    )
+    kl_gradient: str = field(
+        default="decoupled",
+        metadata={
+            "help": "decoupled: an SGD step on the KL after each optimizer step (as published); "
+            "loss: the KL's gradient goes through the loss and the optimizer.",
+            "choices": list(KL_GRADIENTS),
+        },
+    )
+    train_samples: int = field(default=1, metadata={"help": "Posterior samples per training step."})
+    eval_samples: int = field(
+        default=10, metadata={"help": "Posterior samples N for evaluation; 0 evaluates the posterior mean alone."}
+    )
+    eval_seed: int = field(default=0, metadata={"help": "Seed that names the posterior samples of evaluation."})
+    posterior_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Posterior samples per batched forward in evaluation. Default: 1 for scores, all to generate."
+        },
+    )
+    base_dropout: bool = field(
+        default=False, metadata={"help": "Keep the backbone's own dropout in training (the paper has it off)."}
+    )
+    method: str = field(default="blob", metadata={"help": "blob, or lora (plain LoRA).", "choices": list(METHODS)})
+
+    def _validate_blob(self) -> None:
+        for name in ("beta", "gamma"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise BlobError(f"{name} must be > 0, got {value}")
+        for name, least in (("eval_samples", 0), ("train_samples", 1), ("kl_learning_rate", 0), ("kl_weight", 0)):
+            value = getattr(self, name)
+            if not value >= least:
+                raise BlobError(f"{name} must be >= {least}, got {value}")
+        for name in ("kl_cycle_steps", "posterior_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BlobError(f"{name} must be >= 1, got {value}")
+        for name, allowed in (
+            ("kl_schedule", tuple(KL_SCHEDULES)),
+            ("kl_gradient", KL_GRADIENTS),
+            ("method", METHODS),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise BlobError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+@dataclass
+class BlobTrainingArguments(BlobArguments, TrainingArguments):
+    """`transformers.TrainingArguments` with `BlobArguments`."""
+
+    def __post_init__(self) -> None:
+        self._validate_blob()
+        super().__post_init__()
+
+
+@dataclass
+class BlobSeq2SeqTrainingArguments(BlobArguments, Seq2SeqTrainingArguments):
+    """`transformers.Seq2SeqTrainingArguments` with `BlobArguments`."""
+
+    def __post_init__(self) -> None:
+        self._validate_blob()
+        super().__post_init__()
