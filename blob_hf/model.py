@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import (
+    LoraConfig,
     PeftModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -18,6 +19,7 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -173,7 +175,8 @@ class BlobModel(PeftModel):
             f"base_model.model.{name}.lora_A.weight": layer
             for name, layer in posterior.gaussian_layers(self, adapter_name).items()
         }
-        adapter_files.load_std(str(model_id), layers, **hub)
+        if layers:
+            adapter_files.load_std(str(model_id), layers, **hub)
         self._remember_head()
         return result
 
@@ -216,7 +219,7 @@ class BlobModel(PeftModel):
         config.inference_mode = not is_trainable
         if model is None:
             model = _load_base_model(path, config, token, base_kwargs)
-        blob_model = _wrap(model, config, adapter_name)
+        blob_model = bayesianize(_wrap(model, config, adapter_name), config, adapter_name)
         blob_model.load_adapter(path, adapter_name, is_trainable=is_trainable, **hub)
         return blob_model
 
@@ -271,6 +274,14 @@ def get_blob_model(model: PreTrainedModel, config: BlobConfig, adapter_name: str
     """
     if not isinstance(config, BlobConfig):
         raise BlobError(f"get_blob_model needs a BlobConfig, got {type(config).__name__}")
+    return bayesianize(_wrap(model, config, adapter_name), config, adapter_name)
+
+
+def get_lora_model(model: PreTrainedModel, config: LoraConfig, adapter_name: str = "default") -> BlobModel:
+    """A plain LoRA model with all else as in `get_blob_model`, the head's treatment and saving included.
+
+    For comparing BLoB with LoRA. It has no posterior until `bayesianize`.
+    """
     return _wrap(model, config, adapter_name)
 
 
@@ -302,6 +313,10 @@ def bayesianize(peft_model: PeftModel, config: BlobConfig | None = None, adapter
     blob_config = BlobConfig.from_lora(lora, config)
     posterior.attach_posterior(peft_model, blob_config, adapter)
     peft_model.peft_config[adapter] = blob_config
+    return _as_blob_model(peft_model)
+
+
+def _as_blob_model(peft_model: PeftModel) -> BlobModel:
     if not isinstance(peft_model, BlobModel):
         peft_model.__class__ = _BLOB_CLASSES[type(peft_model)]
     assert isinstance(peft_model, BlobModel)
@@ -309,7 +324,7 @@ def bayesianize(peft_model: PeftModel, config: BlobConfig | None = None, adapter
     return peft_model
 
 
-def _wrap(model: PreTrainedModel, config: BlobConfig, adapter_name: str) -> BlobModel:
+def _wrap(model: PreTrainedModel, config: LoraConfig, adapter_name: str) -> BlobModel:
     if _targets_head(model, config):
         config.task_type = None
     try:
@@ -321,7 +336,7 @@ def _wrap(model: PreTrainedModel, config: BlobConfig, adapter_name: str) -> Blob
             f"target_modules {config.target_modules!r} match no layer of {type(model).__name__}; "
             f"it has, for example, {', '.join(_linear_names(model))} (or use 'all-linear')"
         ) from error
-    return bayesianize(peft_model, config, adapter_name)
+    return _as_blob_model(peft_model)
 
 
 def _has_task_head(base: nn.Module) -> bool:
@@ -333,7 +348,7 @@ def _in_head(base: nn.Module, name: str) -> bool:
     return _has_task_head(base) and not name.startswith(f"{base.base_model_prefix}.")
 
 
-def _targets_head(model: nn.Module, config: BlobConfig) -> bool:
+def _targets_head(model: nn.Module, config: LoraConfig) -> bool:
     targets = config.target_modules
     if not targets or isinstance(targets, str):
         return False
@@ -347,7 +362,8 @@ def _targets_head(model: nn.Module, config: BlobConfig) -> bool:
 def _head_parameters(peft_model: PeftModel) -> dict[str, nn.Parameter]:
     """Frozen parameters of a task head under LoRA, by their name in the state dict of the PEFT model."""
     base = peft_model.get_base_model()
-    if not any(_in_head(base, name) for name in posterior.gaussian_layers(peft_model)):
+    names = (name for name, module in base.named_modules() if isinstance(module, LoraLayer))
+    if not any(_in_head(base, name) for name in names):
         return {}
     return {
         f"base_model.model.{name}": parameter

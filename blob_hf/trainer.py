@@ -60,7 +60,7 @@ class BlobTrainerMixin(_Base):
                 "method='blob' needs a model with a posterior (get_blob_model), or train with method='lora'"
             )
         if self.args.method != "blob" and has_posterior:
-            raise BlobError(f"method={self.args.method!r} needs plain LoRA (peft.get_peft_model), but got a BlobModel")
+            raise BlobError(f"method={self.args.method!r} needs plain LoRA, but this model has a posterior")
         if has_posterior and self.args.beta not in (None, self._posterior.blob_config.prior_std):
             raise BlobError(
                 f"beta is the prior std: got {self.args.beta}, but the model was made with "
@@ -186,6 +186,11 @@ class BlobTrainerMixin(_Base):
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="mean")
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the card that a script wrote from its run; the Trainer would write its own over it before a push."""
+        if getattr(self, "run_summary", None) is None:
+            super().create_model_card(*args, **kwargs)
+
     # ----- evaluation --------------------------------------------------------------------------------------------
 
     def prediction_step(
@@ -204,7 +209,7 @@ class BlobTrainerMixin(_Base):
         """
         inputs = self._prepare_inputs(dict(inputs))
         labels = inputs.get("labels")
-        num_samples, seed = self._num_eval_samples, self.args.eval_seed
+        num_samples, seed = self.num_eval_samples, self.args.eval_seed
         per_forward = self.args.posterior_batch_size or 1
         with self.compute_loss_context_manager():
             if labels is None or labels.dim() == 1:
@@ -221,7 +226,8 @@ class BlobTrainerMixin(_Base):
         return loss, None if prediction_loss_only else predictions, labels
 
     @property
-    def _num_eval_samples(self) -> int:
+    def num_eval_samples(self) -> int:
+        """Posterior samples of an evaluation: `eval_samples`, 0 for a method without a posterior."""
         return self.args.eval_samples if self.args.method == "blob" else 0
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
@@ -244,6 +250,8 @@ class BlobTrainerMixin(_Base):
         else:
             kept = labels != IGNORED_LABEL
             nll, mean_nll = (-scores[kept].sum() / count for scores in predictions[:2])
+            spread = (-predictions[2].sum(axis=0) / count).std()
+            output.metrics[f"{metric_key_prefix}_nll_sample_std"] = float(spread)
         for name, value in (("loss", nll), ("nll", nll), ("mean_nll", mean_nll)):
             output.metrics[f"{metric_key_prefix}_{name}"] = float(value)
         return output
@@ -287,11 +295,11 @@ class BlobSeq2SeqTrainer(BlobTrainerMixin, Seq2SeqTrainer):
         pad = self.model.config.pad_token_id or 0
         mean = generate_mean(self._posterior, inputs, **gen_kwargs)
         samples = mean.unsqueeze(1)
-        if self._num_eval_samples:
+        if self.num_eval_samples:
             samples = generate_samples(
                 self._posterior,
                 inputs,
-                self._num_eval_samples,
+                self.num_eval_samples,
                 self.args.eval_seed,
                 self.args.posterior_batch_size,
                 pad,

@@ -1,0 +1,160 @@
+"""What both scripts share around the training itself: arguments, the output folder, errors, results on disk."""
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transformers
+import yaml
+from transformers import HfArgumentParser
+from transformers.trainer_utils import get_last_checkpoint
+
+from blob_hf.errors import BlobError
+
+SETTINGS_FILE = "run_settings.json"
+
+# Training arguments that make two runs different runs (the others only change what is shown or where it goes).
+_DEFINING = (
+    "method beta gamma kl_schedule kl_cycle_steps kl_weight kl_learning_rate kl_gradient train_samples base_dropout "
+    "seed data_seed learning_rate lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon "
+    "max_grad_norm max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps "
+    "label_smoothing_factor optim bf16 fp16"
+).split()
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Print a user's mistake as one line on stderr (main process only) and exit with 2."""
+    try:
+        yield
+    except BlobError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_arguments(
+    types: Sequence[type], demo: Mapping[str, Any], description: str, argv: Sequence[str] | None = None
+) -> tuple[Any, ...]:
+    """Parse the command line, or a .json/.yaml file as the only argument, into dataclasses.
+
+    Args:
+        types: Argument dataclasses; one of them has a flag `demo`.
+        demo: Defaults that take effect with `--demo` (anything given explicitly wins).
+
+    Raises:
+        BlobError: A value or a configuration key that the dataclasses refuse.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(list(types), description=description)
+    try:
+        if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
+            argv = _as_argv(_read_config(argv[0]))
+        if "--demo" in argv:
+            parser.set_defaults(**demo)
+        return parser.parse_args_into_dataclasses(args=argv)
+    except BlobError:
+        raise
+    except ValueError as error:
+        raise BlobError(" ".join(str(error).split())) from error
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+        config = json.loads(content) if path.endswith(".json") else yaml.safe_load(content)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise BlobError(f"cannot read the configuration {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise BlobError(f"the configuration {path} must map argument names to values, got a {type(config).__name__}")
+    return config
+
+
+def _as_argv(config: dict[str, Any]) -> list[str]:
+    """A configuration as command-line arguments, so that both go through the same types and checks."""
+    argv: list[str] = []
+    for name, value in config.items():
+        if value is None or (name == "demo" and not value):
+            continue
+        argv.append(f"--{name}")
+        if name == "demo":
+            continue
+        if isinstance(value, list):
+            argv += [str(item) for item in value]
+        else:
+            argv.append(json.dumps(value) if isinstance(value, dict) else str(value))
+    return argv
+
+
+def run_everything_by_default(training_args: Any) -> None:
+    """With none of --do_train, --do_eval, --do_predict given, do all three."""
+    if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
+        training_args.do_train = training_args.do_eval = training_args.do_predict = True
+
+
+def default_output_dir(training_args: Any, dataset: str) -> None:
+    """Without --output_dir: a folder under runs/ named after the data and the settings one varies most."""
+    if training_args.output_dir == "trainer_output":  # transformers' default
+        parts = [dataset, training_args.method]
+        if training_args.method == "blob":
+            parts += [f"beta{training_args.beta:g}", f"gamma{training_args.gamma:g}"]
+        training_args.output_dir = os.path.join("runs", "-".join([*parts, f"seed{training_args.seed}"]))
+
+
+def claim_output_dir(training_args: Any, *others: Any) -> None:
+    """Write the settings of this run into its folder, unless the folder holds a run of different settings.
+
+    Raises:
+        BlobError: naming the settings that differ. Nothing in the folder is touched.
+    """
+    settings = {name: getattr(training_args, name) for name in _DEFINING}
+    for arguments in others:
+        settings.update(dataclasses.asdict(arguments))
+    settings = json.loads(json.dumps(settings, default=str))
+    folder = Path(training_args.output_dir)
+    path = folder / SETTINGS_FILE
+    if path.is_file():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in settings if old.get(name) != settings[name]]
+        if changed:
+            shown = ", ".join(f"{name} {old.get(name)!r} -> {settings[name]!r}" for name in changed[:5])
+            raise BlobError(f"{folder} holds a run of different settings ({shown}); choose another --output_dir")
+    elif (folder / "adapter_config.json").is_file() or (folder.is_dir() and get_last_checkpoint(str(folder))):
+        raise BlobError(
+            f"{folder} holds a run whose settings are unknown (no {SETTINGS_FILE}); choose another --output_dir"
+        )
+    if training_args.should_save:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def checkpoint_to_resume(training_args: Any) -> str | None:
+    """The checkpoint that --resume_from_checkpoint (a path, or true for the newest) stands for.
+
+    Raises:
+        BlobError: There is none.
+    """
+    wanted = training_args.resume_from_checkpoint
+    if wanted in (None, "", "False", "false", False):
+        return None
+    if wanted in ("True", "true", True):
+        wanted = get_last_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None
+        if wanted is None:
+            raise BlobError(f"no checkpoint to resume from in {training_args.output_dir}")
+    if not os.path.isdir(wanted):
+        raise BlobError(f"--resume_from_checkpoint {wanted} is not a folder")
+    return wanted
+
+
+def setup_logging(training_args: Any) -> None:
+    """Show the package's log on the main process; keep the libraries at warnings."""
+    level = logging.INFO if training_args.should_log else logging.ERROR
+    logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.getLogger("blob_hf").setLevel(level)
+    transformers.utils.logging.set_verbosity_warning()

@@ -1,0 +1,1 @@
+"""Data for the two scripts: classification tasks, dialogue summaries, and the embedded demo."""

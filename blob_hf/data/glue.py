@@ -1,0 +1,140 @@
+"""Classification tasks: the five of the paper by name, or the user's own files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import ClassLabel, DatasetDict
+
+from blob_hf.data.loading import load_files, load_hub, require_columns
+from blob_hf.errors import BlobError
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named task: where it lives on the Hub and which columns hold its texts.
+
+    Attributes:
+        word_column: A word both texts are about, put before the first text (WiC).
+    """
+
+    dataset: str
+    text_columns: tuple[str, ...]
+    word_column: str | None = None
+
+
+TASKS = {
+    "rte": Task("nyu-mll/glue", ("sentence1", "sentence2")),
+    "mrpc": Task("nyu-mll/glue", ("sentence1", "sentence2")),
+    "cola": Task("nyu-mll/glue", ("sentence",)),
+    "wic": Task("aps/super_glue", ("sentence1", "sentence2"), word_column="word"),
+    "boolq": Task("aps/super_glue", ("passage", "question")),
+}
+
+
+@dataclass(frozen=True)
+class ClassificationData:
+    """Splits with their text columns and an integer column `label` in range(len(label_names))."""
+
+    splits: DatasetDict
+    text_columns: tuple[str, ...]
+    label_names: list[str]
+    word_column: str | None = None
+
+
+def load_classification(
+    task_name: str | None = None,
+    files: dict[str, str] | None = None,
+    text_columns: Sequence[str] | None = None,
+    label_column: str = "label",
+) -> ClassificationData:
+    """Load a task by name, or from files (with the task's columns when both are given).
+
+    Args:
+        task_name: A key of `TASKS`, or None for files of another task.
+        files: Paths by split, `train` and `validation`.
+        text_columns: One or two columns; default the task's, else sentence1/sentence2, else the first text columns.
+
+    Raises:
+        BlobError: Unknown task; no data; a missing column; an empty split; a label outside the range.
+    """
+    if task_name is not None and task_name not in TASKS:
+        raise BlobError(
+            f"task_name must be one of {', '.join(TASKS)}, got {task_name!r}; for own data use --train_file"
+        )
+    task = TASKS[task_name] if task_name is not None else None
+    if files:
+        data = load_files(files)
+    elif task is not None and task_name is not None:
+        hub = load_hub(task.dataset, task_name, "--train_file and --validation_file")
+        data = DatasetDict({name: hub[name] for name in ("train", "validation")})
+    else:
+        raise BlobError("nothing to train on: give --task_name, --train_file and --validation_file, or --demo")
+    columns = (
+        tuple(text_columns) if text_columns else task.text_columns if task else _guess_columns(data, label_column)
+    )
+    if not 1 <= len(columns) <= 2:
+        raise BlobError(f"--text_columns takes one or two columns, got {', '.join(columns) or 'none'}")
+    word = task.word_column if task and not text_columns else None
+    require_columns(data, [*columns, *([word] if word else [])], "--text_columns")
+    require_columns(data, [label_column], "--label_column")
+    names = _label_names(data, label_column)
+    return ClassificationData(_encode_labels(data, label_column, names), columns, names, word)
+
+
+def _guess_columns(data: DatasetDict, label_column: str) -> tuple[str, ...]:
+    rows = next(iter(data.values()))
+    if {"sentence1", "sentence2"} <= set(rows.column_names):
+        return ("sentence1", "sentence2")
+    texts = [
+        name for name, feature in rows.features.items() if name != label_column and "string" in str(feature.dtype)
+    ]
+    return tuple(texts[:2])
+
+
+def _label_names(data: DatasetDict, column: str) -> list[str]:
+    """Names of the classes: the dataset's own, the strings in train, or the integers up to the largest in train."""
+    rows = data["train"] if "train" in data else next(iter(data.values()))
+    feature = rows.features[column]
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    values = set(rows[column])
+    if all(isinstance(value, str) for value in values):
+        return sorted(values)
+    if not all(isinstance(value, int) for value in values):
+        raise BlobError(f"labels must be integers or strings, got {sorted(map(repr, values))[0]} in column {column!r}")
+    if min(values) < 0:
+        raise BlobError(f"a label is outside the range: {min(values)} in column {column!r}; labels start at 0")
+    return [str(value) for value in range(max(max(values) + 1, 2))]
+
+
+def _encode_labels(data: DatasetDict, column: str, names: list[str]) -> DatasetDict:
+    ids = {name: index for index, name in enumerate(names)}
+    splits = {}
+    for split, rows in data.items():
+        labels = [ids.get(value) if isinstance(value, str) else value for value in rows[column]]
+        for row, (value, label) in enumerate(zip(rows[column], labels, strict=True)):
+            if label is None or not 0 <= label < len(names):
+                raise BlobError(
+                    f"a label is outside the range: {value!r} in row {row} of {split}, "
+                    f"but the {len(names)} classes are {', '.join(names[:10])}"
+                )
+        splits[split] = rows.remove_columns(column).add_column("label", labels)
+    return DatasetDict(splits)
+
+
+def tokenize_classification(data: ClassificationData, tokenizer: Any, max_length: int) -> DatasetDict:
+    """Token ids of each row's one or two texts, truncated to `max_length`, with its `label` and nothing else."""
+    first, *second = data.text_columns
+
+    def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        texts = batch[first]
+        if data.word_column:
+            texts = [f"{word}: {text}" for word, text in zip(batch[data.word_column], texts, strict=True)]
+        return tokenizer(texts, *(batch[name] for name in second), truncation=True, max_length=max_length)
+
+    splits = {}
+    for split, rows in data.splits.items():
+        extra = [name for name in rows.column_names if name != "label"]
+        splits[split] = rows.map(encode, batched=True, remove_columns=extra, desc=f"Tokenizing {split}")
+    return DatasetDict(splits)

@@ -1,0 +1,80 @@
+"""Datasets from the Hub or from the user's files, with errors a user can act on."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetsError
+
+from blob_hf.errors import BlobError
+
+_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
+
+
+@contextmanager
+def fetching(what: str, name: str, local_flag: str) -> Iterator[None]:
+    """Turn any failure to get `name` from the Hub or the disk into one line with the two ways on."""
+    try:
+        yield
+    except BlobError:
+        raise
+    except (OSError, ValueError, httpx.HTTPError, DatasetsError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise BlobError(
+            f"cannot get the {what} {name!r} from a local folder or the Hugging Face Hub ({reason[:200]}). "
+            f"Use --demo to run without network, or give a local path with {local_flag}"
+        ) from error
+
+
+def load_files(files: Mapping[str, str]) -> DatasetDict:
+    """Read csv, json or jsonl files (optionally .gz) into splits.
+
+    Args:
+        files: Path by split name.
+
+    Raises:
+        BlobError: A file is missing, of another format, unreadable or empty.
+    """
+    splits = {}
+    for split, path in files.items():
+        suffixes = [suffix for suffix in Path(path).suffixes if suffix != ".gz"]
+        kind = _FORMATS.get(suffixes[-1]) if suffixes else None
+        if kind is None:
+            raise BlobError(f"--{split}_file must be a .csv, .json or .jsonl file (or .gz of one), got {path}")
+        if not Path(path).is_file():
+            raise BlobError(f"--{split}_file {path} does not exist")
+        try:
+            splits[split] = load_dataset(kind, data_files=path, split="train")
+        except (DatasetsError, ValueError, OSError) as error:
+            cause = error.__cause__ or error
+            raise BlobError(f"cannot read {path} as {kind}: {str(cause).splitlines()[0]}") from error
+    return DatasetDict(splits)
+
+
+def load_hub(name: str, config: str | None, local_flag: str) -> DatasetDict:
+    """All splits of a Hub dataset (or a local dataset folder)."""
+    with fetching("dataset", name, local_flag):
+        return load_dataset(name, config)
+
+
+def require_columns(data: DatasetDict, columns: Sequence[str], flag: str) -> None:
+    """Check that every split has rows and the columns.
+
+    Raises:
+        BlobError: naming the split, the column and the columns there are.
+    """
+    for split, rows in data.items():
+        if len(rows) == 0:
+            raise BlobError(f"the {split} split is empty")
+        for column in columns:
+            if column not in rows.column_names:
+                raise BlobError(
+                    f"the {split} split has no column {column!r}, only {', '.join(rows.column_names)}; set {flag}"
+                )
+
+
+def first_rows(rows: Dataset, limit: int | None) -> Dataset:
+    """At most `limit` rows from the start."""
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))

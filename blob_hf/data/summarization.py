@@ -1,0 +1,102 @@
+"""Dialogues and their summaries: one prompt for training, scoring and generation; references grouped by dialogue."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+
+from blob_hf.data.loading import load_files, load_hub, require_columns
+from blob_hf.errors import BlobError
+from blob_hf.metrics.summarization import group_references
+
+DEFAULT_PROMPT = "Dialogue:\n{dialogue}\n\nSummary:"
+_TEXT, _SUMMARY, _ID = "dialogue", "summary", "id"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The text a model reads for a dialogue; when too long it is the dialogue that is cut, never the rest."""
+
+    template: str = DEFAULT_PROMPT
+
+    def __post_init__(self) -> None:
+        if self.template.count("{dialogue}") != 1:
+            raise BlobError(f"--prompt must contain {{dialogue}} exactly once, got {self.template!r}")
+
+    def encode(self, dialogues: Sequence[str], tokenizer: Any, max_length: int) -> dict[str, list[list[int]]]:
+        """Token ids and attention masks of the prompts, at most max_length long."""
+        before, after = self.template.split("{dialogue}")
+        # count the tokens after the dialogue (with the closing special tokens, without the opening ones)
+        special = set(tokenizer.all_special_ids)
+        opening = next(i for i, token in enumerate(tokenizer("a").input_ids) if token not in special)
+        kept = len(tokenizer(after).input_ids) - opening
+        if kept + opening >= max_length:
+            raise BlobError(f"max_source_length {max_length} leaves no room for a dialogue in the prompt")
+        ids = tokenizer([before + dialogue + after for dialogue in dialogues]).input_ids
+        ids = [row if len(row) <= max_length else row[: max_length - kept] + row[len(row) - kept :] for row in ids]
+        return {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
+
+
+def load_summaries(
+    dataset_name: str | None = None,
+    dataset_config: str | None = None,
+    files: dict[str, str] | None = None,
+    text_column: str = _TEXT,
+    summary_column: str = _SUMMARY,
+) -> DatasetDict:
+    """Splits with the columns id, dialogue and summary.
+
+    Raises:
+        BlobError: No data, a missing column, an empty split, a row without text.
+    """
+    if files:
+        data = load_files(files)
+    elif dataset_name:
+        data = load_hub(dataset_name, dataset_config, "--train_file, --validation_file and --test_file")
+    else:
+        raise BlobError("nothing to train on: give --dataset_name, --train_file, or --demo")
+    require_columns(data, [text_column], "--text_column")
+    require_columns(data, [summary_column], "--summary_column")
+    return DatasetDict({split: _normalise(rows, split, text_column, summary_column) for split, rows in data.items()})
+
+
+def _normalise(rows: Dataset, split: str, text_column: str, summary_column: str) -> Dataset:
+    texts, summaries = list(rows[text_column]), list(rows[summary_column])
+    bad = [
+        i for i, (text, summary) in enumerate(zip(texts, summaries, strict=True)) if text is None or summary is None
+    ]
+    if bad:
+        raise BlobError(f"row {bad[0]} of {split} has no {text_column} or no {summary_column} ({len(bad)} such rows)")
+    ids = [str(value) for value in rows[_ID]] if _ID in rows.column_names else [str(i) for i in range(len(rows))]
+    return Dataset.from_dict({_ID: ids, _TEXT: texts, _SUMMARY: summaries})
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A dialogue with all its reference summaries."""
+
+    id: str
+    text: str
+    references: list[str]
+
+
+def group_dialogues(rows: Dataset, limit: int | None = None) -> list[Dialogue]:
+    """The dialogues of a split in order, the references of one dialogue together; at most `limit` dialogues."""
+    groups = group_references(list(rows[_ID]), list(rows[_TEXT]), list(rows[_SUMMARY]))
+    return [Dialogue(*group) for group in groups[:limit]]
+
+
+def scoring_rows(
+    dialogues: Sequence[Dialogue], tokenizer: Any, prompt: Prompt, max_source: int, max_target: int
+) -> Dataset:
+    """One row per reference: input_ids, attention_mask and labels (the reference's token ids)."""
+    pairs = [(dialogue.text, reference) for dialogue in dialogues for reference in dialogue.references]
+    source = prompt.encode([text for text, _ in pairs], tokenizer, max_source)
+    target = tokenizer(text_target=[reference for _, reference in pairs], max_length=max_target, truncation=True)
+    return Dataset.from_dict({**source, "labels": target.input_ids})
+
+
+def generation_rows(dialogues: Sequence[Dialogue], tokenizer: Any, prompt: Prompt, max_source: int) -> Dataset:
+    """One row per dialogue, without labels."""
+    return Dataset.from_dict(prompt.encode([dialogue.text for dialogue in dialogues], tokenizer, max_source))

@@ -1,0 +1,252 @@
+"""One run of a script: the adapter it trains, the artifacts it leaves, the table it prints."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+
+from blob_hf.config import NOISES, STD_PARAMETERIZATIONS, BlobConfig
+from blob_hf.data.loading import fetching
+from blob_hf.errors import BlobError
+from blob_hf.history import FILE_NAME
+from blob_hf.model import BlobModel, get_blob_model, get_lora_model
+from blob_hf.reporting.model_card import RunSummary, write_model_card, write_report
+from blob_hf.reporting.plots import plot_kl
+from blob_hf.reporting.tables import results_table, to_text
+
+
+@dataclass
+class AdapterArguments:
+    """The adapter: LoRA's shape and the posterior's form."""
+
+    lora_r: int = field(default=8, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=8, metadata={"help": "LoRA alpha (scaling = alpha / rank)."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the LoRA input."})
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers to adapt. Default: a preset per model family, else all-linear."}
+    )
+    init_eps: float = field(default=0.05, metadata={"help": "Initial std G^2 with G ~ U(eps/sqrt(2), eps)."})
+    std_parameterization: str = field(
+        default="square", metadata={"help": "std = G*G or softplus(rho).", "choices": list(STD_PARAMETERIZATIONS)}
+    )
+    noise: str = field(default="flipout", metadata={"help": "Training-time noise.", "choices": list(NOISES)})
+    adapter_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Continue from (or, without --do_train, evaluate) this adapter, BLoB or plain LoRA."},
+    )
+    adapter_license: str | None = field(default=None, metadata={"help": "License named in the model card."})
+
+
+@dataclass
+class PublishedDefaults:
+    """Training arguments whose published values differ from transformers' defaults (reference: [W], [K])."""
+
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW (the NLL's)."})
+    warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up: steps, or a fraction of all if below 1."})
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
+    logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Keep at most so many checkpoints."})
+
+
+def require_split(splits: Mapping[str, Any], split: str) -> None:
+    """Raise a BlobError when a split that is needed is not there."""
+    if split not in splits:
+        raise BlobError(f"there is no {split} split, only {', '.join(splits)}; give --{split}_file")
+
+
+def adapter_folder(adapter_args: AdapterArguments, training_args: Any) -> str | None:
+    """The adapter to start from: the one named, or without training the one in the output folder."""
+    if adapter_args.adapter_name_or_path or training_args.do_train:
+        return adapter_args.adapter_name_or_path
+    if not os.path.isfile(os.path.join(training_args.output_dir, "adapter_config.json")):
+        raise BlobError(
+            f"nothing to evaluate: {training_args.output_dir} holds no adapter; "
+            "train first (--do_train) or give --adapter_name_or_path"
+        )
+    return training_args.output_dir
+
+
+def make_model(
+    base: PreTrainedModel,
+    adapter_args: AdapterArguments,
+    training_args: Any,
+    targets: list[str] | str,
+    task_type: str,
+    adapter: str | None = None,
+) -> PeftModel:
+    """A BLoB or plain LoRA model, fresh or from a saved adapter, as `--method` says."""
+    if adapter is not None and training_args.method == "blob":
+        return BlobModel.from_pretrained(adapter, model=base, is_trainable=training_args.do_train)
+    if adapter is not None:
+        return PeftModel.from_pretrained(base, adapter, is_trainable=training_args.do_train)
+    lora: dict[str, Any] = {
+        "r": adapter_args.lora_r,
+        "lora_alpha": adapter_args.lora_alpha,
+        "lora_dropout": adapter_args.lora_dropout,
+        "target_modules": targets,
+        "task_type": task_type,
+    }
+    if training_args.method == "lora":
+        return get_lora_model(base, LoraConfig(**lora))
+    config = BlobConfig(
+        **lora,
+        prior_std=training_args.beta,
+        init_eps=adapter_args.init_eps,
+        std_parameterization=adapter_args.std_parameterization,
+        noise=adapter_args.noise,
+    )
+    return get_blob_model(base, config)
+
+
+class Run:
+    """Trains through a trainer and leaves the artifacts of a run in its output folder.
+
+    Args:
+        trainer: A `BlobTrainer` or `BlobSeq2SeqTrainer`.
+        base_model: Hub id or folder of the base model.
+        dataset: Name of the data, for titles and the model card.
+        metric_names: Metrics of the final table, in order.
+        settings: Hyperparameters for report and model card, beyond the training arguments'.
+    """
+
+    def __init__(
+        self, trainer: Any, base_model: str, dataset: str, metric_names: list[str], settings: Mapping[str, Any]
+    ) -> None:
+        self.trainer, self.args = trainer, trainer.args
+        self.folder = Path(trainer.args.output_dir)
+        self.metric_names = metric_names
+        self.summary = RunSummary(base_model, dataset, trainer.args.method, {**_settings(trainer), **settings})
+        trainer.run_summary = self.summary  # for the model card that the Trainer pushes
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes files."""
+        return self.args.should_save
+
+    def train(self, checkpoint: str | None) -> None:
+        """Train, save the adapter, train_results.json, trainer_state.json, kl_history.csv and plots/kl.png."""
+        result = self.trainer.train(resume_from_checkpoint=checkpoint)
+        self.trainer.save_model()
+        self.trainer.save_metrics("train", result.metrics)
+        self.trainer.save_state()
+        diagnosis = self.trainer.kl_diagnosis
+        if diagnosis is not None:
+            self.summary.kl_notes = [str(diagnosis), *diagnosis.warnings]
+            self.summary.settings = {**self.summary.settings, "KL cycle M (steps)": diagnosis.cycle_steps}
+            self.add_plot("kl", lambda path: plot_kl(self.folder / FILE_NAME, path))
+
+    def add_results(self, split: str, metrics: dict[str, float], title: str) -> None:
+        """Save {split}_results.json, and keep the table N=0 beside N=S for the end."""
+        self.trainer.save_metrics(split, metrics)
+        table = results_table(metrics, split, self.metric_names, self.trainer.num_eval_samples)
+        self.summary.tables[title] = table
+
+    def add_plot(self, name: str, draw: Callable[[Path], object]) -> None:
+        """Draw plots/{name}.png."""
+        if self.writes:
+            path = self.folder / "plots" / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw(path)
+            self.summary.plots.append(f"plots/{name}.png")
+
+    def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write a JSON Lines file, whole or not at all."""
+        if self.writes:
+            temporary = self.folder / f"{name}.tmp"
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            os.replace(temporary, self.folder / name)
+
+    def finish(self) -> None:
+        """Write report.md and the model card, push if asked, print the tables."""
+        if self.writes:
+            write_report(self.folder, self.summary)
+            if (self.folder / "adapter_config.json").is_file():
+                write_model_card(self.folder, self.summary, auto_class_of(self.trainer.model))
+            for title, table in self.summary.tables.items():
+                print(to_text(table, f"{self.summary.method}: {title}"))
+            print(f"Everything is in {self.folder}")
+        if self.args.push_to_hub:
+            self.trainer.push_to_hub()
+
+
+def auto_class_of(model: PeftModel) -> str:
+    """The class of plain PEFT that loads this adapter with its base model."""
+    task_type = model.active_peft_config.task_type
+    names = {"SEQ_CLS": "AutoPeftModelForSequenceClassification", "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM"}
+    return names.get(str(getattr(task_type, "value", task_type)), "AutoPeftModel")
+
+
+def _settings(trainer: Any) -> dict[str, Any]:
+    args, config = trainer.args, trainer.model.active_peft_config
+    settings = {
+        "method": args.method,
+        "LoRA": f"r={config.r}, alpha={config.lora_alpha}, dropout={config.lora_dropout}",
+        "target modules": ", ".join(sorted(config.target_modules)),
+        "learning rate": args.learning_rate,
+        "steps": args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
+        "global batch size": trainer.get_total_train_batch_size(args),
+        "seed": args.seed,
+    }
+    if isinstance(config, BlobConfig):
+        settings |= {
+            "beta (prior std)": config.prior_std,
+            "gamma": args.gamma,
+            "KL schedule": args.kl_schedule,
+            "KL learning rate": args.kl_learning_rate,
+            "KL gradient": args.kl_gradient,
+            "initial eps": config.init_eps,
+            "std parameterization": config.std_parameterization,
+            "noise": config.noise,
+            "training samples": args.train_samples,
+            "evaluation samples": args.eval_samples,
+        }
+    return settings
+
+
+def config_from_name(name: str, overrides: str | None, tokenizer: Any) -> PreTrainedConfig:
+    """The config of an untrained model for a tokenizer: vocabulary size and special tokens are the tokenizer's.
+
+    Args:
+        name: A model type of transformers (`bart`, `t5`, ...) or a folder / Hub repo with a config.json.
+        overrides: Changes like `d_model=256,encoder_layers=3`.
+
+    Raises:
+        BlobError: Unknown model type, or an override the config does not have.
+    """
+    if name in CONFIG_MAPPING:
+        config = CONFIG_MAPPING[name]()
+    else:
+        with fetching("config", name, "--config_name"):
+            config = AutoConfig.from_pretrained(name)
+    try:
+        config.update_from_string(overrides or "")
+    except ValueError as error:
+        raise BlobError(f"--config_overrides {overrides!r}: {error}") from error
+    starts_with_eos = config.decoder_start_token_id == config.eos_token_id
+    config.vocab_size = len(tokenizer)
+    for token in ("pad", "bos", "eos"):
+        setattr(config, f"{token}_token_id", getattr(tokenizer, f"{token}_token_id"))
+    config.decoder_start_token_id = config.eos_token_id if starts_with_eos else config.pad_token_id
+    if getattr(config, "forced_eos_token_id", None) is not None:
+        config.forced_eos_token_id = config.eos_token_id
+    return config
+
+
+def kept_base(config: PreTrainedConfig, tokenizer: Any, training_args: Any) -> Any:
+    """An untrained base model, kept in `{output_dir}/base_model`: without it the adapter would be worthless.
+
+    Made once; resumed runs and evaluations read it back.
+    """
+    folder = os.path.join(training_args.output_dir, "base_model")
+    with training_args.main_process_first(desc="keeping the base model"):
+        if not os.path.isfile(os.path.join(folder, "config.json")):
+            base = AutoModelForSeq2SeqLM.from_config(config)
+            tokenizer.save_pretrained(folder)
+            base.save_pretrained(folder)
+    return AutoModelForSeq2SeqLM.from_pretrained(os.path.abspath(folder))

@@ -1,0 +1,199 @@
+#!/usr/bin/env python
+"""Fine-tune a summarizer with BLoB (Bayesian LoRA): BART on DialogSum, or any encoder-decoder on your own dialogues.
+
+The defaults are the published experiment on BART-base (12,500 steps; the published grid over beta and gamma used
+--max_steps 1500); `--demo` runs everything without network in about a minute.
+beta is the standard deviation of the prior on A. gamma sets the period M of the KL re-weighting cycle,
+M = int(100 * n**(pi/gamma) / global batch size): larger gamma, shorter cycle, more KL per step.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
+
+from blob_hf import BlobConfig, BlobError, BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments, cli, runs
+from blob_hf.config import default_target_modules
+from blob_hf.data import demo
+from blob_hf.data.loading import fetching, first_rows
+from blob_hf.data.summarization import (
+    DEFAULT_PROMPT,
+    Prompt,
+    generation_rows,
+    group_dialogues,
+    load_summaries,
+    scoring_rows,
+)
+from blob_hf.evaluation import rouge_compute_metrics, summaries_report
+
+METRICS = ["rouge1", "rouge2", "rougeL", "nll"]
+DEMO = {
+    "model_name_or_path": str(demo.BACKBONE_DIR),
+    "train_file": str(demo.SUMMARIZATION_FILES["train"]),
+    "validation_file": str(demo.SUMMARIZATION_FILES["validation"]),
+    "test_file": str(demo.SUMMARIZATION_FILES["test"]),
+    "max_source_length": 192,
+    "max_target_length": 48,
+    "max_steps": 200,
+    "learning_rate": 5e-3,
+    "logging_steps": 20,
+    "per_device_eval_batch_size": 20,
+    "compare_base": True,
+}
+
+
+@dataclass
+class ModelArguments(runs.AdapterArguments):
+    """Which model, and which adapter on it."""
+
+    model_name_or_path: str = field(
+        default="facebook/bart-base", metadata={"help": "Base model: Hub id or local folder."}
+    )
+    config_name: str | None = field(
+        default=None,
+        metadata={"help": "Build an untrained base model from this model type (e.g. bart) or config folder instead."},
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Changes to --config_name, for example d_model=256,encoder_layers=3."}
+    )
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not the base model's."})
+
+
+@dataclass
+class DataArguments:
+    """Which dialogues, how they are read and how summaries are written."""
+
+    dataset_name: str | None = field(
+        default="knkarthick/dialogsum", metadata={"help": "Hub dataset (ignored when files are given)."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    train_file: str | None = field(default=None, metadata={"help": "csv, json or jsonl file (or .gz) to train on."})
+    validation_file: str | None = field(default=None, metadata={"help": "File for --do_eval."})
+    test_file: str | None = field(default=None, metadata={"help": "File for --do_predict."})
+    text_column: str = field(default="dialogue", metadata={"help": "Column of the dialogues."})
+    summary_column: str = field(default="summary", metadata={"help": "Column of the reference summaries."})
+    prompt: str = field(default=DEFAULT_PROMPT, metadata={"help": "What the model reads; {dialogue} is filled in."})
+    max_source_length: int = field(default=512, metadata={"help": "Longest prompt in tokens (the dialogue is cut)."})
+    max_target_length: int = field(default=128, metadata={"help": "Longest reference in tokens."})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Longest summary. Default: max_target_length."})
+    num_beams: int = field(default=1, metadata={"help": "Beams (published: 4 for the posterior mean, 1 for samples)."})
+    length_penalty: float = field(default=1.0, metadata={"help": "Length penalty of beam search."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first rows for training."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first dialogues to evaluate."})
+    max_predict_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first dialogues to predict."}
+    )
+    compare_base: bool = field(default=False, metadata={"help": "Also evaluate the model as it was before training."})
+    demo: bool = field(default=False, metadata={"help": "Run on embedded data and a tiny embedded model, no network."})
+
+
+@dataclass
+class TrainingArguments(runs.PublishedDefaults, BlobSeq2SeqTrainingArguments):
+    """transformers' and BLoB's training arguments with the published defaults."""
+
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Batch size per device."})
+    max_steps: int = field(default=12500, metadata={"help": "Optimizer steps."})
+
+
+def main() -> None:
+    parsed = cli.parse_arguments((ModelArguments, DataArguments, TrainingArguments), DEMO, __doc__)
+    model_args, data_args, training_args = parsed
+    cli.setup_logging(training_args)
+    cli.run_everything_by_default(training_args)
+    training_args.beta = training_args.beta or BlobConfig.prior_std
+
+    # ----- data -----
+    files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
+    files = {split: path for split, path in files.items() if path}
+    prompt = Prompt(data_args.prompt)
+    splits = load_summaries(
+        data_args.dataset_name, data_args.dataset_config_name, files, data_args.text_column, data_args.summary_column
+    )
+    dataset = "demo dialogues" if data_args.demo else "own files" if files else data_args.dataset_name
+    cli.default_output_dir(training_args, Path(dataset).name.replace(" ", "-"))
+    if training_args.do_train:
+        runs.require_split(splits, "train")
+        cli.claim_output_dir(training_args, model_args, data_args)
+
+    # ----- model -----
+    set_seed(training_args.seed)
+    base, tokenizer = load_base(model_args, training_args)
+    targets = model_args.target_modules or default_target_modules(base.config.model_type, "summarization")
+    adapter = runs.adapter_folder(model_args, training_args)
+    model = runs.make_model(base, model_args, training_args, targets, "SEQ_2_SEQ_LM", adapter)
+
+    # ----- rows: one per reference to train on and to score, one per dialogue to generate from -----
+    lengths = (data_args.max_source_length, data_args.max_target_length)
+    limits = {"validation": data_args.max_eval_samples, "test": data_args.max_predict_samples}
+    dialogues = {name: group_dialogues(splits[name], limits[name]) for name in limits if name in splits}
+    train_rows = None
+    if training_args.do_train:
+        pairs = group_dialogues(first_rows(splits["train"], data_args.max_train_samples))
+        train_rows = scoring_rows(pairs, tokenizer, prompt, *lengths)
+    scored = {name: scoring_rows(group, tokenizer, prompt, *lengths) for name, group in dialogues.items()}
+
+    trainer = BlobSeq2SeqTrainer(
+        model=model,
+        args=training_args,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=base),
+        train_dataset=train_rows,
+        eval_dataset=scored.get("validation"),
+        processing_class=tokenizer,
+        compute_metrics=rouge_compute_metrics(dialogues["validation"], tokenizer)
+        if training_args.predict_with_generate and "validation" in dialogues
+        else None,
+    )
+    decoding = {"num_beams": data_args.num_beams, "max_new_tokens": data_args.max_new_tokens or lengths[1]}
+    if data_args.num_beams > 1:
+        decoding["length_penalty"] = data_args.length_penalty
+
+    def evaluate(split: str, prefix: str) -> tuple[dict[str, float], list[dict]]:
+        """Scores and ROUGE of one split; the references' NLL is per token, over all references."""
+        group = dialogues[split]
+        rows = generation_rows(group, tokenizer, prompt, data_args.max_source_length)
+        mean_tokens, sample_tokens = trainer.predict(rows, metric_key_prefix=prefix, **decoding).predictions
+        metrics, predictions = summaries_report(mean_tokens, sample_tokens, group, tokenizer)
+        scores = trainer.predict(scored[split], metric_key_prefix=prefix).metrics
+        return scores | {f"{prefix}_{name}": value for name, value in metrics.items()}, predictions
+
+    # ----- train, evaluate, report -----
+    base_name = model_args.config_name or model_args.model_name_or_path
+    settings = {"prompt": repr(data_args.prompt), "max source, target": lengths, "decoding": decoding}
+    run = runs.Run(trainer, base_name, dataset, METRICS, settings)
+    run.summary.license = model_args.adapter_license
+    first_split = "validation" if "validation" in dialogues else "test"
+    if data_args.compare_base and training_args.do_train and dialogues:
+        metrics, _ = evaluate(first_split, "base")
+        run.add_results("base", metrics, f"before training: {dataset}, {first_split}")
+    if training_args.do_train:
+        run.train(cli.checkpoint_to_resume(training_args))
+    for prefix, split, wanted in (
+        ("eval", "validation", training_args.do_eval),
+        ("predict", "test", training_args.do_predict),
+    ):
+        if wanted and split in dialogues:
+            metrics, predictions = evaluate(split, prefix)
+            run.add_results(prefix, metrics, f"{dataset}, {split} ({len(predictions)} dialogues)")
+            name = "generated_predictions.jsonl" if prefix == "predict" else "eval_generated_predictions.jsonl"
+            run.write_rows(name, predictions)
+    run.finish()
+
+
+def load_base(model_args, training_args):
+    """The base model and its tokenizer: pretrained, or untrained from a config (then kept in the run folder)."""
+    name = model_args.model_name_or_path
+    tokenizer_name = model_args.tokenizer_name or (None if model_args.config_name else name)
+    if tokenizer_name is None:
+        raise BlobError("--config_name builds an untrained model: name its tokenizer with --tokenizer_name")
+    with fetching("tokenizer", tokenizer_name, "--tokenizer_name"):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+    if model_args.config_name is None:
+        with fetching("model", name, "--model_name_or_path"):
+            return AutoModelForSeq2SeqLM.from_pretrained(name), tokenizer
+    config = runs.config_from_name(model_args.config_name, model_args.config_overrides, tokenizer)
+    return runs.kept_base(config, tokenizer, training_args), tokenizer
+
+
+if __name__ == "__main__":
+    with cli.user_errors():
+        main()
