@@ -10,7 +10,7 @@ M = int(100 * n**(pi/gamma) / global batch size): larger gamma, shorter cycle, m
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 
 from blob_hf import BlobConfig, BlobError, BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments, cli, runs
 from blob_hf.config import default_target_modules

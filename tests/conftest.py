@@ -65,9 +65,7 @@ def tiny_bart(**changes) -> BartForConditionalGeneration:
 
 
 def tiny_t5() -> T5ForConditionalGeneration:
-    config = T5Config(
-        vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
-    )
+    config = T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)
     return T5ForConditionalGeneration(config).eval()
 
 

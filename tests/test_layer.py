@@ -111,7 +111,9 @@ def test_signs_are_fair_and_uncorrelated(dtype):
 @pytest.mark.parametrize("parameterization", ["square", "softplus"])
 def test_std_and_rho_are_inverse(parameterization):
     std = torch.tensor([1e-5, 1e-3, 0.2, 1.0, 30.0])
-    torch.testing.assert_close(std_from_rho(rho_from_std(std, parameterization), parameterization), std, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        std_from_rho(rho_from_std(std, parameterization), parameterization), std, rtol=1e-5, atol=0
+    )
 
 
 def test_a_saved_square_gives_back_the_same_g():

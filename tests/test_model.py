@@ -94,7 +94,9 @@ def test_number_of_classes_is_found_again(tmp_path):
 
 
 def test_a_head_that_lora_does_not_target_is_trained_by_peft(tmp_path):
-    blob = get_blob_model(saved_base("bert", tmp_path / "base"), BlobConfig(target_modules=["query"], task_type="SEQ_CLS"))
+    blob = get_blob_model(
+        saved_base("bert", tmp_path / "base"), BlobConfig(target_modules=["query"], task_type="SEQ_CLS")
+    )
     assert type(blob) is BlobModelForSequenceClassification
     head = blob.get_base_model().classifier.modules_to_save["default"].weight
     assert head.requires_grad
@@ -153,11 +155,15 @@ def test_several_adapters_by_name(tmp_path):
 
 
 def test_plain_lora_for_comparison_has_no_posterior_and_saves_its_head(tmp_path):
-    lora = get_lora_model(saved_base("roberta", tmp_path / "base"), LoraConfig(target_modules=TARGETS["roberta"], task_type="SEQ_CLS"))
+    lora = get_lora_model(
+        saved_base("roberta", tmp_path / "base"), LoraConfig(target_modules=TARGETS["roberta"], task_type="SEQ_CLS")
+    )
     assert not gaussian_layers(lora)
     lora.save_pretrained(tmp_path / "lora")
     assert not (tmp_path / "lora" / STD_FILE).exists()
-    plain = PeftModel.from_pretrained(type(lora.get_base_model()).from_pretrained(tmp_path / "base"), tmp_path / "lora")
+    plain = PeftModel.from_pretrained(
+        type(lora.get_base_model()).from_pretrained(tmp_path / "base"), tmp_path / "lora"
+    )
     inputs = inputs_for("roberta")
     assert torch.equal(logits(plain.eval(), inputs), logits(lora.eval(), inputs))
     with pytest.raises(BlobError, match="no posterior"):

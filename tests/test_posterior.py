@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import TARGETS, TINY, randomize_b, random_ids
+from conftest import TARGETS, TINY, random_ids, randomize_b
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributions import Normal, kl_divergence

@@ -1,0 +1,32 @@
+"""Metrics over numpy arrays; each module also holds an `evaluate.Metric` that loads without network."""
+
+from blob_hf.metrics.calibration import Calibration, accuracy, brier, calibration_metrics, ece, nll, reliability_bins
+from blob_hf.metrics.summarization import MultiReferenceRouge, group_references, rouge, rouge_per_example
+from blob_hf.metrics.uncertainty import (
+    Uncertainty,
+    expected_entropy,
+    mutual_information,
+    predictive_entropy,
+    predictive_log_probs,
+    uncertainty_metrics,
+)
+
+__all__ = [
+    "Calibration",
+    "MultiReferenceRouge",
+    "Uncertainty",
+    "accuracy",
+    "brier",
+    "calibration_metrics",
+    "ece",
+    "expected_entropy",
+    "group_references",
+    "mutual_information",
+    "nll",
+    "predictive_entropy",
+    "predictive_log_probs",
+    "reliability_bins",
+    "rouge",
+    "rouge_per_example",
+    "uncertainty_metrics",
+]

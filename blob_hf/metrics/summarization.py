@@ -1,0 +1,107 @@
+"""ROUGE against several references, and the grouping of rows that are references of one dialogue."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import datasets
+import evaluate
+import numpy as np
+from numpy.typing import NDArray
+from rouge_score.rouge_scorer import RougeScorer
+
+from blob_hf.errors import BlobError
+
+ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
+_AGGREGATES = {"max": max, "mean": lambda values: sum(values) / len(values), "min": min}
+Aggregate = Literal["max", "mean", "min"]
+
+
+def rouge_per_example(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], aggregate: Aggregate = "max"
+) -> dict[str, NDArray[np.float64]]:
+    """ROUGE-1, -2 and -L F1 with stemming of each prediction against its references (Lin, 2004; rouge_score).
+
+    Args:
+        predictions: One text per example.
+        references: One or more texts per example.
+        aggregate: Over an example's references: the best, the mean or the worst score.
+
+    Returns:
+        rouge1, rouge2, rougeL: arrays `(examples,)` in [0, 1].
+
+    Raises:
+        BlobError: No examples, unequal lengths, or an example without a reference.
+    """
+    if len(predictions) == 0:
+        raise BlobError("there are no predictions to score")
+    if len(predictions) != len(references):
+        raise BlobError(f"got {len(predictions)} predictions but {len(references)} lists of references")
+    if aggregate not in _AGGREGATES:
+        raise BlobError(f"aggregate must be one of {', '.join(_AGGREGATES)}, got {aggregate!r}")
+    scorer = RougeScorer(list(ROUGE_TYPES), use_stemmer=True)
+    values: dict[str, list[float]] = {name: [] for name in ROUGE_TYPES}
+    for index, (prediction, texts) in enumerate(zip(predictions, references, strict=True)):
+        if isinstance(texts, str) or len(texts) == 0:
+            raise BlobError(f"example {index} must have a list of one or more references, got {texts!r}")
+        scores = [scorer.score(text, prediction) for text in texts]
+        for name in ROUGE_TYPES:
+            values[name].append(_AGGREGATES[aggregate]([score[name].fmeasure for score in scores]))
+    return {name: np.asarray(column) for name, column in values.items()}
+
+
+def rouge(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], aggregate: Aggregate = "max"
+) -> dict[str, float]:
+    """Corpus mean of `rouge_per_example`, and as `rouge1_std` ... the (population) std over examples."""
+    scores = rouge_per_example(predictions, references, aggregate)
+    means = {name: float(values.mean()) for name, values in scores.items()}
+    return means | {f"{name}_std": float(values.std()) for name, values in scores.items()}
+
+
+def group_references(
+    ids: Sequence[str], dialogues: Sequence[str], summaries: Sequence[str]
+) -> list[tuple[str, str, list[str]]]:
+    """Gather the references of each dialogue: rows of the same text whose ids are `stem_1`, `stem_2`, ... or equal.
+
+    (DialogSum's test rows are test_0_1, test_0_2, test_0_3, test_1_1, ...)
+
+    Returns:
+        (id, dialogue, references) in the order of first appearance; the id is the stem of a gathered dialogue.
+
+    Raises:
+        BlobError: Two dialogues have unequal numbers of references.
+    """
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for row_id, dialogue, summary in zip(ids, dialogues, summaries, strict=True):
+        stem = re.sub(r"_\d+$", "", row_id) if re.search(r"_\d+_\d+$", row_id) else row_id
+        groups.setdefault((stem, dialogue), []).append((row_id, summary))
+    result = []
+    for (stem, dialogue), rows in groups.items():
+        result.append((stem if len(rows) > 1 else rows[0][0], dialogue, [summary for _, summary in rows]))
+    if result:
+        usual = len(result[0][2])
+        for name, _, references in result:
+            if len(references) != usual:
+                raise BlobError(
+                    f"dialogue {name} has {len(references)} references, but {result[0][0]} has {usual}; "
+                    "every dialogue needs the same number"
+                )
+    return result
+
+
+class MultiReferenceRouge(evaluate.Metric):
+    """`evaluate.Metric` of `rouge`: references are a list of texts per prediction."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="ROUGE-1/2/L F1 with stemming against several references.",
+            citation="",
+            inputs_description="predictions: texts; references: a list of texts each.",
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
+            ),
+        )
+
+    def _compute(self, predictions: Any, references: Any, aggregate: Aggregate = "max") -> dict[str, float]:
+        return rouge(predictions, references, aggregate)
