@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blob_hf.posterior import gaussian_layers, posterior_mean, posterior_samples
+from blob_hf.posterior import posterior_mean, posterior_samples
 
 IGNORED_LABEL = -100
 
@@ -60,10 +59,10 @@ def predict_classes(
     model: nn.Module, inputs: dict[str, Any], num_samples: int, seed: int = 0, samples_per_forward: int = 1
 ) -> ClassPrediction:
     """Predict classes with the posterior mean and with `num_samples` posterior samples (0: the mean alone)."""
-    mean = next(iter(_outputs(model, inputs, 0, seed, 1)))
+    mean = _mean_output(model, inputs)
     samples = [
         block
-        for output in _outputs(model, inputs, num_samples, seed, samples_per_forward)
+        for output in _sample_outputs(model, inputs, num_samples, seed, samples_per_forward)
         for block in _log_softmax(output).split(len(mean.logits))
     ]
     mean_log_probs = _log_softmax(mean)
@@ -88,9 +87,9 @@ def score_targets(
         inputs: Model inputs whose logits line up with `labels`, `(batch, length)`.
         labels: Target ids, -100 where there is none.
     """
-    mean = token_log_probs(next(iter(_outputs(model, inputs, 0, seed, 1))).logits, labels)
+    mean = token_log_probs(_mean_output(model, inputs).logits, labels)
     total, sums = None, []
-    for output in _outputs(model, inputs, num_samples, seed, samples_per_forward):
+    for output in _sample_outputs(model, inputs, num_samples, seed, samples_per_forward):
         for logits in output.logits.split(len(labels)):
             scores = token_log_probs(logits, labels)
             sums.append(scores.sum(dim=1))
@@ -118,14 +117,16 @@ def _log_softmax(output: Any) -> Tensor:
     return F.log_softmax(output.logits.float(), dim=-1)
 
 
-def _outputs(
+def _mean_output(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    with posterior_mean(model):
+        return model(**inputs)
+
+
+def _sample_outputs(
     model: nn.Module, inputs: dict[str, Any], num_samples: int, seed: int, samples_per_forward: int
 ) -> Iterator[Any]:
-    """Outputs for all posterior samples, a few at a time, sample-major; for num_samples 0 that of the mean."""
-    if num_samples == 0:
-        with posterior_mean(model):
-            yield model(**inputs)
+    """Outputs for all posterior samples, a few at a time, sample-major."""
     for first in range(0, num_samples, samples_per_forward):
         count = min(samples_per_forward, num_samples - first)
-        with posterior_samples(model, count, seed, first) if gaussian_layers(model) else nullcontext():
+        with posterior_samples(model, count, seed, first):
             yield model(**repeat_rows(inputs, count))

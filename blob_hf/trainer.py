@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, unwrap_peft_model
 
 from blob_hf.dropout import no_base_dropout
 from blob_hf.errors import BlobError, NonFiniteLossError
@@ -46,6 +46,9 @@ class BlobTrainerMixin(_Base):
         self._kl_step: DecoupledKLStep | None = None
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # count the items of a batch, whether or not the model would use them
+        # transformers goes by the loss type of the config, which models like GPT-2 do not have
+        base = unwrap_peft_model(self.model)
+        self._loss_shifts_labels = base.can_generate() and not base.config.is_encoder_decoder
         self.kl_history = KLHistory()
         self.kl_schedule = KLSchedule("none")
         self.kl_diagnosis: KLDiagnosis | None = None

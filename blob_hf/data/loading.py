@@ -4,12 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HfHubHTTPError
 
 from blob_hf.errors import BlobError
 
+HttpError = HfHubHTTPError.__bases__[0]  # of the HTTP library that this huggingface_hub is built on
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
@@ -20,7 +21,7 @@ def fetching(what: str, name: str, local_flag: str) -> Iterator[None]:
         yield
     except BlobError:
         raise
-    except (OSError, ValueError, httpx.HTTPError, DatasetsError) as error:
+    except (OSError, ValueError, HttpError, DatasetsError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise BlobError(
             f"cannot get the {what} {name!r} from a local folder or the Hugging Face Hub ({reason[:200]}). "
@@ -45,6 +46,8 @@ def load_files(files: Mapping[str, str]) -> DatasetDict:
             raise BlobError(f"--{split}_file must be a .csv, .json or .jsonl file (or .gz of one), got {path}")
         if not Path(path).is_file():
             raise BlobError(f"--{split}_file {path} does not exist")
+        if Path(path).stat().st_size == 0:
+            raise BlobError(f"--{split}_file {path} is empty")
         try:
             splits[split] = load_dataset(kind, data_files=path, split="train")
         except (DatasetsError, ValueError, OSError) as error:

@@ -14,11 +14,27 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from blob_hf.errors import BlobError
 
 
+def check_log_probs(scores: NDArray[np.float64]) -> None:
+    """Check that the last axis holds log-probabilities in nats; -inf, a probability of 0, is allowed.
+
+    Raises:
+        BlobError: A NaN, or a row whose log-sum-exp is not within 1e-3 of 0.
+    """
+    if np.isnan(scores).any():
+        raise BlobError("log-probabilities must be numbers, but some are NaN; look for inf or NaN in the logits")
+    totals = logsumexp(scores, axis=-1)
+    bad = ~(np.abs(totals) < 1e-3)
+    if bad.any():
+        raise BlobError(
+            f"rows must be log-probabilities, but one has log-sum-exp {totals[bad][0]:.3g}; apply log_softmax"
+        )
+
+
 def check_predictions(log_probs: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Validate log-probabilities `(examples, classes)` and labels `(examples,)`, and return them as arrays.
 
     Raises:
-        BlobError: Wrong shapes, no examples, a label outside the classes, rows that are not log-probabilities.
+        BlobError: Wrong shapes, no examples, a label that is no class id, rows that are not log-probabilities.
     """
     scores = np.asarray(log_probs, dtype=np.float64)
     targets = np.asarray(labels)
@@ -28,15 +44,12 @@ def check_predictions(log_probs: ArrayLike, labels: ArrayLike) -> tuple[NDArray[
         )
     if len(scores) == 0:
         raise BlobError("there are no examples to measure")
+    if targets.dtype.kind not in "iub":
+        raise BlobError(f"labels must be integer class ids, got dtype {targets.dtype}")
     bad = (targets < 0) | (targets >= scores.shape[1])
     if bad.any():
         raise BlobError(f"label {targets[bad][0]} is outside the range of {scores.shape[1]} classes")
-    totals = logsumexp(scores, axis=1)
-    normalised = np.abs(totals) < 1e-3  # False for NaN
-    if not normalised.all():
-        raise BlobError(
-            f"rows must be log-probabilities, but one has log-sum-exp {totals[~normalised][0]:.3g}; apply log_softmax"
-        )
+    check_log_probs(scores)
     return scores, targets.astype(np.int64)
 
 
@@ -47,8 +60,21 @@ def accuracy(log_probs: ArrayLike, labels: ArrayLike) -> float:
 
 
 def ece(log_probs: ArrayLike, labels: ArrayLike, num_bins: int = 15) -> float:
-    """Expected calibration error (Naeini et al., 2015): L1, equal-width bins of the largest probability, in [0, 1]."""
+    """Expected calibration error (Naeini et al., 2015): L1, equal-width bins of the largest probability.
+
+    Args:
+        log_probs: Log-probabilities `(examples, classes)`, nats.
+        labels: Class ids `(examples,)`.
+        num_bins: Bins [k/n, (k+1)/n) of confidence; the last one is closed.
+
+    Returns:
+        sum_b count_b / n * |accuracy_b - confidence_b|, a fraction in [0, 1].
+
+    Raises:
+        BlobError: Bad predictions (`check_predictions`) or fewer than one bin.
+    """
     scores, targets = check_predictions(log_probs, labels)
+    _check_bins(num_bins)
     probs = torch.from_numpy(_probabilities(scores))
     value = multiclass_calibration_error(
         probs, torch.from_numpy(targets), num_classes=scores.shape[1], n_bins=num_bins, norm="l1"
@@ -59,7 +85,7 @@ def ece(log_probs: ArrayLike, labels: ArrayLike, num_bins: int = 15) -> float:
 def nll(log_probs: ArrayLike, labels: ArrayLike) -> float:
     """Mean negative log-likelihood of the labels, nats; infinite when a label has probability 0."""
     scores, targets = check_predictions(log_probs, labels)
-    return float(-scores[np.arange(len(targets)), targets].mean())
+    return float((0.0 - scores[np.arange(len(targets)), targets]).mean())  # 0 - x: a sure model has 0, not -0
 
 
 def brier(log_probs: ArrayLike, labels: ArrayLike) -> float:
@@ -77,6 +103,12 @@ def calibration_metrics(log_probs: ArrayLike, labels: ArrayLike, num_bins: int =
         log_probs: Log-probabilities `(examples, classes)`, nats.
         labels: Class ids `(examples,)`.
         num_bins: Bins of the ECE.
+
+    Returns:
+        accuracy and ece in [0, 1], nll in nats, brier in [0, 2].
+
+    Raises:
+        BlobError: Bad predictions (`check_predictions`) or fewer than one bin.
     """
     return {
         "accuracy": accuracy(log_probs, labels),
@@ -97,8 +129,21 @@ class ReliabilityBins:
 
 
 def reliability_bins(log_probs: ArrayLike, labels: ArrayLike, num_bins: int = 15) -> ReliabilityBins:
-    """The bins behind `ece`: sum over bins of count / n * |accuracy - confidence| equals it."""
+    """The bins behind `ece`: sum over bins of count / n * |accuracy - confidence| equals it.
+
+    Args:
+        log_probs: Log-probabilities `(examples, classes)`, nats.
+        labels: Class ids `(examples,)`.
+        num_bins: Equal-width bins of confidence.
+
+    Returns:
+        Edges `(num_bins + 1,)`; confidence, accuracy and count `(num_bins,)`.
+
+    Raises:
+        BlobError: Bad predictions (`check_predictions`) or fewer than one bin.
+    """
     scores, targets = check_predictions(log_probs, labels)
+    _check_bins(num_bins)
     probs = _probabilities(scores)
     confidence, correct = probs.max(axis=1), probs.argmax(axis=1) == targets
     edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64).numpy()  # torchmetrics' own edges
@@ -108,6 +153,11 @@ def reliability_bins(log_probs: ArrayLike, labels: ArrayLike, num_bins: int = 15
         mean_confidence = np.bincount(index, confidence, num_bins) / count
         mean_accuracy = np.bincount(index, correct, num_bins) / count
     return ReliabilityBins(edges, mean_confidence, mean_accuracy, count)
+
+
+def _check_bins(num_bins: int) -> None:
+    if num_bins < 1:
+        raise BlobError(f"num_bins must be >= 1, got {num_bins}")
 
 
 def _probabilities(scores: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,7 +1,7 @@
 """ROUGE against several references, and the grouping of rows that are references of one dialogue."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import datasets
@@ -13,12 +13,19 @@ from rouge_score.rouge_scorer import RougeScorer
 from blob_hf.errors import BlobError
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
-_AGGREGATES = {"max": max, "mean": lambda values: sum(values) / len(values), "min": min}
+_AGGREGATES: dict[str, Callable[[list[float]], float]] = {
+    "max": max,
+    "mean": lambda values: sum(values) / len(values),
+    "min": min,
+}
 Aggregate = Literal["max", "mean", "min"]
 
 
 def rouge_per_example(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], aggregate: Aggregate = "max"
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    aggregate: Aggregate = "max",
+    require_equal_references: bool = False,
 ) -> dict[str, NDArray[np.float64]]:
     """ROUGE-1, -2 and -L F1 with stemming of each prediction against its references (Lin, 2004; rouge_score).
 
@@ -26,12 +33,13 @@ def rouge_per_example(
         predictions: One text per example.
         references: One or more texts per example.
         aggregate: Over an example's references: the best, the mean or the worst score.
+        require_equal_references: Insist on as many references for every example; the best of more is higher.
 
     Returns:
         rouge1, rouge2, rougeL: arrays `(examples,)` in [0, 1].
 
     Raises:
-        BlobError: No examples, unequal lengths, or an example without a reference.
+        BlobError: No examples, unequal lengths, an example without a reference, or (when asked) unequal numbers.
     """
     if len(predictions) == 0:
         raise BlobError("there are no predictions to score")
@@ -39,6 +47,9 @@ def rouge_per_example(
         raise BlobError(f"got {len(predictions)} predictions but {len(references)} lists of references")
     if aggregate not in _AGGREGATES:
         raise BlobError(f"aggregate must be one of {', '.join(_AGGREGATES)}, got {aggregate!r}")
+    counts = {len(texts) for texts in references}
+    if require_equal_references and len(counts) > 1:
+        raise BlobError(f"every example must have the same number of references, got {sorted(counts)}")
     scorer = RougeScorer(list(ROUGE_TYPES), use_stemmer=True)
     values: dict[str, list[float]] = {name: [] for name in ROUGE_TYPES}
     for index, (prediction, texts) in enumerate(zip(predictions, references, strict=True)):
@@ -51,10 +62,16 @@ def rouge_per_example(
 
 
 def rouge(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], aggregate: Aggregate = "max"
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    aggregate: Aggregate = "max",
+    require_equal_references: bool = False,
 ) -> dict[str, float]:
-    """Corpus mean of `rouge_per_example`, and as `rouge1_std` ... the (population) std over examples."""
-    scores = rouge_per_example(predictions, references, aggregate)
+    """Corpus mean of `rouge_per_example`, and as `rouge1_std` ... the (population) std over examples.
+
+    Arguments and errors are those of `rouge_per_example`.
+    """
+    scores = rouge_per_example(predictions, references, aggregate, require_equal_references)
     means = {name: float(values.mean()) for name, values in scores.items()}
     return means | {f"{name}_std": float(values.std()) for name, values in scores.items()}
 
@@ -70,8 +87,10 @@ def group_references(
         (id, dialogue, references) in the order of first appearance; the id is the stem of a gathered dialogue.
 
     Raises:
-        BlobError: Two dialogues have unequal numbers of references.
+        BlobError: Columns of unequal length, or two dialogues with unequal numbers of references.
     """
+    if not len(ids) == len(dialogues) == len(summaries):
+        raise BlobError(f"got {len(ids)} ids, {len(dialogues)} dialogues and {len(summaries)} summaries; need equal")
     groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for row_id, dialogue, summary in zip(ids, dialogues, summaries, strict=True):
         stem = re.sub(r"_\d+$", "", row_id) if re.search(r"_\d+_\d+$", row_id) else row_id
@@ -103,5 +122,11 @@ class MultiReferenceRouge(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions: Any, references: Any, aggregate: Aggregate = "max") -> dict[str, float]:
-        return rouge(predictions, references, aggregate)
+    def _compute(
+        self,
+        predictions: Any,
+        references: Any,
+        aggregate: Aggregate = "max",
+        require_equal_references: bool = False,
+    ) -> dict[str, float]:
+        return rouge(predictions, references, aggregate, require_equal_references)

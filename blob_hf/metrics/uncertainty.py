@@ -9,12 +9,14 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import entr, logsumexp
 
 from blob_hf.errors import BlobError
+from blob_hf.metrics.calibration import check_log_probs
 
 
 def _check(sample_log_probs: ArrayLike) -> NDArray[np.float64]:
     values = np.asarray(sample_log_probs, dtype=np.float64)
     if values.ndim != 3 or values.size == 0:
         raise BlobError(f"expected sample log-probabilities (batch, samples, classes), got shape {values.shape}")
+    check_log_probs(values)
     return values
 
 
@@ -23,6 +25,9 @@ def predictive_log_probs(sample_log_probs: ArrayLike) -> NDArray[np.float64]:
 
     Args:
         sample_log_probs: `(batch, samples, classes)`, nats.
+
+    Raises:
+        BlobError: Another shape, nothing in it, or rows that are not log-probabilities (so in every function here).
     """
     values = _check(sample_log_probs)
     return logsumexp(values, axis=1) - np.log(values.shape[1])

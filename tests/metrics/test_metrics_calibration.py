@@ -76,8 +76,12 @@ def test_zero_probability_of_a_label_is_an_infinite_nll():
 
 def test_confidence_one_shares_the_last_bin():
     log_probs = np.log(np.array([[1.0, 1e-300], [0.95, 0.05]]))
-    # one bin: |accuracy 0.5 - confidence 0.975|; torchmetrics alone would make two bins of it
-    assert ece(log_probs, [0, 1]) == pytest.approx(0.475)
+    # one bin: |accuracy 0.5 - confidence 0.975|; torchmetrics alone makes two bins of it, (1 + 0.05) / 2 = 0.525
+    assert ece(log_probs, [1, 0]) == pytest.approx(0.475)
+
+
+def test_a_confidence_on_an_edge_belongs_to_the_upper_bin():
+    assert reliability_bins(np.log([[0.5, 0.5]]), [0], num_bins=2).count.tolist() == [0, 1]
 
 
 def test_reliability_bins_add_up_to_the_ece():
@@ -86,6 +90,23 @@ def test_reliability_bins_add_up_to_the_ece():
     filled = bins.count > 0
     gaps = np.abs(bins.accuracy - bins.confidence)[filled]
     assert (bins.count[filled] / len(labels) * gaps).sum() == pytest.approx(ece(log_probs, labels))
+
+
+def test_fewer_than_one_bin_and_labels_that_are_no_ids():
+    log_probs, labels = random_set()
+    for function in (ece, reliability_bins):
+        with pytest.raises(BlobError, match="num_bins must be >= 1, got 0"):
+            function(log_probs, labels, 0)
+    with pytest.raises(BlobError, match="integer class ids, got dtype float64"):
+        accuracy(log_probs, labels + 0.5)
+
+
+def test_float32_tensors_and_lists_are_taken():
+    log_probs, labels = random_set()
+    single = torch.tensor(log_probs, dtype=torch.float32)
+    expected = calibration_metrics(log_probs, labels)
+    assert calibration_metrics(single, torch.tensor(labels)) == pytest.approx(expected, rel=1e-5)
+    assert calibration_metrics(log_probs.tolist(), labels.tolist()) == expected
 
 
 def test_is_an_evaluate_metric_without_network():
@@ -101,7 +122,7 @@ def test_is_an_evaluate_metric_without_network():
         (np.log([[0.5, 0.5]]), [2], "label 2 is outside the range of 2 classes"),
         (np.log([[0.5, 0.5]]), [-1], "label -1 is outside"),
         (np.array([[1.0, 2.0]]), [0], "apply log_softmax"),
-        (np.array([[np.nan, 0.0]]), [0], "log-probabilities"),
+        (np.array([[np.nan, 0.0]]), [0], "some are NaN"),
         (np.zeros((0, 2)), [], "no examples"),
         (np.zeros(3), [0, 0, 0], "expected log_probs"),
         (np.log([[0.5, 0.5]]), [0, 1], "expected log_probs"),

@@ -63,6 +63,11 @@ def test_rows_with_plain_ids_stay_on_their_own():
         (lambda: rouge(["a"], []), "1 predictions but 0 lists"),
         (lambda: rouge(["a"], [[]]), "example 0 must have a list of one or more references"),
         (lambda: rouge(["a"], ["a"]), "example 0 must have a list"),
+        (
+            lambda: rouge(["a", "b"], [["a"], ["b", "c"]], require_equal_references=True),
+            r"same number .* got \[1, 2\]",
+        ),
+        (lambda: group_references(["a"], ["A"], []), "1 ids, 1 dialogues and 0 summaries"),
         (lambda: rouge(["a"], [["a"]], "best"), "aggregate must be one of max, mean, min"),
         (
             lambda: group_references(["t_0_1", "t_0_2", "t_1_1"], ["A", "A", "B"], ["x", "y", "z"]),

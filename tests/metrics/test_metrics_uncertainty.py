@@ -53,3 +53,5 @@ def test_is_an_evaluate_metric_without_network(samples):
 def test_bad_input():
     with pytest.raises(BlobError, match=r"\(batch, samples, classes\), got shape \(3, 2\)"):
         mutual_information(np.zeros((3, 2)))
+    with pytest.raises(BlobError, match="apply log_softmax"):
+        predictive_entropy(np.ones((1, 2, 3)))

@@ -1,0 +1,83 @@
+import matplotlib.colors
+import matplotlib.image
+import matplotlib.style
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import log_softmax
+
+from blob_hf.errors import BlobError
+from blob_hf.history import COLUMNS
+from blob_hf.kl import KLSchedule
+from blob_hf.metrics import reliability_bins
+from blob_hf.reporting.plots import plot_kl, plot_reliability
+
+
+def history(weights):
+    steps = np.arange(1, len(weights) + 1)
+    kl = 1e5 / steps
+    columns = (steps, 1 / steps, kl, weights, weights * kl, kl, np.full(len(steps), 0.01))
+    return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
+
+
+def is_png(path):
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_kl_plot_shows_the_history_of_the_csv(tmp_path):
+    schedule = KLSchedule("geometric", cycle_steps=20)
+    table = history(np.array([schedule(step) for step in range(1, 61)]))
+    table.to_csv(tmp_path / "kl_history.csv", index=False)
+    figure = plot_kl(tmp_path / "kl_history.csv", tmp_path / "kl.png")
+    assert is_png(tmp_path / "kl.png")
+    kl, weight, std = (axis.lines[0].get_ydata() for axis in figure.axes)
+    np.testing.assert_allclose(kl, table["kl"])
+    np.testing.assert_allclose(weight, table["kl_weight"])
+    np.testing.assert_allclose(std, table["posterior_std"])
+    assert all(axis.get_ylabel() for axis in figure.axes) and figure.axes[-1].get_xlabel()
+
+
+def test_kl_plot_says_when_the_kl_was_never_applied(tmp_path):
+    figure = plot_kl(history(np.zeros(30)), tmp_path / "kl.png")
+    assert "not applied" in figure.axes[1].texts[0].get_text() and not figure.axes[1].lines
+
+
+def test_kl_plot_of_one_step(tmp_path):
+    plot_kl(history(np.array([0.5])), tmp_path / "kl.png")
+    assert is_png(tmp_path / "kl.png")
+
+
+def test_kl_plot_names_missing_columns(tmp_path):
+    with pytest.raises(BlobError, match="lacks kl_weight"):
+        plot_kl(history(np.zeros(3)).drop(columns="kl_weight"), tmp_path / "kl.png")
+
+
+def test_plots_ignore_a_dark_style_and_leave_it_as_it_was(tmp_path):
+    with matplotlib.style.context("dark_background"):
+        before = dict(matplotlib.rcParams)
+        figure = plot_reliability({"N=0": np.log([[0.9, 0.1]])}, [0], tmp_path / "reliability.png")
+        assert dict(matplotlib.rcParams) == before
+    corner = matplotlib.image.imread(tmp_path / "reliability.png")[0, 0]
+    assert corner.tolist() == [1, 1, 1, 1]  # opaque white, though the style saves on black
+    assert sum(matplotlib.colors.to_rgb(figure.axes[0].title.get_color())) < 1
+
+
+def test_reliability_plot_needs_a_panel(tmp_path):
+    with pytest.raises(BlobError, match="no log-probabilities"):
+        plot_reliability({}, [0], tmp_path / "reliability.png")
+
+
+@pytest.mark.parametrize("scale", [0.01, 3, 60])
+def test_reliability_plot_shows_the_bins(tmp_path, scale):
+    rng = np.random.default_rng(0)
+    scores = {name: log_softmax(scale * rng.normal(size=(200, 3)), axis=1) for name in ("N=0", "N=10")}
+    labels = rng.integers(0, 3, 200)
+    figure = plot_reliability(scores, labels, tmp_path / "reliability.png")
+    assert is_png(tmp_path / "reliability.png")
+    for axis, log_probs in zip(figure.axes[:2], scores.values(), strict=True):
+        bins = reliability_bins(log_probs, labels)
+        heights = [bar.get_height() for bar in axis.patches]
+        np.testing.assert_allclose(heights, bins.accuracy[bins.count > 0])
+        assert "ECE" in axis.get_title()
+    counts = [sum(bar.get_height() for bar in axis.patches) for axis in figure.axes[2:]]
+    assert counts == [200, 200]
