@@ -80,9 +80,7 @@ class DataArguments:
     length_penalty: float = field(default=1.0, metadata={"help": "Length penalty of beam search."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first rows for training."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first dialogues to evaluate."})
-    max_predict_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first dialogues to predict."}
-    )
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first dialogues to predict."})
     compare_base: bool = field(default=False, metadata={"help": "Also evaluate the model as it was before training."})
     demo: bool = field(default=False, metadata={"help": "Run on embedded data and a tiny embedded model, no network."})
 

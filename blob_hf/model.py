@@ -110,9 +110,7 @@ class BlobModel(PeftModel):
                 continue
             folder = Path(save_directory) / ("" if adapter == "default" else adapter)
             config: Any = self.peft_config[adapter]
-            rhos = {
-                name.removesuffix(_RHO) + _MEAN: weights.pop(name) for name in list(weights) if name.endswith(_RHO)
-            }
+            rhos = {name.removesuffix(_RHO) + _MEAN: weights.pop(name) for name in list(weights) if name.endswith(_RHO)}
             adapter_files.write(
                 folder,
                 mean={**self._frozen_head(state_dict), **weights},

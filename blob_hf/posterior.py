@@ -36,9 +36,7 @@ def attach_posterior(model: nn.Module, config: BlobConfig, adapter: str) -> None
             )
         found = True
         if not isinstance(linear, GaussianA):
-            module.lora_A[adapter] = GaussianA(
-                linear, name, config.init_eps, config.std_parameterization, config.noise
-            )
+            module.lora_A[adapter] = GaussianA(linear, name, config.init_eps, config.std_parameterization, config.noise)
     if not found:
         raise BlobError(f"the model has no LoRA layers of an adapter named {adapter!r}")
 

@@ -102,9 +102,7 @@ def score_targets(
 
 def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
     """log p(label) at each position `(batch, length)`, nats, 0 where the label is -100."""
-    nll = F.cross_entropy(
-        logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
-    )
+    nll = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none")
     return -nll.view(labels.shape)
 
 

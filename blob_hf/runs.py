@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
@@ -51,6 +52,9 @@ class PublishedDefaults:
     adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
     logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Keep at most so many checkpoints."})
+    dataloader_pin_memory: bool = field(
+        default=torch.cuda.is_available(), metadata={"help": "Pin memory (off without a GPU)."}
+    )
 
 
 def require_split(splits: Mapping[str, Any], split: str) -> None:

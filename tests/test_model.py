@@ -161,9 +161,7 @@ def test_plain_lora_for_comparison_has_no_posterior_and_saves_its_head(tmp_path)
     assert not gaussian_layers(lora)
     lora.save_pretrained(tmp_path / "lora")
     assert not (tmp_path / "lora" / STD_FILE).exists()
-    plain = PeftModel.from_pretrained(
-        type(lora.get_base_model()).from_pretrained(tmp_path / "base"), tmp_path / "lora"
-    )
+    plain = PeftModel.from_pretrained(type(lora.get_base_model()).from_pretrained(tmp_path / "base"), tmp_path / "lora")
     inputs = inputs_for("roberta")
     assert torch.equal(logits(plain.eval(), inputs), logits(lora.eval(), inputs))
     with pytest.raises(BlobError, match="no posterior"):

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TARGETS, TINY, random_ids, randomize_b, tiny_bart, tiny_bert
+from conftest import TARGETS, TINY, random_ids, randomize_b, tiny_bert
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer

@@ -70,9 +70,7 @@ def load_classification(
         data = DatasetDict({name: hub[name] for name in ("train", "validation")})
     else:
         raise BlobError("nothing to train on: give --task_name, --train_file and --validation_file, or --demo")
-    columns = (
-        tuple(text_columns) if text_columns else task.text_columns if task else _guess_columns(data, label_column)
-    )
+    columns = tuple(text_columns) if text_columns else task.text_columns if task else _guess_columns(data, label_column)
     if not 1 <= len(columns) <= 2:
         raise BlobError(f"--text_columns takes one or two columns, got {', '.join(columns) or 'none'}")
     word = task.word_column if task and not text_columns else None
@@ -86,9 +84,7 @@ def _guess_columns(data: DatasetDict, label_column: str) -> tuple[str, ...]:
     rows = next(iter(data.values()))
     if {"sentence1", "sentence2"} <= set(rows.column_names):
         return ("sentence1", "sentence2")
-    texts = [
-        name for name, feature in rows.features.items() if name != label_column and "string" in str(feature.dtype)
-    ]
+    texts = [name for name, feature in rows.features.items() if name != label_column and "string" in str(feature.dtype)]
     return tuple(texts[:2])
 
 

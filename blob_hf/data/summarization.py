@@ -63,9 +63,7 @@ def load_summaries(
 
 def _normalise(rows: Dataset, split: str, text_column: str, summary_column: str) -> Dataset:
     texts, summaries = list(rows[text_column]), list(rows[summary_column])
-    bad = [
-        i for i, (text, summary) in enumerate(zip(texts, summaries, strict=True)) if text is None or summary is None
-    ]
+    bad = [i for i, (text, summary) in enumerate(zip(texts, summaries, strict=True)) if text is None or summary is None]
     if bad:
         raise BlobError(f"row {bad[0]} of {split} has no {text_column} or no {summary_column} ({len(bad)} such rows)")
     ids = [str(value) for value in rows[_ID]] if _ID in rows.column_names else [str(i) for i in range(len(rows))]

@@ -13,6 +13,8 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from blob_hf.errors import BlobError
 
+_BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
+
 
 def check_log_probs(scores: NDArray[np.float64]) -> None:
     """Check that the last axis holds log-probabilities in nats; -inf, a probability of 0, is allowed.
@@ -146,13 +148,13 @@ def reliability_bins(log_probs: ArrayLike, labels: ArrayLike, num_bins: int = 15
     _check_bins(num_bins)
     probs = _probabilities(scores)
     confidence, correct = probs.max(axis=1), probs.argmax(axis=1) == targets
-    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64).numpy()  # torchmetrics' own edges
-    index = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, num_bins - 1)
+    edges = torch.linspace(0, 1, num_bins + 1).numpy()  # torchmetrics bins in float32: the same bins, edges included
+    index = np.searchsorted(edges, confidence.astype(np.float32), side="right") - 1
     count = np.bincount(index, minlength=num_bins)
     with np.errstate(invalid="ignore"):
         mean_confidence = np.bincount(index, confidence, num_bins) / count
         mean_accuracy = np.bincount(index, correct, num_bins) / count
-    return ReliabilityBins(edges, mean_confidence, mean_accuracy, count)
+    return ReliabilityBins(np.linspace(0, 1, num_bins + 1), mean_confidence, mean_accuracy, count)
 
 
 def _check_bins(num_bins: int) -> None:
@@ -161,9 +163,9 @@ def _check_bins(num_bins: int) -> None:
 
 
 def _probabilities(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    # Just below 1: torchmetrics takes rows outside [0, 1] for logits, and puts a confidence of exactly 1 into a bin
-    # of its own, where the definition's last bin is closed at 1.
-    return np.clip(np.exp(scores), 0.0, np.nextafter(1.0, 0.0))
+    # Just below 1 in float32, which torchmetrics casts to: it takes rows outside [0, 1] for logits, and puts a
+    # confidence of exactly 1 into a bin of its own, where the definition's last bin is closed at 1.
+    return np.clip(np.exp(scores), 0.0, _BELOW_ONE)
 
 
 class Calibration(evaluate.Metric):

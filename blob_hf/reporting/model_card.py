@@ -17,8 +17,8 @@ _CITATION = """@inproceedings{wang2024blob,
   booktitle = {Advances in Neural Information Processing Systems}, year = {2024}
 }"""
 
-_LIMITS = """The uncertainty covers the LoRA A matrices only; the base model and B are points. Calibration was measured on the
-data named above and can be worse elsewhere. Use it as the base model's own card allows."""
+_LIMITS = """The uncertainty covers the LoRA A matrices only; the base model and B are points. Calibration was
+measured on the data named above and can be worse elsewhere. Use it as the base model's own card allows."""
 
 
 @dataclass

@@ -53,7 +53,12 @@ def test_string_labels_get_ids_from_train(tmp_path):
 
 def test_hub_tasks_use_train_and_validation_and_their_label_names(monkeypatch):
     features = Features(
-        {"word": Value("string"), "sentence1": Value("string"), "sentence2": Value("string"), "label": ClassLabel(names=["F", "T"])}
+        {
+            "word": Value("string"),
+            "sentence1": Value("string"),
+            "sentence2": Value("string"),
+            "label": ClassLabel(names=["F", "T"]),
+        }
     )
     row = {"word": "bank", "sentence1": "a river bank", "sentence2": "the bank opens", "label": 0}
     splits = {name: Dataset.from_list([row], features=features) for name in ("train", "validation", "test")}
@@ -74,7 +79,11 @@ def test_tokenization_truncates_and_keeps_only_what_the_model_takes(tmp_path):
     ("rows", "options", "message"),
     [
         (ROWS, {"task_name": "sst2"}, "task_name must be one of rte, mrpc, cola, wic, boolq, got 'sst2'"),
-        (ROWS, {"text_columns": ["premise"]}, "no column 'premise', only sentence1, sentence2, label; set --text_columns"),
+        (
+            ROWS,
+            {"text_columns": ["premise"]},
+            "no column 'premise', only sentence1, sentence2, label; set --text_columns",
+        ),
         (ROWS, {"label_column": "gold"}, "no column 'gold'"),
         (ROWS, {"text_columns": ["sentence1", "sentence2", "label"]}, "one or two columns"),
         ([], {}, "is empty"),
@@ -89,7 +98,10 @@ def test_bad_input(tmp_path, rows, options, message):
 
 
 def test_a_label_of_the_validation_file_outside_the_training_range(tmp_path):
-    files = {"train": write(tmp_path / "t.jsonl"), "validation": write(tmp_path / "v.jsonl", [{**ROWS[0], "label": 2}])}
+    files = {
+        "train": write(tmp_path / "t.jsonl"),
+        "validation": write(tmp_path / "v.jsonl", [{**ROWS[0], "label": 2}]),
+    }
     with pytest.raises(BlobError, match="2 in row 0 of validation"):
         load_classification(files=files)
 

@@ -54,11 +54,12 @@ def test_kl_plot_names_missing_columns(tmp_path):
 
 def test_plots_ignore_a_dark_style_and_leave_it_as_it_was(tmp_path):
     with matplotlib.style.context("dark_background"):
+        matplotlib.rcParams["savefig.facecolor"] = "black"
         before = dict(matplotlib.rcParams)
         figure = plot_reliability({"N=0": np.log([[0.9, 0.1]])}, [0], tmp_path / "reliability.png")
         assert dict(matplotlib.rcParams) == before
     corner = matplotlib.image.imread(tmp_path / "reliability.png")[0, 0]
-    assert corner.tolist() == [1, 1, 1, 1]  # opaque white, though the style saves on black
+    assert corner.tolist() == [1, 1, 1, 1]  # opaque white, though the user saves on black
     assert sum(matplotlib.colors.to_rgb(figure.axes[0].title.get_color())) < 1
 
 

@@ -1,0 +1,194 @@
+"""The two scripts as a user runs them, on the embedded demo (shortened), and each user mistake."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from peft import AutoPeftModel, AutoPeftModelForSeq2SeqLM
+from safetensors.torch import load_file
+
+from blob_hf import BlobModel
+from blob_hf.data import demo
+
+ROOT = Path(__file__).resolve().parents[2]
+GLUE, SUMMARIZATION = "run_glue_blob.py", "run_summarization_blob.py"
+QUICK = ["--demo", "--eval_samples", "2", "--disable_tqdm", "true", "--use_cpu", "true"]
+QUICK_GLUE = [*QUICK, "--max_steps", "6", "--kl_cycle_steps", "3", "--max_eval_samples", "40"]
+QUICK_SUMMARIZATION = [
+    *QUICK, "--max_steps", "4", "--kl_cycle_steps", "2", "--max_train_samples", "64", "--max_eval_samples", "4",
+    "--max_predict_samples", "4", "--max_new_tokens", "12", "--compare_base", "false",
+]  # fmt: skip
+
+
+def run(monkeypatch, script, *arguments):
+    """Run a script in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as exit_:
+        return exit_.code
+    return 0
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_classification_leaves_every_artifact(monkeypatch, tmp_path, capsys):
+    assert run(monkeypatch, GLUE, *QUICK_GLUE, "--output_dir", tmp_path) == 0
+    printed = capsys.readouterr().out
+    for shown in ("N=0 (posterior mean)", "N=2 (samples)", "accuracy", "ece", "nll", "brier", str(tmp_path)):
+        assert shown in printed
+    results = read(tmp_path / "eval_results.json")
+    for name in ("accuracy", "ece", "nll", "brier"):
+        assert results[f"eval_{name}"] >= 0 and results[f"eval_mean_{name}"] >= 0
+    for name in (
+        "adapter_config.json", "README.md", "report.md", "train_results.json", "all_results.json", "trainer_state.json",
+        "kl_history.csv", "plots/kl.png", "plots/reliability.png", "validation_predictions.jsonl", "run_settings.json",
+    ):  # fmt: skip
+        assert (tmp_path / name).stat().st_size > 0, name
+    assert pd.read_csv(tmp_path / "kl_history.csv")["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    mean, std = load_file(tmp_path / "adapter_model.safetensors"), load_file(tmp_path / "posterior_std.safetensors")
+    assert set(std) == {name for name in mean if "lora_A" in name}
+    assert "posterior_samples" in (tmp_path / "README.md").read_text()
+    BlobModel.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="prior_std"):
+        AutoPeftModel.from_pretrained(str(tmp_path))
+
+
+def test_summarization_leaves_every_artifact(monkeypatch, tmp_path, capsys):
+    assert run(monkeypatch, SUMMARIZATION, *QUICK_SUMMARIZATION, "--output_dir", tmp_path) == 0
+    assert "rougeL" in capsys.readouterr().out
+    for split, prefix in (("eval", "eval"), ("predict", "predict")):
+        results = read(tmp_path / f"{split}_results.json")
+        for name in ("rouge1", "rouge2", "rougeL", "nll"):
+            assert results[f"{prefix}_{name}"] >= 0 and results[f"{prefix}_mean_{name}"] >= 0
+    rows = [json.loads(line) for line in (tmp_path / "generated_predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 4
+    assert all(len(row["references"]) == 3 and len(row["samples"]) == 2 and row["mean_summary"] for row in rows)
+    assert (tmp_path / "plots" / "kl.png").stat().st_size > 0
+    BlobModel.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="prior_std"):
+        AutoPeftModelForSeq2SeqLM.from_pretrained(str(tmp_path))
+
+
+def test_evaluation_of_a_saved_run_gives_its_numbers_again(monkeypatch, tmp_path):
+    run(monkeypatch, GLUE, *QUICK_GLUE, "--output_dir", tmp_path)
+    before = read(tmp_path / "eval_results.json")
+    assert run(monkeypatch, GLUE, *QUICK_GLUE, "--do_eval", "--output_dir", tmp_path) == 0
+    after = read(tmp_path / "eval_results.json")
+    for name in ("eval_accuracy", "eval_nll", "eval_mean_nll", "eval_ece"):
+        assert after[name] == pytest.approx(before[name], rel=1e-5)
+
+
+def test_lora_runs_in_the_same_script_and_can_be_bayesianized_afterwards(monkeypatch, tmp_path, capsys):
+    options = [*QUICK_SUMMARIZATION, "--do_train", "--do_eval"]
+    assert run(monkeypatch, SUMMARIZATION, *options, "--method", "lora", "--output_dir", tmp_path / "lora") == 0
+    assert "samples)" not in capsys.readouterr().out
+    assert not (tmp_path / "lora" / "posterior_std.safetensors").exists()
+    start = ["--adapter_name_or_path", tmp_path / "lora", "--output_dir", tmp_path / "blob"]
+    assert run(monkeypatch, SUMMARIZATION, *options, *start) == 0
+    assert (tmp_path / "blob" / "posterior_std.safetensors").exists()
+
+
+def test_an_untrained_base_is_kept_with_its_adapter(monkeypatch, tmp_path):
+    model = [
+        "--config_name", "bart", "--tokenizer_name", demo.BACKBONE_DIR, "--config_overrides",
+        "d_model=16,encoder_layers=1,decoder_layers=1,encoder_attention_heads=2,decoder_attention_heads=2,"
+        "encoder_ffn_dim=16,decoder_ffn_dim=16,max_position_embeddings=256",
+    ]  # fmt: skip
+    options = [*QUICK_SUMMARIZATION, *model, "--output_dir", tmp_path]
+    assert run(monkeypatch, SUMMARIZATION, *options) == 0
+    before = read(tmp_path / "eval_results.json")
+    BlobModel.from_pretrained(tmp_path)
+    assert run(monkeypatch, SUMMARIZATION, *options, "--do_eval") == 0
+    assert read(tmp_path / "eval_results.json")["eval_nll"] == pytest.approx(before["eval_nll"], rel=1e-5)
+
+
+def test_resume(monkeypatch, tmp_path):
+    options = [*QUICK_GLUE, "--do_train", "--save_steps", "3", "--output_dir", tmp_path]
+    assert run(monkeypatch, GLUE, *options) == 0
+    final = load_file(tmp_path / "posterior_std.safetensors")
+    assert run(monkeypatch, GLUE, *options, "--resume_from_checkpoint", tmp_path / "checkpoint-3") == 0
+    again = load_file(tmp_path / "posterior_std.safetensors")
+    assert all((final[name] - again[name]).abs().max() < 1e-6 for name in final)
+
+
+def test_yaml_configuration_as_the_only_argument(monkeypatch, tmp_path):
+    config = tmp_path / "config.yaml"
+    settings = {
+        "demo": True,
+        "max_steps": 2,
+        "eval_samples": 0,
+        "max_eval_samples": 8,
+        "do_train": True,
+        "use_cpu": True,
+    }
+    config.write_text("".join(f"{k}: {v}\n" for k, v in settings.items()) + f"output_dir: {tmp_path / 'out'}\n")
+    assert run(monkeypatch, GLUE, config) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_the_preflight_warning_of_the_published_gamma_4_run(monkeypatch, tmp_path, caplog):
+    run(
+        monkeypatch,
+        SUMMARIZATION,
+        *QUICK_SUMMARIZATION,
+        "--do_train",
+        "--kl_cycle_steps",
+        "100",
+        "--output_dir",
+        tmp_path,
+    )
+    assert "the KL will not be applied" in caplog.text and "M = 100" in caplog.text and "only 4" in caplog.text
+
+
+def test_help_explains_beta_and_gamma(monkeypatch, capsys):
+    for script in (GLUE, SUMMARIZATION):
+        assert run(monkeypatch, script, "--help") == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert "beta is the standard deviation of the prior" in text and "larger gamma, shorter cycle" in text
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (GLUE, ["--demo", "--beta", "0"], "beta must be > 0, got 0"),
+        (GLUE, ["--demo", "--gamma", "-2"], "gamma must be > 0, got -2"),
+        (GLUE, ["--demo", "--eval_samples", "-1"], "eval_samples must be >= 0"),
+        (GLUE, ["--demo", "--kl_schedule", "cyclic"], "invalid choice: 'cyclic'"),
+        (GLUE, ["--demo", "--noise", "gauss"], "invalid choice: 'gauss'"),
+        (GLUE, ["--demo", "--method", "vogn"], "invalid choice: 'vogn'"),
+        (GLUE, ["--task_name", "sst2"], "task_name must be one of rte, mrpc, cola, wic, boolq"),
+        (GLUE, ["--task_name", "rte"], "cannot get the dataset 'nyu-mll/glue'"),
+        (GLUE, ["--demo", "--model_name_or_path", "roberta-base"], "cannot get the model 'roberta-base'"),
+        (GLUE, ["--demo", "--target_modules", "query"], "match no layer of BartForSequenceClassification"),
+        (GLUE, ["--demo", "--text_columns", "premise"], "no column 'premise'"),
+        (GLUE, ["--demo", "--do_eval"], "nothing to evaluate"),
+        (GLUE, ["--demo", "--adapter_name_or_path", "nowhere"], "expected a folder or Hub repo"),
+        (SUMMARIZATION, [], "cannot get the dataset 'knkarthick/dialogsum'"),
+        (SUMMARIZATION, ["--demo", "--summary_column", "tldr"], "no column 'tldr'"),
+        (SUMMARIZATION, ["--demo", "--config_name", "bart"], "--tokenizer_name"),
+        (SUMMARIZATION, ["--demo", "--config_name", "bart", "--tokenizer_name", str(demo.BACKBONE_DIR),
+                         "--config_overrides", "d_modell=3"], "d_modell"),
+        (SUMMARIZATION, ["--demo", "--prompt", "Sum up:"], "must contain {dialogue}"),
+        (SUMMARIZATION, ["--demo", "--no_such_flag", "1"], "no_such_flag"),
+    ],
+)  # fmt: skip
+def test_mistakes_get_one_line_and_exit_code_2(monkeypatch, tmp_path, capfd, script, arguments, message):
+    code = run(monkeypatch, script, *arguments, "--output_dir", tmp_path / "out", "--use_cpu", "true")
+    assert code == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert message in last and "Traceback" not in last
+    assert not list((tmp_path / "out").glob("adapter*"))
+
+
+def test_another_run_in_the_same_folder_is_refused(monkeypatch, tmp_path, capsys):
+    assert run(monkeypatch, GLUE, *QUICK_GLUE, "--do_train", "--output_dir", tmp_path) == 0
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    assert run(monkeypatch, GLUE, *QUICK_GLUE, "--do_train", "--beta", "0.3", "--output_dir", tmp_path) == 2
+    assert "holds a run of different settings (beta 0.2 -> 0.3)" in capsys.readouterr().err
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
