@@ -98,7 +98,9 @@ def main() -> None:
     with fetching("model", model_args.model_name_or_path, "--model_name_or_path"):
         config = AutoConfig.from_pretrained(model_args.model_name_or_path, num_labels=len(data.label_names))
         tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
-        base = AutoModelForSequenceClassification.from_pretrained(model_args.model_name_or_path, config=config)
+        base = AutoModelForSequenceClassification.from_pretrained(
+            model_args.model_name_or_path, config=config, dtype=model_args.dtype
+        )
     tokenized = tokenize_classification(data, tokenizer, data_args.max_length)
     targets = model_args.target_modules or default_target_modules(config.model_type, "classification")
     adapter = runs.adapter_folder(model_args, training_args)

@@ -34,9 +34,9 @@ DEMO = {
     "test_file": str(demo.SUMMARIZATION_FILES["test"]),
     "max_source_length": 192,
     "max_target_length": 48,
-    "max_steps": 200,
-    "learning_rate": 5e-3,
-    "logging_steps": 20,
+    "max_steps": 100,
+    "learning_rate": 3e-3,
+    "logging_steps": 10,
     "per_device_eval_batch_size": 20,
     "compare_base": True,
 }
@@ -187,7 +187,7 @@ def load_base(model_args, training_args):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     if model_args.config_name is None:
         with fetching("model", name, "--model_name_or_path"):
-            return AutoModelForSeq2SeqLM.from_pretrained(name), tokenizer
+            return AutoModelForSeq2SeqLM.from_pretrained(name, dtype=model_args.dtype), tokenizer
     config = runs.config_from_name(model_args.config_name, model_args.config_overrides, tokenizer)
     return runs.kept_base(config, tokenizer, training_args), tokenizer
 

@@ -64,7 +64,7 @@ def user_errors() -> Iterator[None]:
 
 
 def parse_arguments(
-    types: Sequence[type], demo: Mapping[str, Any], description: str, argv: Sequence[str] | None = None
+    types: Sequence[Any], demo: Mapping[str, Any], description: str, argv: Sequence[str] | None = None
 ) -> tuple[Any, ...]:
     """Parse the command line, or a .json/.yaml file as the only argument, into dataclasses.
 

@@ -121,8 +121,10 @@ class BlobModel(PeftModel):
     def _save_config(self, config: Any, folder: Path) -> None:
         base: Any = self.get_base_model()
         mapping: dict[str, Any] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+        # AutoPeftModel ignores the rest; our from_pretrained does not
+        mapping["dtype"] = str(base.dtype).removeprefix("torch.")
         if _has_task_head(base):
-            mapping["num_labels"] = base.config.num_labels  # AutoPeftModel ignores it; our from_pretrained does not
+            mapping["num_labels"] = base.config.num_labels
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(base, "name_or_path", None)
         inference_mode, config.inference_mode = config.inference_mode, True
@@ -394,8 +396,7 @@ def _load_base_model(path: str, config: BlobConfig, token: str | None, kwargs: d
         auto_class = _auto_class(config.task_type)
     else:
         raise BlobError(f"the adapter in {path} names neither a task type nor a model class; pass it as model=")
-    if "num_labels" in mapping:
-        kwargs = {"num_labels": mapping["num_labels"], **kwargs}
+    kwargs = {name: mapping[name] for name in ("num_labels", "dtype") if name in mapping} | kwargs
     if config.revision:
         kwargs = {"revision": config.revision, **kwargs}
     try:

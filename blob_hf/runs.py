@@ -25,6 +25,13 @@ from blob_hf.reporting.tables import results_table, to_text
 class AdapterArguments:
     """The adapter: LoRA's shape and the posterior's form."""
 
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Data type of the base model; auto is the checkpoint's. The posterior is float32 whatever this is.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
     lora_r: int = field(default=8, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=8, metadata={"help": "LoRA alpha (scaling = alpha / rank)."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the LoRA input."})

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
@@ -10,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from blob_hf.errors import BlobError
 
-HttpError = HfHubHTTPError.__bases__[0]  # of the HTTP library that this huggingface_hub is built on
+HttpError: Any = HfHubHTTPError.__bases__[0]  # of the HTTP library that this huggingface_hub is built on
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
