@@ -3,12 +3,12 @@
     python benchmarks/train_step.py --model minilm --steps 12
 
 Steps of all methods alternate (one of each per round), so a busy machine slows all of them alike; the ratio is that of
-the medians over rounds. Peak memory is measured in a fresh process per method, as the growth of the resident set.
+the medians over rounds. Peak memory is the peak resident set of a fresh process (Linux;
+the median of three, which still vary by some 5 %).
 """
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -88,9 +88,10 @@ def make_step(model_name: str, method: str) -> Callable[[], dict[str, float]]:
 
 
 def peak_memory(model_name: str, method: str) -> float:
-    """MiB that three training steps add to the peak resident set of a fresh process."""
+    """Peak resident set in MiB of a fresh process that does three training steps (median of three processes)."""
     command = [sys.executable, __file__, "--model", model_name, "--memory_of", method]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    outputs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(3)]
+    return statistics.median(json.loads(output.splitlines()[-1]) for output in outputs)
 
 
 def main() -> None:
@@ -105,7 +106,9 @@ def main() -> None:
         step = make_step(args.model, args.memory_of)
         for _ in range(3):
             step()
-        print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+        # not ru_maxrss, which a child process inherits from its parent
+        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        print(json.dumps(int(peak.split()[1]) / 1024))
         return
     steps = {method: make_step(args.model, method) for method in METHODS}
     rounds = [{method: step() for method, step in steps.items()} for _ in range(args.steps + 2)][2:]

@@ -126,7 +126,7 @@ def _flip(x: Tensor, bits: Tensor) -> Tensor:
     shifts = torch.arange(min(width, 32), dtype=integer, device=x.device)
     # move bit j of its word to the place of the sign bit; for 64-bit floats only the low 32 bits are random
     spread = (words.unsqueeze(-1) << (shifts + (width - len(shifts)))).flatten(-2)[:, :columns]
-    return (x.contiguous().view(integer) ^ (spread & sign_bit)).view(x.dtype)
+    return spread.bitwise_and_(sign_bit).bitwise_xor_(x.contiguous().view(integer)).contiguous().view(x.dtype)
 
 
 # ----- the layer -------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """`BlobModel`: a `PeftModel` whose LoRA adapters carry a Gaussian posterior over A. Build, save and load it here."""
 
-import importlib
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,18 +18,17 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blob_hf import adapter_files, posterior
+from blob_hf.base_model import has_task_head, head_parameters, load_base_model, targets_head
 from blob_hf.config import BlobConfig
 from blob_hf.errors import BlobError
 from blob_hf.layer import gathered, std_from_rho
 
 _RHO = ".rho"  # GaussianA keeps rho next to lora_A's weight
 _MEAN = ".weight"
-_HEAD_CLASSES = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 
 
 class BlobModel(PeftModel):
@@ -72,6 +70,11 @@ class BlobModel(PeftModel):
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
         if isinstance(peft_config, BlobConfig):
             posterior.attach_posterior(self, peft_config, adapter_name)
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """PEFT's template card, unless the folder has a card already: that one was written from a run."""
+        if not os.path.isfile(os.path.join(output_dir, "README.md")):
+            super().create_or_update_model_card(output_dir)
 
     # ----- saving ------------------------------------------------------------------------------------------------
 
@@ -123,7 +126,7 @@ class BlobModel(PeftModel):
         mapping: dict[str, Any] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
         # AutoPeftModel ignores the rest; our from_pretrained does not
         mapping["dtype"] = str(base.dtype).removeprefix("torch.")
-        if _has_task_head(base):
+        if has_task_head(base):
             mapping["num_labels"] = base.config.num_labels
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(base, "name_or_path", None)
@@ -135,7 +138,7 @@ class BlobModel(PeftModel):
 
     def _frozen_head(self, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor]:
         head = {}
-        for name, parameter in _head_parameters(self).items():
+        for name, parameter in head_parameters(self).items():
             if state_dict is not None and name in state_dict:
                 head[name] = state_dict[name]
             elif hasattr(parameter, "ds_id"):  # only this rank is saving, so it cannot gather
@@ -146,7 +149,7 @@ class BlobModel(PeftModel):
 
     def _remember_head(self) -> None:
         """Keep a copy of the frozen head where ZeRO-3 will shard it (all ranks come here, one of them saves)."""
-        parameters = _head_parameters(self)
+        parameters = head_parameters(self)
         with gathered(list(parameters.values())):
             self._head_snapshot = {name: value.detach().cpu().clone() for name, value in parameters.items()}
 
@@ -218,7 +221,7 @@ class BlobModel(PeftModel):
             raise BlobError(f"{error}; expected a folder or Hub repo with a (B)LoRA adapter") from error
         config.inference_mode = not is_trainable
         if model is None:
-            model = _load_base_model(path, config, token, base_kwargs)
+            model = load_base_model(path, config, token, base_kwargs)
         blob_model = bayesianize(_wrap(model, config, adapter_name), config, adapter_name)
         blob_model.load_adapter(path, adapter_name, is_trainable=is_trainable, **hub)
         return blob_model
@@ -325,7 +328,7 @@ def _as_blob_model(peft_model: PeftModel) -> BlobModel:
 
 
 def _wrap(model: PreTrainedModel, config: LoraConfig, adapter_name: str) -> BlobModel:
-    if _targets_head(model, config):
+    if targets_head(model, config):
         config.task_type = None
     try:
         peft_model = get_peft_model(model, config, adapter_name)
@@ -339,84 +342,6 @@ def _wrap(model: PreTrainedModel, config: LoraConfig, adapter_name: str) -> Blob
     return _as_blob_model(peft_model)
 
 
-def _has_task_head(base: nn.Module) -> bool:
-    return type(base).__name__.endswith(_HEAD_CLASSES)
-
-
-def _in_head(base: nn.Module, name: str) -> bool:
-    """Whether a submodule or parameter belongs to the task head: it lies outside the backbone."""
-    return _has_task_head(base) and not name.startswith(f"{base.base_model_prefix}.")
-
-
-def _targets_head(model: nn.Module, config: LoraConfig) -> bool:
-    targets = config.target_modules
-    if not targets or isinstance(targets, str):
-        return False
-    return any(
-        _in_head(model, name) and any(name == target or name.endswith(f".{target}") for target in targets)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    )
-
-
-def _head_parameters(peft_model: PeftModel) -> dict[str, nn.Parameter]:
-    """Frozen parameters of a task head under LoRA, by their name in the state dict of the PEFT model."""
-    base = peft_model.get_base_model()
-    names = (name for name, module in base.named_modules() if isinstance(module, LoraLayer))
-    if not any(_in_head(base, name) for name in names):
-        return {}
-    return {
-        f"base_model.model.{name}": parameter
-        for name, parameter in base.named_parameters()
-        if _in_head(base, name) and ".lora_" not in name and "modules_to_save" not in name
-    }
-
-
 def _linear_names(model: nn.Module, count: int = 8) -> list[str]:
     names = (name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear))
     return list(dict.fromkeys(names))[:count]
-
-
-def _load_base_model(path: str, config: BlobConfig, token: str | None, kwargs: dict[str, Any]) -> PreTrainedModel:
-    mapping = config.auto_mapping or {}
-    name = config.base_model_name_or_path
-    nested = os.path.join(path, "base_model")  # a run on a model built from a config keeps its base here
-    if not (name and os.path.isdir(name)) and os.path.isdir(nested):
-        name = nested
-    if not name:
-        raise BlobError(f"the adapter in {path} does not name its base model; pass it as model=")
-    library, base_class = mapping.get("parent_library"), mapping.get("base_model_class")
-    if library and base_class:
-        if library.partition(".")[0] != "transformers":  # a config file must not make us import anything else
-            raise BlobError(
-                f"base model class {library}.{base_class} is not from transformers; pass the model as model="
-            )
-        auto_class = getattr(importlib.import_module(library), base_class)
-    elif config.task_type is not None:
-        auto_class = _auto_class(config.task_type)
-    else:
-        raise BlobError(f"the adapter in {path} names neither a task type nor a model class; pass it as model=")
-    kwargs = {name: mapping[name] for name in ("num_labels", "dtype") if name in mapping} | kwargs
-    if config.revision:
-        kwargs = {"revision": config.revision, **kwargs}
-    try:
-        return auto_class.from_pretrained(name, token=token, **kwargs)
-    except OSError as error:
-        raise BlobError(
-            f"cannot load the base model {name!r} of the adapter in {path}; pass it as model= "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-
-
-def _auto_class(task_type: str) -> Any:
-    import transformers
-
-    names = {
-        "SEQ_CLS": "AutoModelForSequenceClassification",
-        "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-        "CAUSAL_LM": "AutoModelForCausalLM",
-        "TOKEN_CLS": "AutoModelForTokenClassification",
-        "QUESTION_ANS": "AutoModelForQuestionAnswering",
-        "FEATURE_EXTRACTION": "AutoModel",
-    }
-    return getattr(transformers, names[task_type])

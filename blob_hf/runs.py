@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
+from blob_hf.base_model import has_task_head
 from blob_hf.config import NOISES, STD_PARAMETERIZATIONS, BlobConfig
 from blob_hf.data.loading import fetching
 from blob_hf.errors import BlobError
@@ -178,7 +179,7 @@ class Run:
         if self.writes:
             write_report(self.folder, self.summary)
             if (self.folder / "adapter_config.json").is_file():
-                write_model_card(self.folder, self.summary, auto_class_of(self.trainer.model))
+                write_model_card(self.folder, self.summary, *peft_loading(self.trainer.model))
             for title, table in self.summary.tables.items():
                 print(to_text(table, f"{self.summary.method}: {title}"))
             print(f"Everything is in {self.folder}")
@@ -186,11 +187,13 @@ class Run:
             self.trainer.push_to_hub()
 
 
-def auto_class_of(model: PeftModel) -> str:
-    """The class of plain PEFT that loads this adapter with its base model."""
+def peft_loading(model: PeftModel) -> tuple[str, str]:
+    """How plain PEFT loads this adapter with its base model: the class, and arguments that it needs."""
+    base: Any = model.get_base_model()
+    arguments = f", num_labels={base.config.num_labels}" if has_task_head(base) else ""
     task_type = model.active_peft_config.task_type
     names = {"SEQ_CLS": "AutoPeftModelForSequenceClassification", "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM"}
-    return names.get(str(getattr(task_type, "value", task_type)), "AutoPeftModel")
+    return names.get(str(getattr(task_type, "value", task_type)), "AutoPeftModel"), arguments
 
 
 def _settings(trainer: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import get_last_checkpoint, unwrap_peft_model
+from transformers.trainer_utils import get_last_checkpoint, has_length, unwrap_peft_model
 
 from blob_hf.dropout import no_base_dropout
 from blob_hf.errors import BlobError, NonFiniteLossError
@@ -241,6 +241,7 @@ class BlobTrainerMixin(_Base):
         """
         metric_key_prefix = kwargs.get("metric_key_prefix", "eval")
         kwargs["prediction_loss_only"] = False  # the predictions are small, and the exact loss needs them
+        self.gather_function = self.accelerator.gather_for_metrics  # Seq2SeqTrainer would keep the padding rows
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         predictions: Any = output.predictions
         labels: Any = output.label_ids
@@ -325,10 +326,11 @@ class _BlobCallback(TrainerCallback):
         if not args.base_dropout:
             self._dropout.enter_context(no_base_dropout(self.trainer.model))
         if args.method == "blob":
+            batch_size = self.trainer.get_total_train_batch_size(args)
             self.trainer.kl_schedule, self.trainer.kl_diagnosis = plan_kl(
                 args,
-                num_examples=self.trainer.num_examples(self.trainer.get_train_dataloader()),
-                batch_size=self.trainer.get_total_train_batch_size(args),
+                num_examples=_num_examples(self.trainer.train_dataset, state.max_steps * batch_size),
+                batch_size=batch_size,
                 total_steps=state.max_steps,
             )
             _announce(self.trainer.kl_diagnosis, state.is_world_process_zero)
@@ -355,6 +357,11 @@ def plan_kl(args: Any, num_examples: int, batch_size: int, total_steps: int) -> 
     cycle = args.kl_cycle_steps or kl_cycle_length(num_examples, args.gamma, batch_size)
     schedule = KLSchedule(args.kl_schedule, cycle, num_examples, total_steps, args.kl_weight)
     return schedule, diagnose(schedule, batch_size, None if args.kl_cycle_steps else args.gamma)
+
+
+def _num_examples(dataset: Any, seen_in_run: int) -> int:
+    """Size of the training set; of a stream without a size, the examples that the run will see."""
+    return len(dataset) if has_length(dataset) else seen_in_run
 
 
 def _announce(diagnosis: KLDiagnosis, is_main_process: bool) -> None:

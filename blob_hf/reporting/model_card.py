@@ -42,11 +42,12 @@ class RunSummary:
     license: str | None = None
 
 
-def write_model_card(folder: Path, run: RunSummary, auto_class: str) -> None:
+def write_model_card(folder: Path, run: RunSummary, auto_class: str, arguments: str = "") -> None:
     """Write README.md: how the adapter was trained, what was measured, how to load it as LoRA and as a posterior.
 
     Args:
         auto_class: The AutoPeftModel-like class of plain PEFT that loads it, for the usage example.
+        arguments: What that class needs besides the path, for example ", num_labels=3".
     """
     local = Path(run.base_model).exists()
     data = ModelCardData(
@@ -63,7 +64,7 @@ def write_model_card(folder: Path, run: RunSummary, auto_class: str) -> None:
         _describe(run),
         "## Results",
         *(f"**{name}**\n\n{to_markdown(table)}" for name, table in run.tables.items()),
-        "## How to use\n\n" + _usage(run.method, auto_class),
+        "## How to use\n\n" + _usage(run.method, auto_class, arguments),
         "## Training\n\n" + _settings_table(run.settings),
         *(["\n".join(f"- {note}" for note in run.kl_notes)] if run.kl_notes else []),
         f"## Limits\n\n{_LIMITS}",
@@ -95,8 +96,9 @@ def _describe(run: RunSummary) -> str:
     )
 
 
-def _usage(method: str, auto_class: str) -> str:
-    plain = f"```python\nfrom peft import {auto_class}\n\nmodel = {auto_class}.from_pretrained(PATH_OR_REPO)\n```"
+def _usage(method: str, auto_class: str, arguments: str) -> str:
+    call = f"model = {auto_class}.from_pretrained(PATH_OR_REPO{arguments})"
+    plain = f"```python\nfrom peft import {auto_class}\n\n{call}\n```"
     if method != "blob":
         return plain
     return (

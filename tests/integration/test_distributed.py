@@ -41,9 +41,41 @@ if args.should_save:
 """
 
 
-def launch(tmp_path, name, processes, per_device, config=""):
+SUMMARIES = """
+import json, sys, torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from transformers import BartConfig, BartForConditionalGeneration, DataCollatorForSeq2Seq, PreTrainedTokenizerFast
+from blob_hf import BlobConfig, BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments, get_blob_model
+out = sys.argv[1]
+words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<s>", "<pad>", "</s>", "<unk>"])}, unk_token="<unk>"))
+words = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+torch.manual_seed(0)
+model = BartForConditionalGeneration(BartConfig(vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1,
+    encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+    max_position_embeddings=64, forced_eos_token_id=None))
+model = get_blob_model(model, BlobConfig(target_modules=["q_proj", "lm_head"], task_type="SEQ_2_SEQ_LM", init_eps=0.9))
+for name, parameter in model.named_parameters():
+    if ".lora_B." in name:
+        torch.nn.init.normal_(parameter, std=0.5)
+args = BlobSeq2SeqTrainingArguments(out, per_device_eval_batch_size=2, report_to="none", disable_tqdm=True,
+    use_cpu=True, eval_samples=2, dataloader_pin_memory=False)
+generator = torch.Generator().manual_seed(1)
+ids = [torch.randint(4, 60, (4 + i % 3,), generator=generator).tolist() for i in range(7)]
+rows = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
+trainer = BlobSeq2SeqTrainer(model=model, args=args, processing_class=words,
+    data_collator=DataCollatorForSeq2Seq(words, model=model.get_base_model()))
+scores = trainer.predict(Dataset.from_dict({**rows, "labels": [row[:3] for row in ids]})).metrics
+mean, samples = trainer.predict(Dataset.from_dict(rows), max_new_tokens=5).predictions
+if args.should_save:
+    result = {"nll": scores["test_nll"], "mean": mean.tolist(), "samples": samples.tolist()}
+    json.dump(result, open(f"{out}/metrics.json", "w"))
+"""
+
+
+def execute(tmp_path, code, name, processes, *arguments):
     script = tmp_path / "run.py"
-    script.write_text(RUN)
+    script.write_text(code)
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [
         sys.executable,
@@ -54,22 +86,36 @@ def launch(tmp_path, name, processes, per_device, config=""):
         "--master_port",
         "29611",
     ]
-    if processes == 1 and not config:
+    if processes == 1:
         command = [sys.executable]
     out = tmp_path / name
     result = subprocess.run(
-        [*command, str(script), str(out), str(per_device), config],
+        [*command, str(script), str(out), *map(str, arguments)],
         env=environment, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
+    return out, json.loads((out / "metrics.json").read_text())
+
+
+def train(tmp_path, name, processes, per_device, config=""):
+    out, metrics = execute(tmp_path, RUN, name, processes, per_device, config)
     files = ("adapter_model", "posterior_std")
     weights = {f"{file}:{k}": v for file in files for k, v in load_file(out / f"{file}.safetensors").items()}
-    return weights, pd.read_csv(out / "kl_history.csv"), json.loads((out / "metrics.json").read_text())
+    return weights, pd.read_csv(out / "kl_history.csv"), metrics
+
+
+def test_two_processes_score_and_generate_as_one(tmp_path):
+    """7 rows in batches of 2 x 2: the row that pads the last batch is dropped; samples are the same networks."""
+    _, one = execute(tmp_path, SUMMARIES, "one", 1)
+    _, two = execute(tmp_path, SUMMARIES, "two", 2)
+    assert two["nll"] == pytest.approx(one["nll"], rel=1e-5)
+    assert two["mean"] == one["mean"] and two["samples"] == one["samples"]
+    assert len(one["mean"]) == 7
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("single"), "out", 1, 8)
+    return train(tmp_path_factory.mktemp("single"), "out", 1, 8)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
@@ -77,7 +123,7 @@ def test_two_processes_train_as_one(tmp_path, single, engine):
     config = "" if engine == "ddp" else str(ROOT / "ds_configs" / f"{engine}.json")
     if config:
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    weights, history, metrics = launch(tmp_path, engine, 2, 4, config)
+    weights, history, metrics = train(tmp_path, engine, 2, 4, config)
     expected_weights, expected_history, expected_metrics = single
     assert set(weights) == set(expected_weights)
     for name, value in expected_weights.items():

@@ -119,6 +119,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> BartF
         pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
         scale_embedding=True,
     )  # fmt: skip
+    config.num_labels = 2  # of the replies, so that loading a classifier needs no further word
     model = BartForConditionalGeneration(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
