@@ -17,7 +17,7 @@ from transformers import (
     set_seed,
 )
 
-from blob_hf import BlobConfig, BlobTrainer, BlobTrainingArguments, cli, runs
+from blob_hf import BlobTrainer, BlobTrainingArguments, cli, runs
 from blob_hf.config import default_target_modules
 from blob_hf.data import demo
 from blob_hf.data.glue import TASKS, load_classification, tokenize_classification
@@ -77,7 +77,6 @@ def main() -> None:
     model_args, data_args, training_args = parsed
     cli.setup_logging(training_args)
     cli.run_everything_by_default(training_args)
-    training_args.beta = training_args.beta or BlobConfig.prior_std
 
     # ----- data -----
     files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
@@ -85,7 +84,8 @@ def main() -> None:
     task_name = data_args.task_name or (None if files else "rte")
     data = load_classification(task_name, files, data_args.text_columns, data_args.label_column)
     dataset = "demo replies" if data_args.demo else task_name or Path(next(iter(files.values()))).stem
-    cli.default_output_dir(training_args, dataset.replace(" ", "-"))
+    cli.default_output_dir(training_args, dataset.replace(" ", "-"), model_args.adapter_name_or_path)
+    adapter = runs.adapter_folder(model_args, training_args)
     if training_args.do_train:
         runs.require_split(data.splits, "train")
         cli.claim_output_dir(training_args, model_args, data_args)
@@ -103,7 +103,6 @@ def main() -> None:
         )
     tokenized = tokenize_classification(data, tokenizer, data_args.max_length)
     targets = model_args.target_modules or default_target_modules(config.model_type, "classification")
-    adapter = runs.adapter_folder(model_args, training_args)
     model = runs.make_model(base, model_args, training_args, targets, "SEQ_CLS", adapter)
 
     trainer = BlobTrainer(

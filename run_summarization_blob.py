@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 
-from blob_hf import BlobConfig, BlobError, BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments, cli, runs
+from blob_hf import BlobError, BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments, cli, runs
 from blob_hf.config import default_target_modules
 from blob_hf.data import demo
 from blob_hf.data.loading import fetching, first_rows
@@ -23,6 +23,7 @@ from blob_hf.data.summarization import (
     group_dialogues,
     load_summaries,
     scoring_rows,
+    single_references,
 )
 from blob_hf.evaluation import rouge_compute_metrics, summaries_report
 
@@ -98,7 +99,6 @@ def main() -> None:
     model_args, data_args, training_args = parsed
     cli.setup_logging(training_args)
     cli.run_everything_by_default(training_args)
-    training_args.beta = training_args.beta or BlobConfig.prior_std
 
     # ----- data -----
     files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
@@ -108,7 +108,8 @@ def main() -> None:
         data_args.dataset_name, data_args.dataset_config_name, files, data_args.text_column, data_args.summary_column
     )
     dataset = "demo dialogues" if data_args.demo else "own files" if files else data_args.dataset_name
-    cli.default_output_dir(training_args, Path(dataset).name.replace(" ", "-"))
+    cli.default_output_dir(training_args, Path(dataset).name.replace(" ", "-"), model_args.adapter_name_or_path)
+    adapter = runs.adapter_folder(model_args, training_args)
     if training_args.do_train:
         runs.require_split(splits, "train")
         cli.claim_output_dir(training_args, model_args, data_args)
@@ -117,7 +118,6 @@ def main() -> None:
     set_seed(training_args.seed)
     base, tokenizer = load_base(model_args, training_args)
     targets = model_args.target_modules or default_target_modules(base.config.model_type, "summarization")
-    adapter = runs.adapter_folder(model_args, training_args)
     model = runs.make_model(base, model_args, training_args, targets, "SEQ_2_SEQ_LM", adapter)
 
     # ----- rows: one per reference to train on and to score, one per dialogue to generate from -----
@@ -126,7 +126,7 @@ def main() -> None:
     dialogues = {name: group_dialogues(splits[name], limits[name]) for name in limits if name in splits}
     train_rows = None
     if training_args.do_train:
-        pairs = group_dialogues(first_rows(splits["train"], data_args.max_train_samples))
+        pairs = single_references(first_rows(splits["train"], data_args.max_train_samples))
         train_rows = scoring_rows(pairs, tokenizer, prompt, *lengths)
     scored = {name: scoring_rows(group, tokenizer, prompt, *lengths) for name, group in dialogues.items()}
 
@@ -151,7 +151,7 @@ def main() -> None:
         rows = generation_rows(group, tokenizer, prompt, data_args.max_source_length)
         mean_tokens, sample_tokens = trainer.predict(rows, metric_key_prefix=prefix, **decoding).predictions
         metrics, predictions = summaries_report(mean_tokens, sample_tokens, group, tokenizer)
-        scores = trainer.predict(scored[split], metric_key_prefix=prefix).metrics
+        scores = trainer.score(scored[split], metric_key_prefix=prefix)
         return scores | {f"{prefix}_{name}": value for name, value in metrics.items()}, predictions
 
     # ----- train, evaluate, report -----

@@ -66,7 +66,7 @@ def load_std(path_or_repo: str, layers: Mapping[str, GaussianA], **hub: Any) -> 
     """
     file = _fetch(path_or_repo, STD_FILE, **hub)
     if file is None:
-        if _is_blob_adapter(path_or_repo, **hub):
+        if is_blob_adapter(path_or_repo, **hub):
             raise BlobError(f"{STD_FILE} is missing from the BLoB adapter {path_or_repo}; get the complete folder")
         logger.warning("%s is a plain LoRA adapter: its posterior std comes from BlobConfig, untrained", path_or_repo)
         return
@@ -102,6 +102,7 @@ def _fetch(path_or_repo: str, name: str, subfolder: str | None = None, **hub: An
         return None
 
 
-def _is_blob_adapter(path_or_repo: str, **hub: Any) -> bool:
+def is_blob_adapter(path_or_repo: str, **hub: Any) -> bool:
+    """Whether adapter_config.json is that of a BLoB adapter."""
     config = _fetch(path_or_repo, CONFIG_NAME, **hub)
     return config is not None and "prior_std" in json.loads(Path(config).read_text(encoding="utf-8"))

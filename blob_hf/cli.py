@@ -8,14 +8,15 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import transformers
 import yaml
 from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
-from blob_hf.errors import BlobError
+from blob_hf.config import BlobConfig
+from blob_hf.errors import BlobError, NonFiniteLossError
 
 SETTINGS_FILE = "run_settings.json"
 
@@ -58,7 +59,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except BlobError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, NonFiniteLossError):  # one rank may see it alone
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -76,7 +77,7 @@ def parse_arguments(
         BlobError: A value or a configuration key that the dataclasses refuse.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(list(types), description=description)
+    parser = _Parser(list(types), description=description)
     try:
         if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
             argv = _as_argv(_read_config(argv[0]))
@@ -87,6 +88,13 @@ def parse_arguments(
         raise
     except ValueError as error:
         raise BlobError(" ".join(str(error).split())) from error
+
+
+class _Parser(HfArgumentParser):
+    """transformers' parser, whose complaints are one line instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BlobError(f"{message} (--help lists the arguments)")
 
 
 def _read_config(path: str) -> dict[str, Any]:
@@ -122,12 +130,19 @@ def run_everything_by_default(training_args: Any) -> None:
         training_args.do_train = training_args.do_eval = training_args.do_predict = True
 
 
-def default_output_dir(training_args: Any, dataset: str) -> None:
-    """Without --output_dir: a folder under runs/ named after the data and the settings one varies most."""
-    if training_args.output_dir == "trainer_output":  # transformers' default
+def default_output_dir(training_args: Any, dataset: str, adapter: str | None = None) -> None:
+    """Without --output_dir: a folder under runs/ named after the data and the settings one varies most.
+
+    The evaluation of a named adapter goes into the adapter's own folder, or for a Hub repo into one of its name.
+    """
+    if training_args.output_dir != "trainer_output":  # transformers' default
+        return
+    if adapter is not None and not training_args.do_train:
+        training_args.output_dir = adapter if os.path.isdir(adapter) else os.path.join("runs", Path(adapter).name)
+    else:
         parts = [dataset, training_args.method]
         if training_args.method == "blob":
-            parts += [f"beta{training_args.beta:g}", f"gamma{training_args.gamma:g}"]
+            parts += [f"beta{training_args.beta or BlobConfig.prior_std:g}", f"gamma{training_args.gamma:g}"]
         training_args.output_dir = os.path.join("runs", "-".join([*parts, f"seed{training_args.seed}"]))
 
 
@@ -155,7 +170,9 @@ def claim_output_dir(training_args: Any, *others: Any) -> None:
         )
     if training_args.should_save:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def checkpoint_to_resume(training_args: Any) -> str | None:

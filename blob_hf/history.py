@@ -49,7 +49,8 @@ class KLHistory:
         """Take over the rows of an interrupted run, up to the step of its checkpoint."""
         if path.is_file():
             table = pd.read_csv(path)
-            self.rows = table[table["step"] <= up_to_step].to_dict("records")
+            kept = table[table["step"] <= up_to_step].to_dict("records")
+            self.rows = [{str(k): v for k, v in row.items()} for row in kept]
 
     def save(self, path: Path) -> None:
         """Write the CSV, whole or not at all."""

@@ -61,7 +61,10 @@ def kl_cycle_length(num_examples: int, gamma: float, batch_size: int) -> int:
         raise BlobError(f"gamma must be > 0, got {gamma}")
     if num_examples < 1 or batch_size < 1:
         raise BlobError(f"num_examples and batch_size must be >= 1, got {num_examples} and {batch_size}")
-    return max(1, int(100 * num_examples ** (math.pi / gamma) / batch_size))
+    try:
+        return max(1, int(100 * num_examples ** (math.pi / gamma) / batch_size))
+    except OverflowError:
+        raise BlobError(f"gamma {gamma} is too small: the cycle n**(pi/gamma) overflows; try 8") from None
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def shared_noise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 def local_noise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Local reparameterization (Kingma et al., 2015): noise on the r-dimensional activation, independent per token."""
-    return F.linear(x, mean) + _LocalNoise.apply(x, std.square().to(x.dtype))
+    return F.linear(x, mean) + _LocalNoise.apply(x, std.square())
 
 
 def flipout_noise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -67,22 +67,24 @@ NOISE_ESTIMATORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 class _LocalNoise(torch.autograd.Function):
-    """zeta * sqrt(x^2 V^T) with zeta ~ N(0, 1), for variances V (r, in)."""
+    """zeta * sqrt(x^2 V^T) with zeta ~ N(0, 1), for variances V (r, in); in at least float32, half would overflow."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, variance: Tensor) -> Tensor:
-        std = (x.square() @ variance.T).clamp_min_(torch.finfo(x.dtype).tiny).sqrt_()  # an all-zero row has std 0
+        with torch.autocast(x.device.type, enabled=False):
+            std = x.to(variance.dtype).square() @ variance.T
+        std.clamp_min_(torch.finfo(std.dtype).tiny).sqrt_()  # an all-zero row has std 0
         zeta = torch.randn_like(std)
         ctx.save_for_backward(x, variance, zeta / (2 * std))
-        return zeta.mul_(std)
+        return zeta.mul_(std).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
         x, variance, half_zeta_over_std = ctx.saved_tensors
         grad_var = (grad * half_zeta_over_std).flatten(0, -2)
-        rows = x.flatten(0, -2)
-        grad_x = (grad_var @ variance).mul_(rows).mul_(2).view_as(x) if ctx.needs_input_grad[0] else None
+        rows = x.flatten(0, -2).to(variance.dtype)
+        grad_x = (grad_var @ variance).mul_(rows).mul_(2).view_as(x).to(x.dtype) if ctx.needs_input_grad[0] else None
         grad_variance = grad_var.T @ rows.square() if ctx.needs_input_grad[1] else None
         return grad_x, grad_variance
 

@@ -316,10 +316,11 @@ def bayesianize(peft_model: PeftModel, config: BlobConfig | None = None, adapter
     blob_config = BlobConfig.from_lora(lora, config)
     posterior.attach_posterior(peft_model, blob_config, adapter)
     peft_model.peft_config[adapter] = blob_config
-    return _as_blob_model(peft_model)
+    return as_blob_model(peft_model)
 
 
-def _as_blob_model(peft_model: PeftModel) -> BlobModel:
+def as_blob_model(peft_model: PeftModel) -> BlobModel:
+    """Give a PEFT model our saving and loading, in place; it has no posterior by that."""
     if not isinstance(peft_model, BlobModel):
         peft_model.__class__ = _BLOB_CLASSES[type(peft_model)]
     assert isinstance(peft_model, BlobModel)
@@ -339,7 +340,7 @@ def _wrap(model: PreTrainedModel, config: LoraConfig, adapter_name: str) -> Blob
             f"target_modules {config.target_modules!r} match no layer of {type(model).__name__}; "
             f"it has, for example, {', '.join(_linear_names(model))} (or use 'all-linear')"
         ) from error
-    return _as_blob_model(peft_model)
+    return as_blob_model(peft_model)
 
 
 def _linear_names(model: nn.Module, count: int = 8) -> list[str]:

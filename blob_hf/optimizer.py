@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blob_hf.errors import BlobError
 from blob_hf.kl import kl_gradient_mean, kl_gradient_rho
 from blob_hf.layer import rho_from_std
 from blob_hf.posterior import gaussian_layers
@@ -38,6 +39,7 @@ class DecoupledKLStep:
         parameterization: str,
         kl_learning_rate: float,
     ) -> None:
+        self.optimizer = optimizer
         self.weight = 0.0
         self.prior_std, self.parameterization, self.kl_learning_rate = prior_std, parameterization, kl_learning_rate
         split_posterior_groups(optimizer, model)
@@ -49,20 +51,21 @@ class DecoupledKLStep:
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self.weight == 0.0:
-            return
         for group in optimizer.param_groups:
             role = group.get("blob_role")
             if role is None:
                 continue
             rate = self.kl_learning_rate * self.weight * group["lr"] / (group.get("initial_lr", group["lr"]) or 1.0)
             for parameter in group["params"]:
-                self.apply(parameter, role, rate)
+                if rate:
+                    self.apply(parameter, role, rate)
+                if role == "rho" and self.parameterization == "square":
+                    _keep_positive(parameter, optimizer.state.get(parameter, {}))
 
     def apply(self, parameter: Tensor, role: str, rate: float) -> None:
-        """One SGD step on the KL, in place. A std is never carried past the prior's: see `_step_towards_prior`."""
+        """One SGD step on the KL, in place, which ends at the prior (mean 0, std sigma_p) rather than jump over it."""
         if role == "mean":
-            parameter.sub_(kl_gradient_mean(parameter, self.prior_std), alpha=rate)
+            parameter.sub_(kl_gradient_mean(parameter, self.prior_std), alpha=min(rate, self.prior_std**2))
         else:
             stepped = parameter - rate * kl_gradient_rho(parameter, self.prior_std, self.parameterization)
             target = rho_from_std(torch.tensor(self.prior_std), self.parameterization).item()
@@ -81,11 +84,28 @@ def _step_towards_prior(old: Tensor, new: Tensor, target: float, parameterizatio
     return torch.where(old < target, new.clamp(max=target), new.clamp(min=target))
 
 
+def _keep_positive(g: Tensor, state: dict[str, Any]) -> None:
+    """Turn negative G into |G|, with its momentum: the same std and the same next steps.
+
+    Adam may carry a G through 0. A saved adapter holds stds, hence |G|, and a resumed run must fit its momentum.
+    """
+    sign = torch.where(g < 0, -1.0, 1.0).to(g.dtype)
+    g.mul_(sign)
+    for name in ("exp_avg", "momentum_buffer"):
+        if isinstance(state.get(name), Tensor):
+            state[name].mul_(sign)
+
+
 def split_posterior_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Give posterior means and rhos param_groups of their own, flagged by `blob_role` ("mean" or "rho").
 
     They take every setting of the group they came from, except weight decay: the prior is their regulariser.
+
+    Raises:
+        BlobError: The optimizer holds no posterior parameter, or already has a learning-rate scheduler.
     """
+    if any("initial_lr" in group for group in optimizer.param_groups):
+        raise BlobError("the optimizer already has a scheduler: pass it alone, as optimizers=(optimizer, None)")
     roles: dict[Tensor, str] = {}
     for layer in gaussian_layers(model).values():
         roles[layer.weight], roles[layer.rho] = "mean", "rho"
@@ -98,4 +118,6 @@ def split_posterior_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -
                 groups.append({**group, "params": members})
             elif members:
                 posterior.append({**group, "params": members, "blob_role": role, "weight_decay": 0.0})
+    if not posterior:
+        raise BlobError("the optimizer holds no posterior parameters: make it after the BLoB model")
     optimizer.param_groups[:] = groups + posterior

@@ -80,13 +80,15 @@ def posterior_samples(model: nn.Module, num_samples: int, seed: int = 0, first: 
         first: Index of the first sample, to walk through a sequence in parts.
 
     Raises:
-        BlobError: num_samples < 1, or the model has no posterior.
+        BlobError: num_samples < 1, the model has no posterior, or its adapter is merged.
     """
     if num_samples < 1:
         raise BlobError(f"num_samples must be >= 1, got {num_samples}; for no samples use posterior_mean()")
     layers = gaussian_layers(model)
     if not layers:
         raise BlobError("the model has no posterior to sample from; make one with get_blob_model or bayesianize")
+    if any(isinstance(module, LoraLayer) and module.merged for module in model.modules()):
+        raise BlobError("the adapter is merged into the base weights; unmerge_adapter() before sampling")
     with ExitStack() as stack:
         for layer in layers.values():
             stack.enter_context(layer.frozen_samples(num_samples, seed, first))

@@ -9,14 +9,22 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
+from blob_hf import adapter_files
 from blob_hf.base_model import has_task_head
 from blob_hf.config import NOISES, STD_PARAMETERIZATIONS, BlobConfig
 from blob_hf.data.loading import fetching
 from blob_hf.errors import BlobError
 from blob_hf.history import FILE_NAME
-from blob_hf.model import BlobModel, get_blob_model, get_lora_model
+from blob_hf.model import BlobModel, as_blob_model, bayesianize, get_blob_model, get_lora_model
 from blob_hf.reporting.model_card import RunSummary, write_model_card, write_report
 from blob_hf.reporting.plots import plot_kl
 from blob_hf.reporting.tables import results_table, to_text
@@ -72,9 +80,15 @@ def require_split(splits: Mapping[str, Any], split: str) -> None:
 
 
 def adapter_folder(adapter_args: AdapterArguments, training_args: Any) -> str | None:
-    """The adapter to start from: the one named, or without training the one in the output folder."""
-    if adapter_args.adapter_name_or_path or training_args.do_train:
+    """The adapter to start from: the one named, or without training the one in the output folder; None for a new one.
+
+    A new adapter settles beta; a saved one knows its own.
+    """
+    if adapter_args.adapter_name_or_path:
         return adapter_args.adapter_name_or_path
+    if training_args.do_train:
+        training_args.beta = training_args.beta or BlobConfig.prior_std
+        return None
     if not os.path.isfile(os.path.join(training_args.output_dir, "adapter_config.json")):
         raise BlobError(
             f"nothing to evaluate: {training_args.output_dir} holds no adapter; "
@@ -92,10 +106,15 @@ def make_model(
     adapter: str | None = None,
 ) -> PeftModel:
     """A BLoB or plain LoRA model, fresh or from a saved adapter, as `--method` says."""
-    if adapter is not None and training_args.method == "blob":
-        return BlobModel.from_pretrained(adapter, model=base, is_trainable=training_args.do_train)
+    posterior: dict[str, Any] = {
+        "init_eps": adapter_args.init_eps,
+        "std_parameterization": adapter_args.std_parameterization,
+        "noise": adapter_args.noise,
+    }
     if adapter is not None:
-        return PeftModel.from_pretrained(base, adapter, is_trainable=training_args.do_train)
+        return _load_model(base, adapter, training_args, posterior)
+    if targets == ["all-linear"]:  # PEFT knows this word, but not in a list
+        targets = "all-linear"
     lora: dict[str, Any] = {
         "r": adapter_args.lora_r,
         "lora_alpha": adapter_args.lora_alpha,
@@ -105,14 +124,26 @@ def make_model(
     }
     if training_args.method == "lora":
         return get_lora_model(base, LoraConfig(**lora))
-    config = BlobConfig(
-        **lora,
-        prior_std=training_args.beta,
-        init_eps=adapter_args.init_eps,
-        std_parameterization=adapter_args.std_parameterization,
-        noise=adapter_args.noise,
-    )
-    return get_blob_model(base, config)
+    return get_blob_model(base, BlobConfig(**lora, **posterior, prior_std=training_args.beta))
+
+
+def _load_model(base: PreTrainedModel, adapter: str, training_args: Any, posterior: Mapping[str, Any]) -> PeftModel:
+    """A saved adapter. Of a BLoB adapter all stays but beta, if given; a plain one gets the posterior asked for."""
+    with fetching("adapter", adapter, "--adapter_name_or_path"):
+        lora = BlobConfig.from_pretrained(adapter)
+    trainable = training_args.do_train
+    if training_args.method == "lora":
+        return as_blob_model(PeftModel.from_pretrained(base, adapter, is_trainable=trainable))
+    if adapter_files.is_blob_adapter(adapter):
+        model = BlobModel.from_pretrained(adapter, model=base, is_trainable=trainable)
+        if trainable and training_args.beta is not None:
+            model.blob_config.prior_std = training_args.beta
+    else:
+        plain = PeftModel.from_pretrained(base, adapter, is_trainable=trainable)
+        beta = training_args.beta or lora.prior_std
+        model = bayesianize(plain, BlobConfig(**posterior, prior_std=beta))
+    training_args.beta = model.blob_config.prior_std
+    return model
 
 
 class Run:
@@ -132,6 +163,7 @@ class Run:
         self.trainer, self.args = trainer, trainer.args
         self.folder = Path(trainer.args.output_dir)
         self.metric_names = metric_names
+        self.trained = False
         self.summary = RunSummary(base_model, dataset, trainer.args.method, {**_settings(trainer), **settings})
         trainer.run_summary = self.summary  # for the model card that the Trainer pushes
 
@@ -142,6 +174,7 @@ class Run:
 
     def train(self, checkpoint: str | None) -> None:
         """Train, save the adapter, train_results.json, trainer_state.json, kl_history.csv and plots/kl.png."""
+        self.trained = True
         result = self.trainer.train(resume_from_checkpoint=checkpoint)
         self.trainer.save_model()
         self.trainer.save_metrics("train", result.metrics)
@@ -175,10 +208,10 @@ class Run:
             os.replace(temporary, self.folder / name)
 
     def finish(self) -> None:
-        """Write report.md and the model card, push if asked, print the tables."""
+        """Write report.md and the model card of a run that trained, push if asked, print the tables."""
         if self.writes:
-            write_report(self.folder, self.summary)
-            if (self.folder / "adapter_config.json").is_file():
+            if self.trained:  # an evaluation does not know how the adapter was trained
+                write_report(self.folder, self.summary)
                 write_model_card(self.folder, self.summary, *peft_loading(self.trainer.model))
             for title, table in self.summary.tables.items():
                 print(to_text(table, f"{self.summary.method}: {title}"))
@@ -238,6 +271,8 @@ def config_from_name(name: str, overrides: str | None, tokenizer: Any) -> PreTra
     else:
         with fetching("config", name, "--config_name"):
             config = AutoConfig.from_pretrained(name)
+    if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        raise BlobError(f"--config_name {name} is not an encoder-decoder model; try bart or t5")
     try:
         config.update_from_string(overrides or "")
     except ValueError as error:

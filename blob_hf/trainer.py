@@ -58,6 +58,10 @@ class BlobTrainerMixin(_Base):
 
     def _check_model(self) -> None:
         has_posterior = bool(gaussian_layers(self.model))
+        if self.args.n_gpu > 1:
+            raise BlobError(
+                "several GPUs in one process (DataParallel) cannot hold posterior samples; use accelerate launch"
+            )
         if self.args.method == "blob" and not has_posterior:
             raise BlobError(
                 "method='blob' needs a model with a posterior (get_blob_model), or train with method='lora'"
@@ -80,7 +84,8 @@ class BlobTrainerMixin(_Base):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        if self.args.method != "blob" or self._kl_step is not None or self.args.kl_gradient != "decoupled":
+        bare = getattr(optimizer, "optimizer", optimizer)  # of a second call to train()
+        if self.args.method != "blob" or (self._kl_step is not None and self._kl_step.optimizer is bare):
             return optimizer
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise BlobError(
@@ -88,9 +93,8 @@ class BlobTrainerMixin(_Base):
                 "of its own: remove that section (the Trainer's optimizer is used under ZeRO, too)"
             )
         config = self._posterior.blob_config
-        self._kl_step = DecoupledKLStep(
-            optimizer, self.model, config.prior_std, config.std_parameterization, self.args.kl_learning_rate
-        )
+        rate = self.args.kl_learning_rate if self.args.kl_gradient == "decoupled" else 0.0
+        self._kl_step = DecoupledKLStep(optimizer, self.model, config.prior_std, config.std_parameterization, rate)
         return optimizer
 
     def compute_loss(
@@ -180,7 +184,7 @@ class BlobTrainerMixin(_Base):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of nll, kl, kl_weight, kl_loss, elbo and posterior_std since the last log."""
+        """Add the means of `COLUMNS` over the steps since the last log, evaluation or save."""
         rows = self.kl_history.drain(self._mean_over_processes)
         if rows and "loss" in logs:
             logs.update({name: fmean(row[name] for row in rows) for name in COLUMNS[1:]})
@@ -287,6 +291,15 @@ class BlobSeq2SeqTrainer(BlobTrainerMixin, Seq2SeqTrainer):
         if prediction_loss_only or (labels is not None and not self.args.predict_with_generate):
             return loss, predictions, labels
         return loss, (*predictions, *self._generate(inputs, gen_kwargs)), labels
+
+    def score(self, dataset: Any, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Metrics of teacher-forced scoring alone: exact NLLs, without generation or compute_metrics."""
+        kept = self.args.predict_with_generate, self.compute_metrics
+        self.args.predict_with_generate, self.compute_metrics = False, None
+        try:
+            return self.predict(dataset, metric_key_prefix=metric_key_prefix).metrics or {}
+        finally:
+            self.args.predict_with_generate, self.compute_metrics = kept
 
     def _generate(self, inputs: dict[str, Any], gen_kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         inputs = self._prepare_inputs(dict(inputs))

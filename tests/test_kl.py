@@ -132,6 +132,7 @@ def test_no_gamma_fits_a_run_that_is_too_short():
         (lambda: kl_cycle_length(10, 0, 1), "gamma must be > 0, got 0"),
         (lambda: kl_cycle_length(10, -1, 1), "gamma must be > 0, got -1"),
         (lambda: kl_cycle_length(0, 8, 1), "num_examples"),
+        (lambda: kl_cycle_length(12460, 0.01, 1), "gamma 0.01 is too small"),
         (lambda: KLSchedule("cyclic"), "kl_schedule must be one of geometric"),
         (lambda: KLSchedule("geometric", 0), "kl_cycle_steps must be >= 1"),
         (lambda: KLSchedule("constant", weight=-1), "kl_weight must be >= 0"),

@@ -98,6 +98,15 @@ def test_local_noise_of_an_all_zero_row_has_finite_gradients():
     assert torch.isfinite(x.grad).all()
 
 
+@pytest.mark.parametrize("scale", [300.0, 1e-3])
+def test_local_noise_in_half_precision_neither_overflows_nor_hits_a_floor(scale):
+    x = torch.full((4_000, 64), scale, dtype=torch.float16)
+    std = torch.full((RANK, 64), 0.01)
+    noise = NOISE_ESTIMATORS["local"](x, torch.zeros(RANK, 64, dtype=torch.float16), std).float()
+    expected = scale * 0.01 * 8
+    assert noise.std().item() == pytest.approx(expected, rel=0.05)  # 16,000 draws: standard error 0.6 %
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_signs_are_fair_and_uncorrelated(dtype):
     ones = torch.ones(8_000, 70, dtype=dtype)

@@ -5,6 +5,7 @@ import torch
 from conftest import random_ids, randomize_b, tiny_bert
 
 from blob_hf import BlobConfig, get_blob_model
+from blob_hf.errors import BlobError
 from blob_hf.optimizer import DecoupledKLStep
 from blob_hf.posterior import gaussian_layers
 
@@ -130,3 +131,39 @@ def test_a_g_next_to_zero_is_not_thrown_beyond_the_prior():
     expected = 0.3 - 0.001 * 2 * (0.3**3 / 0.04 - 1 / 0.3)
     assert g[2:4].tolist() == pytest.approx([expected, -expected])
     assert prior_g < g[4] < 2.0
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.05, 3.0])
+def test_a_mean_is_not_thrown_beyond_the_prior_by_a_small_beta(rate):
+    model = make(prior_std=0.1)
+    step = attach(model, torch.optim.SGD(trainable(model), lr=1e-3), kl_learning_rate=0.01)
+    mean = torch.tensor([0.5, -0.5])
+    step.apply(mean, "mean", rate)  # plain SGD: factor 1 - rate / 0.01, beyond 0 from rate 0.01 on
+    assert mean.abs().max() < 1e-7
+
+
+def test_a_g_that_adam_carries_through_zero_continues_as_its_absolute_value():
+    """Training from -G with negated momentum is the mirror image, so the stds stay the same."""
+    stds = []
+    for sign in (1.0, -1.0):
+        model = make()
+        optimizer = torch.optim.AdamW(trainable(model), lr=0.05)
+        attach(model, optimizer, kl_learning_rate=0.01)
+        for layer in gaussian_layers(model).values():
+            layer.rho.data.mul_(0.1 * sign)
+        for _ in range(5):
+            nll_step(model.train(), optimizer)
+            assert all((layer.rho >= 0).all() for layer in gaussian_layers(model).values())
+        stds.append(torch.cat([layer.std.detach().flatten() for layer in gaussian_layers(model).values()]))
+    torch.testing.assert_close(stds[0], stds[1], rtol=1e-4, atol=1e-7)
+
+
+def test_optimizers_that_cannot_carry_the_kl_step_are_refused():
+    model = make()
+    scheduled = torch.optim.SGD(trainable(model), lr=1e-3)
+    torch.optim.lr_scheduler.LambdaLR(scheduled, lambda step: 1.0)
+    with pytest.raises(BlobError, match="already has a scheduler"):
+        attach(model, scheduled, kl_learning_rate=0.01)
+    other = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1e-3)
+    with pytest.raises(BlobError, match="no posterior parameters"):
+        attach(model, other, kl_learning_rate=0.01)

@@ -93,6 +93,9 @@ def test_bad_input():
     blob = get_blob_model(TINY["bert"](), BlobConfig(target_modules=["query"]))
     with pytest.raises(BlobError, match="num_samples must be >= 1, got 0"), blob.posterior_samples(0):
         pass
+    blob.merge_adapter()
+    with pytest.raises(BlobError, match="merged into the base weights"), blob.posterior_samples(2):
+        pass
     with pytest.raises(BlobError, match="no LoRA layers of an adapter named 'other'"):
         attach_posterior(lora, BlobConfig(), "other")
     with pytest.raises(BlobError, match="embedding"):

@@ -76,6 +76,11 @@ def load_classification(
     word = task.word_column if task and not text_columns else None
     require_columns(data, [*columns, *([word] if word else [])], "--text_columns")
     require_columns(data, [label_column], "--label_column")
+    for split, rows in data.items():
+        for column in columns:
+            missing = [index for index, text in enumerate(rows[column]) if not isinstance(text, str)]
+            if missing:
+                raise BlobError(f"row {missing[0]} of {split} has no text in column {column!r}")
     names = _label_names(data, label_column)
     return ClassificationData(_encode_labels(data, label_column, names), columns, names, word)
 
@@ -122,6 +127,9 @@ def _encode_labels(data: DatasetDict, column: str, names: list[str]) -> DatasetD
 def tokenize_classification(data: ClassificationData, tokenizer: Any, max_length: int) -> DatasetDict:
     """Token ids of each row's one or two texts, truncated to `max_length`, with its `label` and nothing else."""
     first, *second = data.text_columns
+    if getattr(tokenizer, "pad_token", "") is None:
+        raise BlobError("the tokenizer has no pad token, which batches need; choose a model that has one")
+    max_length = min(max_length, getattr(tokenizer, "model_max_length", max_length))
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
         texts = batch[first]

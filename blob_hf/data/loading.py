@@ -79,6 +79,13 @@ def require_columns(data: DatasetDict, columns: Sequence[str], flag: str) -> Non
                 )
 
 
+def check_limit(limit: int | None) -> None:
+    """Refuse a number of samples below 1."""
+    if limit is not None and limit < 1:
+        raise BlobError(f"a limit on the number of samples must be >= 1, got {limit}")
+
+
 def first_rows(rows: Dataset, limit: int | None) -> Dataset:
     """At most `limit` rows from the start."""
+    check_limit(limit)
     return rows if limit is None else rows.select(range(min(limit, len(rows))))

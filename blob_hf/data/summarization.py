@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from blob_hf.data.loading import load_files, load_hub, require_columns
+from blob_hf.data.loading import check_limit, load_files, load_hub, require_columns
 from blob_hf.errors import BlobError
 from blob_hf.metrics.summarization import group_references
 
@@ -63,7 +63,8 @@ def load_summaries(
 
 def _normalise(rows: Dataset, split: str, text_column: str, summary_column: str) -> Dataset:
     texts, summaries = list(rows[text_column]), list(rows[summary_column])
-    bad = [i for i, (text, summary) in enumerate(zip(texts, summaries, strict=True)) if text is None or summary is None]
+    pairs = enumerate(zip(texts, summaries, strict=True))
+    bad = [i for i, pair in pairs if not all(isinstance(text, str) for text in pair)]
     if bad:
         raise BlobError(f"row {bad[0]} of {split} has no {text_column} or no {summary_column} ({len(bad)} such rows)")
     ids = [str(value) for value in rows[_ID]] if _ID in rows.column_names else [str(i) for i in range(len(rows))]
@@ -79,8 +80,15 @@ class Dialogue:
     references: list[str]
 
 
+def single_references(rows: Dataset) -> list[Dialogue]:
+    """Every row on its own, as training takes them."""
+    columns = (rows[_ID], rows[_TEXT], rows[_SUMMARY])
+    return [Dialogue(row_id, text, [summary]) for row_id, text, summary in zip(*columns, strict=True)]
+
+
 def group_dialogues(rows: Dataset, limit: int | None = None) -> list[Dialogue]:
     """The dialogues of a split in order, the references of one dialogue together; at most `limit` dialogues."""
+    check_limit(limit)
     groups = group_references(list(rows[_ID]), list(rows[_TEXT]), list(rows[_SUMMARY]))
     return [Dialogue(*group) for group in groups[:limit]]
 

@@ -108,6 +108,32 @@ def test_an_untrained_base_is_kept_with_its_adapter(monkeypatch, tmp_path):
     assert read(tmp_path / "eval_results.json")["eval_nll"] == pytest.approx(before["eval_nll"], rel=1e-5)
 
 
+def test_a_saved_adapter_knows_its_beta_and_its_card_stays(monkeypatch, tmp_path):
+    options = [*QUICK_GLUE, "--output_dir", tmp_path]
+    assert run(monkeypatch, GLUE, *options, "--do_train", "--beta", "0.1", "--target_modules", "all-linear") == 0
+    card = (tmp_path / "README.md").read_text()
+    assert "| beta (prior std) | 0.1 |" in card
+    assert run(monkeypatch, GLUE, *options, "--do_eval", "--adapter_name_or_path", tmp_path) == 0
+    assert (tmp_path / "README.md").read_text() == card
+    assert BlobModel.from_pretrained(tmp_path).blob_config.prior_std == 0.1
+
+
+def test_rouge_during_training_and_a_test_set_of_another_size(monkeypatch, tmp_path):
+    options = [
+        "--predict_with_generate",
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "4",
+        "--generation_max_length",
+        "8",
+    ]
+    assert run(monkeypatch, SUMMARIZATION, *QUICK_SUMMARIZATION, *options, "--output_dir", tmp_path) == 0
+    logged = read(tmp_path / "trainer_state.json")["log_history"]
+    assert any("eval_mean_rouge1" in entry for entry in logged)
+    assert read(tmp_path / "predict_results.json")["predict_rouge1"] >= 0
+
+
 def test_resume(monkeypatch, tmp_path):
     options = [*QUICK_GLUE, "--do_train", "--save_steps", "3", "--output_dir", tmp_path]
     assert run(monkeypatch, GLUE, *options) == 0
@@ -166,6 +192,9 @@ def test_help_explains_beta_and_gamma(monkeypatch, capsys):
         (GLUE, ["--task_name", "rte"], "cannot get the dataset 'nyu-mll/glue'"),
         (GLUE, ["--demo", "--model_name_or_path", "roberta-base"], "cannot get the model 'roberta-base'"),
         (GLUE, ["--demo", "--target_modules", "query"], "match no layer of BartForSequenceClassification"),
+        (GLUE, ["--demo", "--max_train_samples", "0"], "must be >= 1, got 0"),
+        (SUMMARIZATION, ["--demo", "--config_name", "bert", "--tokenizer_name", str(demo.BACKBONE_DIR)],
+         "not an encoder-decoder"),
         (GLUE, ["--demo", "--text_columns", "premise"], "no column 'premise'"),
         (GLUE, ["--demo", "--do_eval"], "nothing to evaluate"),
         (GLUE, ["--demo", "--adapter_name_or_path", "nowhere"], "expected a folder or Hub repo"),
