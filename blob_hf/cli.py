@@ -126,7 +126,8 @@ def _as_argv(config: dict[str, Any]) -> list[str]:
 
 def run_everything_by_default(training_args: Any) -> None:
     """With none of --do_train, --do_eval, --do_predict given, do all three."""
-    if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
+    asked_to_eval = training_args.do_eval and training_args.eval_strategy == "no"  # else transformers has set do_eval
+    if not (training_args.do_train or asked_to_eval or training_args.do_predict):
         training_args.do_train = training_args.do_eval = training_args.do_predict = True
 
 
