@@ -35,6 +35,7 @@ DEMO = {
     "learning_rate": 5e-3,
     "logging_steps": 20,
     "per_device_eval_batch_size": 64,
+    "compare_base": True,
 }
 
 
@@ -61,6 +62,7 @@ class DataArguments:
     max_length: int = field(default=256, metadata={"help": "Longest input in tokens."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first rows for training."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first rows for evaluation."})
+    compare_base: bool = field(default=False, metadata={"help": "Also evaluate the model as it was before training."})
     demo: bool = field(default=False, metadata={"help": "Run on embedded data and a tiny embedded model, no network."})
 
 
@@ -118,6 +120,9 @@ def main() -> None:
     # ----- train, evaluate, report -----
     run = runs.Run(trainer, model_args.model_name_or_path, dataset, METRICS, {"max length": data_args.max_length})
     run.summary.license = model_args.adapter_license
+    if data_args.compare_base and training_args.do_train and "validation" in tokenized:
+        metrics = trainer.predict(tokenized["validation"], metric_key_prefix="base").metrics
+        run.add_results("base", metrics, f"before training: {dataset}, validation")
     if training_args.do_train:
         run.train(cli.checkpoint_to_resume(training_args))
     for prefix, split, wanted in (

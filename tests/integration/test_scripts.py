@@ -40,7 +40,16 @@ def read(path):
 def test_classification_leaves_every_artifact(monkeypatch, tmp_path, capsys):
     assert run(monkeypatch, GLUE, *QUICK_GLUE, "--output_dir", tmp_path) == 0
     printed = capsys.readouterr().out
-    for shown in ("N=0 (posterior mean)", "N=2 (samples)", "accuracy", "ece", "nll", "brier", str(tmp_path)):
+    for shown in (
+        "N=0 (posterior mean)",
+        "N=2 (samples)",
+        "accuracy",
+        "ece",
+        "nll",
+        "brier",
+        "before training",
+        str(tmp_path),
+    ):
         assert shown in printed
     results = read(tmp_path / "eval_results.json")
     for name in ("accuracy", "ece", "nll", "brier"):
