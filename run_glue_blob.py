@@ -21,8 +21,9 @@ from blob_hf import BlobTrainer, BlobTrainingArguments, cli, runs
 from blob_hf.config import default_target_modules
 from blob_hf.data import demo
 from blob_hf.data.glue import TASKS, load_classification, tokenize_classification
-from blob_hf.data.loading import fetching, first_rows
+from blob_hf.data.loading import first_rows
 from blob_hf.evaluation import classification_metrics
+from blob_hf.hub import fetching
 from blob_hf.reporting.plots import plot_reliability
 
 METRICS = ["accuracy", "ece", "nll", "brier"]
@@ -124,7 +125,7 @@ def main() -> None:
         metrics = trainer.predict(tokenized["validation"], metric_key_prefix="base").metrics
         run.add_results("base", metrics, f"before training: {dataset}, validation")
     if training_args.do_train:
-        run.train(cli.checkpoint_to_resume(training_args))
+        run.train()
     for prefix, split, wanted in (
         ("eval", "validation", training_args.do_eval),
         ("predict", "test", training_args.do_predict),

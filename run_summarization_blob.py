@@ -15,7 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSe
 from blob_hf import BlobError, BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments, cli, runs
 from blob_hf.config import default_target_modules
 from blob_hf.data import demo
-from blob_hf.data.loading import fetching, first_rows
+from blob_hf.data.loading import first_rows
 from blob_hf.data.summarization import (
     DEFAULT_PROMPT,
     Prompt,
@@ -26,6 +26,7 @@ from blob_hf.data.summarization import (
     single_references,
 )
 from blob_hf.evaluation import rouge_compute_metrics, summaries_report
+from blob_hf.hub import fetching
 
 METRICS = ["rouge1", "rouge2", "rougeL", "nll"]
 DEMO = {
@@ -164,7 +165,7 @@ def main() -> None:
         metrics, _ = evaluate(first_split, "base")
         run.add_results("base", metrics, f"before training: {dataset}, {first_split}")
     if training_args.do_train:
-        run.train(cli.checkpoint_to_resume(training_args))
+        run.train()
     for prefix, split, wanted in (
         ("eval", "validation", training_args.do_eval),
         ("predict", "test", training_args.do_predict),

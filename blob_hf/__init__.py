@@ -2,6 +2,7 @@
 
 from blob_hf.config import BlobConfig
 from blob_hf.errors import BlobError
+from blob_hf.export import export_samples
 from blob_hf.model import BlobModel, bayesianize, get_blob_model
 from blob_hf.trainer import BlobSeq2SeqTrainer, BlobTrainer
 from blob_hf.training_args import BlobSeq2SeqTrainingArguments, BlobTrainingArguments
@@ -17,5 +18,6 @@ __all__ = [
     "BlobTrainingArguments",
     "__version__",
     "bayesianize",
+    "export_samples",
     "get_blob_model",
 ]

@@ -1,31 +1,53 @@
-"""The two weight files of an adapter folder: the posterior mean (a plain LoRA adapter) and its standard deviations."""
+"""The files of an adapter folder or Hub repo: the posterior mean, which is a plain LoRA adapter, and the std.
 
+    adapter_config.json          BlobConfig; plain PEFT reads it as a LoraConfig
+    adapter_model.safetensors    the posterior mean: exactly a plain LoRA adapter
+    posterior_std.safetensors    Omega of every lora_A, under the same names
+
+safetensors files carry no checksum, so the std file's metadata holds the format version and a digest of the tensors of
+both files: a damaged file is found, and so is a std beside the mean of another save.
+"""
+
+import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from blob_hf import hub
 from blob_hf.errors import BlobError
-from blob_hf.layer import GaussianA, gathered, rho_from_std
 
 logger = logging.getLogger(__name__)
 
 STD_FILE = "posterior_std.safetensors"
+NAMES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, STD_FILE)
 FORMAT_VERSION = 1
+_VERSION, _MEAN_DIGEST, _STD_DIGEST = "blob_hf_format", "mean_sha256", "std_sha256"
+_KEPT_BASE = ["base_model/*.json", "base_model/*.safetensors", "base_model/*.txt", "base_model/*.model"]
+
+
+@dataclass(frozen=True)
+class AdapterTensors:
+    """What the two weight files hold; `std` is None for a plain LoRA adapter."""
+
+    mean: dict[str, Tensor]
+    std: dict[str, Tensor] | None
+
+
+# ----- writing ---------------------------------------------------------------------------------------------------
 
 
 def write(folder: Path, mean: Mapping[str, Tensor], std: Mapping[str, Tensor]) -> None:
-    """Write both files of an adapter; each appears whole or not at all.
+    """Write the two weight files of an adapter into an existing folder (`files.staged` makes that atomic).
 
     Args:
         mean: What goes into adapter_model.safetensors, by PEFT's names.
@@ -40,69 +62,167 @@ def write(folder: Path, mean: Mapping[str, Tensor], std: Mapping[str, Tensor]) -
                 f"refusing to save {name} of shape {tuple(tensor.shape)}: it is a shard that was not gathered "
                 "(under ZeRO-3 set stage3_gather_16bit_weights_on_model_save, or save through the Trainer)"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    _save_atomically(mean, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+    mean, std = _on_cpu(mean), _on_cpu(std)
+    save_file(mean, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
     if std:
-        _save_atomically(std, folder / STD_FILE, {"format": "pt", "blob_hf_format": str(FORMAT_VERSION)})
+        digests = {_MEAN_DIGEST: _digest(mean), _STD_DIGEST: _digest(std)}
+        save_file(std, folder / STD_FILE, {"format": "pt", _VERSION: str(FORMAT_VERSION), **digests})
 
 
-def _save_atomically(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(
-        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary, metadata
-    )
-    os.replace(temporary, path)
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
-def load_std(path_or_repo: str, layers: Mapping[str, GaussianA], **hub: Any) -> None:
-    """Read posterior_std.safetensors into the layers, or keep their fresh stds for a plain LoRA adapter.
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and values: the same however a file orders or aligns them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
-    Args:
-        layers: The Gaussian A matrices by the name of their mean in adapter_model.safetensors.
-        hub: revision, subfolder, token, cache_dir.
+
+# ----- finding ---------------------------------------------------------------------------------------------------
+
+
+def resolve(
+    path_or_repo: str | os.PathLike[str],
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+) -> Path:
+    """The local folder of an adapter: the folder itself, or the snapshot of one commit of a Hub repo.
 
     Raises:
-        BlobError: File missing from a BLoB adapter; unreadable; other layers, shapes or values than the mean's.
+        BlobError: Not found, no adapter in it, pickled weights only, or a subfolder that leads out of it.
     """
-    file = _fetch(path_or_repo, STD_FILE, **hub)
-    if file is None:
-        if is_blob_adapter(path_or_repo, **hub):
-            raise BlobError(f"{STD_FILE} is missing from the BLoB adapter {path_or_repo}; get the complete folder")
-        logger.warning("%s is a plain LoRA adapter: its posterior std comes from BlobConfig, untrained", path_or_repo)
-        return
+    path = os.fspath(path_or_repo)
+    inside = Path(subfolder or "")
+    if inside.is_absolute() or ".." in inside.parts:
+        raise BlobError(f"subfolder must be a path inside {path!r}, got {subfolder!r}")
+    if os.path.isdir(path):
+        folder = Path(path, inside)
+    else:
+        wanted = [str(inside / name) for name in (*NAMES, *_KEPT_BASE)]
+        folder = hub.snapshot(path, wanted, revision, token, cache_dir) / inside
+    shown = Path(path, inside)
+    if not (folder / CONFIG_NAME).is_file():
+        raise BlobError(f"no {CONFIG_NAME} in {shown}: expected a folder or Hub repo with a (B)LoRA adapter")
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise BlobError(
+            f"no {SAFETENSORS_WEIGHTS_NAME} in {shown}; save the adapter as safetensors (a pickle like {WEIGHTS_NAME} "
+            "is refused: it can run code when loaded)"
+        )
+    return folder
+
+
+def is_blob_adapter(folder: Path) -> bool:
+    """Whether adapter_config.json is that of a BLoB adapter.
+
+    Raises:
+        BlobError: The file is not JSON.
+    """
     try:
-        stds = load_file(file)
+        return "prior_std" in json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BlobError(f"cannot read {folder / CONFIG_NAME}: it is not JSON ({error}); get it again") from error
+
+
+# ----- reading ---------------------------------------------------------------------------------------------------
+
+
+def read(folder: Path) -> AdapterTensors:
+    """Read and check both weight files; nothing else is touched.
+
+    Raises:
+        BlobError: A file is missing, damaged, or written by a newer blob_hf; std and mean do not belong together;
+            a mean or std is not finite, or a std negative.
+    """
+    mean, _ = read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)
+    _require_finite(mean, folder / SAFETENSORS_WEIGHTS_NAME)
+    file = folder / STD_FILE
+    if not is_blob_adapter(folder):
+        return AdapterTensors(mean, None)
+    if not file.is_file():
+        raise BlobError(f"{STD_FILE} is missing from the BLoB adapter {folder}; get the complete folder")
+    std, metadata = read_tensors(file)
+    _check_version(metadata, file)
+    if metadata.get(_STD_DIGEST, (digest := _digest(std))) != digest:
+        raise BlobError(f"{file} is damaged: its contents do not match their checksum; download or save it again")
+    _check_std(std, mean, file)
+    if metadata.get(_MEAN_DIGEST, (digest := _digest(mean))) != digest:
+        raise BlobError(
+            f"{folder / SAFETENSORS_WEIGHTS_NAME} is damaged, or not the one that {STD_FILE} was saved with; "
+            "download or save both again"
+        )
+    return AdapterTensors(mean, std)
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        BlobError: It cannot be read.
+    """
+    try:
+        with safe_open(file, "pt") as handle:
+            names = handle.keys()
+            return {name: handle.get_tensor(name) for name in names}, handle.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise BlobError(f"cannot read {file}: {error}; download or save the adapter again") from error
-    if set(stds) != set(layers):
-        odd = sorted(set(stds) ^ set(layers))
+
+
+def _check_version(metadata: Mapping[str, str], file: Path) -> None:
+    found = metadata.get(_VERSION, str(FORMAT_VERSION))
+    if not found.isdigit() or int(found) > FORMAT_VERSION:
+        raise BlobError(
+            f"{file} has format version {found}, this blob_hf reads up to {FORMAT_VERSION}; pip install -U blob_hf"
+        )
+
+
+def _check_std(std: Mapping[str, Tensor], mean: Mapping[str, Tensor], file: Path) -> None:
+    odd = sorted(set(std) ^ {name for name in mean if name.endswith(".lora_A.weight")})
+    if odd:
         raise BlobError(f"{file} has stds for other layers than the adapter: {odd[0]} ({len(odd)} differ)")
-    for name, layer in layers.items():
-        _set_std(layer, stds[name].float(), f"{file}: {name}")
+    for name, value in std.items():
+        if value.shape != mean[name].shape:
+            raise BlobError(
+                f"{file}: {name} has shape {tuple(value.shape)}, but the mean has {tuple(mean[name].shape)}"
+            )
+        if not (torch.isfinite(value).all() and (value >= 0).all()):
+            raise BlobError(f"{file}: {name} is not a standard deviation: it has negative or non-finite entries")
 
 
-@torch.no_grad()
-def _set_std(layer: GaussianA, std: Tensor, what: str) -> None:
-    with gathered([layer.rho]):
-        if std.shape != layer.rho.shape:
-            raise BlobError(f"{what} has shape {tuple(std.shape)}, but the mean has {tuple(layer.rho.shape)}")
-        if not (torch.isfinite(std).all() and (std >= 0).all()):
-            raise BlobError(f"{what} is not a standard deviation: it has negative or non-finite entries")
-        layer.rho.copy_(rho_from_std(std, layer.parameterization))
+def _require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
+    for name, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise BlobError(f"{file}: {name} has NaN or infinite entries; the adapter is damaged or diverged")
 
 
-def _fetch(path_or_repo: str, name: str, subfolder: str | None = None, **hub: Any) -> str | None:
-    """Local path of a file of an adapter folder or Hub repo, None when it has no such file."""
-    if os.path.isdir(path_or_repo):
-        local = Path(path_or_repo, subfolder or "", name)
-        return str(local) if local.is_file() else None
-    try:
-        return hf_hub_download(path_or_repo, name, subfolder=subfolder, **hub)
-    except EntryNotFoundError:
-        return None
+def check_fits(found: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], folder: Path, config: Any) -> None:
+    """Check that the LoRA weights of an adapter are those that a model has room for, before any is copied.
 
+    Args:
+        found: The mean, from `read`.
+        shapes: Shape by name of what the model holds.
+        config: The adapter's configuration, for the message.
 
-def is_blob_adapter(path_or_repo: str, **hub: Any) -> bool:
-    """Whether adapter_config.json is that of a BLoB adapter."""
-    config = _fetch(path_or_repo, CONFIG_NAME, **hub)
-    return config is not None and "prior_std" in json.loads(Path(config).read_text(encoding="utf-8"))
+    Raises:
+        BlobError: Another base model (layers or widths differ) or another rank.
+    """
+    base = f"the adapter was made for {config.base_model_name_or_path!r}"
+    odd = sorted({name for name in found if ".lora_" in name} ^ {name for name in shapes if ".lora_" in name})
+    if odd:
+        raise BlobError(f"{folder} does not fit this model: {odd[0]} ({len(odd)} weights differ); {base}")
+    for name in found.keys() & shapes.keys():
+        has, needs = tuple(found[name].shape), tuple(shapes[name])
+        if has == needs:
+            continue
+        rank = 0 if ".lora_A." in name else 1
+        if ".lora_" in name and len(has) == len(needs) == 2 and has[1 - rank] == needs[1 - rank]:
+            raise BlobError(
+                f"{folder}: {name} has rank {has[rank]}, but the configuration says rank {needs[rank]} (r={config.r}); "
+                "mean and configuration are not from the same adapter"
+            )
+        raise BlobError(f"{folder} does not fit this model: {name} has shape {has}, the model needs {needs}; {base}")

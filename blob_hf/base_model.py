@@ -50,7 +50,7 @@ def head_parameters(peft_model: PeftModel) -> dict[str, nn.Parameter]:
     }
 
 
-def load_base_model(path: str, config: BlobConfig, token: str | None, kwargs: dict[str, Any]) -> PreTrainedModel:
+def load_base_model(path: str, config: BlobConfig, token: str | bool | None, kwargs: dict[str, Any]) -> PreTrainedModel:
     """Load the base model that an adapter names, of the class it was trained with.
 
     Args:

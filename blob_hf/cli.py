@@ -1,6 +1,7 @@
 """What both scripts share around the training itself: arguments, the output folder, errors, results on disk."""
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -15,9 +16,11 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
+from blob_hf import files
 from blob_hf.config import BlobConfig
 from blob_hf.errors import BlobError, NonFiniteLossError
 
+_CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)
 SETTINGS_FILE = "run_settings.json"
 
 # Training arguments that make two runs different runs (the others only change what is shown or where it goes).
@@ -61,6 +64,14 @@ def user_errors() -> Iterator[None]:
     except BlobError as error:
         if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, NonFiniteLossError):  # one rank may see it alone
             print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        where = f" to {error.filename}" if error.filename else ""
+        print(
+            f"error: cannot write{where} ({error.strerror}); choose another --output_dir or make room", file=sys.stderr
+        )
         sys.exit(2)
 
 
@@ -170,28 +181,7 @@ def claim_output_dir(training_args: Any, *others: Any) -> None:
             f"{folder} holds a run whose settings are unknown (no {SETTINGS_FILE}); choose another --output_dir"
         )
     if training_args.should_save:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-
-
-def checkpoint_to_resume(training_args: Any) -> str | None:
-    """The checkpoint that --resume_from_checkpoint (a path, or true for the newest) stands for.
-
-    Raises:
-        BlobError: There is none.
-    """
-    wanted = training_args.resume_from_checkpoint
-    if wanted in (None, "", "False", "false", False):
-        return None
-    if wanted in ("True", "true", True):
-        wanted = get_last_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None
-        if wanted is None:
-            raise BlobError(f"no checkpoint to resume from in {training_args.output_dir}")
-    if not os.path.isdir(wanted):
-        raise BlobError(f"--resume_from_checkpoint {wanted} is not a folder")
-    return wanted
+        files.write_text(path, json.dumps(settings, indent=2) + "\n")
 
 
 def setup_logging(training_args: Any) -> None:

@@ -89,6 +89,12 @@ class BlobConfig(LoraConfig):
             kwargs.update({name: getattr(posterior, name) for name in own})
         return cls(**kwargs)
 
+    def to_lora(self) -> LoraConfig:
+        """The LoRA fields alone, as a plain `LoraConfig`."""
+        kwargs = {item.name: getattr(self, item.name) for item in fields(LoraConfig) if item.init}
+        kwargs.pop("peft_type", None)
+        return LoraConfig(**kwargs)
+
 
 def default_target_modules(model_type: str, task: str) -> list[str] | str:
     """Target modules for a model family, or PEFT's `"all-linear"` for one without a preset.

@@ -1,12 +1,13 @@
 """kl_history.csv: NLL, KL, its weight and the posterior std at every optimizer step."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import Tensor
+
+from blob_hf import files
 
 COLUMNS = ("step", "nll", "kl", "kl_weight", "kl_loss", "elbo", "posterior_std")
 FILE_NAME = "kl_history.csv"
@@ -45,15 +46,12 @@ class KLHistory:
         self.rows += new
         return new
 
-    def load(self, path: Path, up_to_step: int) -> None:
-        """Take over the rows of an interrupted run, up to the step of its checkpoint."""
+    def load(self, path: Path) -> None:
+        """Take over the rows of an interrupted run, as its checkpoint has them."""
         if path.is_file():
-            table = pd.read_csv(path)
-            kept = table[table["step"] <= up_to_step].to_dict("records")
-            self.rows = [{str(k): v for k, v in row.items()} for row in kept]
+            kept = pd.read_csv(path, dtype=str).to_dict("records")  # float() is exact, read_csv's parser need not be
+            self.rows = [{str(name): float(value) for name, value in row.items()} for row in kept]
 
     def save(self, path: Path) -> None:
         """Write the CSV, whole or not at all."""
-        temporary = path.with_name(path.name + ".tmp")
-        pd.DataFrame(self.rows, columns=list(COLUMNS)).astype({"step": int}).to_csv(temporary, index=False)
-        os.replace(temporary, path)
+        files.write_text(path, pd.DataFrame(self.rows, columns=list(COLUMNS)).astype({"step": int}).to_csv(index=False))

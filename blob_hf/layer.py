@@ -36,6 +36,15 @@ def rho_from_std(std: Tensor, parameterization: str) -> Tensor:
     return (wide.sqrt() if parameterization == "square" else wide + torch.log(-torch.expm1(-wide))).to(std.dtype)
 
 
+@torch.no_grad()
+def std_to_save(rho: Tensor, parameterization: str) -> Tensor:
+    """Omega in a precision from which `rho_from_std` gives back float32 rho exactly, bit for bit.
+
+    G*G needs float32: |G| comes back, since the root halves the rounding error. softplus needs double.
+    """
+    return std_from_rho(rho.float() if parameterization == "square" else rho.double(), parameterization)
+
+
 # ----- training-time noise: y = A x with A ~ N(M, Omega^2), decorrelated in three ways ----------------------------
 #
 # All three have E[y] = M x and, for one row x, Var[y_i] = sum_j Omega_ij^2 x_j^2. They differ in what rows share.
@@ -201,6 +210,17 @@ class GaussianA(nn.Linear):
             mean, std = full_tensor(self.weight).float(), full_tensor(self.std).float()
             noise = torch.stack([_standard_normal(self.name, seed, first + s, mean.shape) for s in range(num_samples)])
             return (mean + std * noise.to(mean.device)).to(self.weight.dtype)
+
+    @torch.no_grad()
+    def set_std(self, std: Tensor) -> None:
+        """Set the posterior stds, (rank, in_features)."""
+        with gathered([self.rho]):
+            self.rho.copy_(rho_from_std(std, self.parameterization))
+
+    @torch.no_grad()
+    def fix_at_sample(self, seed: int, index: int) -> None:
+        """Overwrite the mean by one posterior sample."""
+        self.weight.copy_(self.draw(1, seed, index)[0])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, std={self.parameterization}, noise={self.noise}"

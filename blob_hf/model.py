@@ -2,7 +2,6 @@
 
 import os
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 from peft import (
@@ -16,22 +15,18 @@ from peft import (
     PeftModelForTokenClassification,
     PeftType,
     get_peft_model,
-    get_peft_model_state_dict,
 )
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blob_hf import adapter_files, posterior
-from blob_hf.base_model import has_task_head, head_parameters, load_base_model, targets_head
+from blob_hf.base_model import load_base_model, targets_head
 from blob_hf.config import BlobConfig
 from blob_hf.errors import BlobError
-from blob_hf.layer import gathered, std_from_rho
-
-_RHO = ".rho"  # GaussianA keeps rho next to lora_A's weight
-_MEAN = ".weight"
+from blob_hf.saving import SavingMixin
 
 
-class BlobModel(PeftModel):
+class BlobModel(SavingMixin):
     """A PEFT model with a posterior over the LoRA A matrices; everything a `PeftModel` does, it does.
 
     In train mode each forward draws noise (`BlobConfig.noise`); in eval mode the model is the posterior mean, unless
@@ -71,117 +66,21 @@ class BlobModel(PeftModel):
         if isinstance(peft_config, BlobConfig):
             posterior.attach_posterior(self, peft_config, adapter_name)
 
-    def create_or_update_model_card(self, output_dir: str) -> None:
-        """PEFT's template card, unless the folder has a card already: that one was written from a run."""
-        if not os.path.isfile(os.path.join(output_dir, "README.md")):
-            super().create_or_update_model_card(output_dir)
-
-    # ----- saving ------------------------------------------------------------------------------------------------
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | os.PathLike[str],
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-        save_embedding_layers: str | bool = "auto",
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write adapter_config.json, adapter_model.safetensors (the posterior mean) and posterior_std.safetensors.
-
-        The mean is an ordinary LoRA adapter that plain PEFT loads. A classification head that LoRA is attached to
-        is frozen at random values no Hub checkpoint has, so its weights are stored along, where PEFT finds them
-        (`...base_layer.weight`). An `lm_head` among the targets is *not*: "auto" saves no embedding layers.
+    def merge_posterior_sample(self, seed: int = 0, index: int = 0) -> nn.Module:
+        """Merge one posterior sample into the base weights, as `merge_and_unload` does the posterior mean.
 
         Args:
-            save_directory: Folder, made if needed; adapters not named "default" go into subfolders of it.
-            state_dict: Gathered weights (the Trainer passes them under DeepSpeed and FSDP).
+            seed, index: Sample `index` of `posterior_samples(..., seed)`.
+
+        Returns:
+            The base model, an ordinary transformers model; the adapter is gone from it.
 
         Raises:
-            BlobError: safe_serialization is off, or the weights are shards that were not gathered.
+            BlobError: No posterior, or merged already.
         """
-        if not safe_serialization:
-            raise BlobError("safe_serialization=False writes pickles, which blob_hf refuses; leave it on")
-        save_embeddings: Any = False if save_embedding_layers == "auto" else save_embedding_layers
-        if is_main_process:
-            os.makedirs(save_directory, exist_ok=True)
-            self.create_or_update_model_card(str(save_directory))
-        for adapter in selected_adapters or list(self.peft_config):
-            weights = get_peft_model_state_dict(self, state_dict, adapter, save_embedding_layers=save_embeddings)
-            if not is_main_process:
-                continue
-            folder = Path(save_directory) / ("" if adapter == "default" else adapter)
-            config: Any = self.peft_config[adapter]
-            rhos = {name.removesuffix(_RHO) + _MEAN: weights.pop(name) for name in list(weights) if name.endswith(_RHO)}
-            adapter_files.write(
-                folder,
-                mean={**self._frozen_head(state_dict), **weights},
-                std={name: std_from_rho(rho.float(), config.std_parameterization) for name, rho in rhos.items()},
-            )
-            self._save_config(config, folder)
-
-    def _save_config(self, config: Any, folder: Path) -> None:
-        base: Any = self.get_base_model()
-        mapping: dict[str, Any] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
-        # AutoPeftModel ignores the rest; our from_pretrained does not
-        mapping["dtype"] = str(base.dtype).removeprefix("torch.")
-        if has_task_head(base):
-            mapping["num_labels"] = base.config.num_labels
-        if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = getattr(base, "name_or_path", None)
-        inference_mode, config.inference_mode = config.inference_mode, True
-        try:
-            config.save_pretrained(str(folder), auto_mapping_dict=mapping)
-        finally:
-            config.inference_mode = inference_mode
-
-    def _frozen_head(self, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        head = {}
-        for name, parameter in head_parameters(self).items():
-            if state_dict is not None and name in state_dict:
-                head[name] = state_dict[name]
-            elif hasattr(parameter, "ds_id"):  # only this rank is saving, so it cannot gather
-                head[name] = self._head_snapshot[name]
-            else:
-                head[name] = parameter.detach()
-        return head
-
-    def _remember_head(self) -> None:
-        """Keep a copy of the frozen head where ZeRO-3 will shard it (all ranks come here, one of them saves)."""
-        parameters = head_parameters(self)
-        with gathered(list(parameters.values())):
-            self._head_snapshot = {name: value.detach().cpu().clone() for name, value in parameters.items()}
-
-    # ----- loading -----------------------------------------------------------------------------------------------
-
-    def load_adapter(  # type: ignore[override]
-        self, model_id: Any, adapter_name: str, is_trainable: bool = False, **kwargs: Any
-    ) -> Any:
-        """Load a BLoB or plain LoRA adapter into this model: PEFT's `load_adapter`, then the posterior std.
-
-        A plain LoRA adapter gets the stds of a fresh `BlobConfig`, and a warning says so.
-
-        Raises:
-            BlobError: std file missing from a BLoB adapter, or not matching the mean (names, shapes, values).
-        """
-        hub = {key: kwargs[key] for key in ("revision", "subfolder", "token", "cache_dir") if kwargs.get(key)}
-        if adapter_name not in self.peft_config:
-            config = BlobConfig.from_pretrained(str(model_id), **hub)
-            config.inference_mode = not is_trainable
-            self.add_adapter(adapter_name, config)
-            if is_trainable:
-                self.set_requires_grad(adapter_name)
-        result = super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
-        result.missing_keys[:] = [key for key in result.missing_keys if not key.endswith(_RHO)]
-        layers = {
-            f"base_model.model.{name}.lora_A.weight": layer
-            for name, layer in posterior.gaussian_layers(self, adapter_name).items()
-        }
-        if layers:
-            adapter_files.load_std(str(model_id), layers, **hub)
-        self._remember_head()
-        return result
+        for layer in posterior.samplable_layers(self).values():
+            layer.fix_at_sample(seed, index)
+        return self.merge_and_unload()
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -192,8 +91,9 @@ class BlobModel(PeftModel):
         is_trainable: bool = False,
         revision: str | None = None,
         subfolder: str | None = None,
-        token: str | None = None,
+        token: str | bool | None = None,
         cache_dir: str | None = None,
+        config: BlobConfig | None = None,
         **base_kwargs: Any,
     ) -> "BlobModel":
         """Load an adapter folder or Hub repo, finding the base model and the task class by itself.
@@ -202,28 +102,28 @@ class BlobModel(PeftModel):
             path_or_repo: Folder or Hub repo of a BLoB adapter, or of a plain LoRA adapter (which gets fresh stds).
             model: The base model, if you have it already; found through adapter_config.json otherwise.
             is_trainable: Load for further training.
+            revision: Branch, tag or commit of the repo; all files are of this one commit.
+            subfolder: Where in the folder or repo the adapter is.
+            token: For a private repo; default is that of `hf auth login`.
+            config: Posterior settings (`prior_std`, `init_eps` ...) for a plain LoRA adapter; a BLoB adapter has its
+                own.
             base_kwargs: Passed to the base model's `from_pretrained` (`dtype`, `device_map`, `num_labels` ...).
 
         Returns:
             The model in eval mode (train mode settings are up to you when is_trainable).
 
         Raises:
-            BlobError: Not an adapter, or its base model cannot be found.
+            BlobError: Not an adapter, damaged, of another base model, or its base model cannot be found.
         """
-        hub = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
-        hub = {key: value for key, value in hub.items() if value is not None}
-        path = os.fspath(path_or_repo)
-        try:
-            config = BlobConfig.from_pretrained(path, **hub)
-        except BlobError:
-            raise
-        except ValueError as error:
-            raise BlobError(f"{error}; expected a folder or Hub repo with a (B)LoRA adapter") from error
-        config.inference_mode = not is_trainable
+        folder = adapter_files.resolve(path_or_repo, revision, subfolder, token, cache_dir)
+        own = BlobConfig.from_pretrained(str(folder))
+        if not adapter_files.is_blob_adapter(folder):
+            own = BlobConfig.from_lora(own, config)
+        own.inference_mode = not is_trainable
         if model is None:
-            model = load_base_model(path, config, token, base_kwargs)
-        blob_model = bayesianize(_wrap(model, config, adapter_name), config, adapter_name)
-        blob_model.load_adapter(path, adapter_name, is_trainable=is_trainable, **hub)
+            model = load_base_model(str(folder), own, token, base_kwargs)
+        blob_model = bayesianize(_wrap(model, own, adapter_name), own, adapter_name)
+        blob_model.load_adapter(folder, adapter_name, is_trainable=is_trainable)
         return blob_model
 
 

@@ -52,6 +52,20 @@ def gaussian_layers(model: nn.Module, adapter: str | None = None) -> dict[str, G
     return layers
 
 
+def samplable_layers(model: nn.Module) -> dict[str, GaussianA]:
+    """The Gaussian A of every active layer, by layer name.
+
+    Raises:
+        BlobError: There is none, or the adapter is merged.
+    """
+    layers = gaussian_layers(model)
+    if not layers:
+        raise BlobError("the model has no posterior to sample from; make one with get_blob_model or bayesianize")
+    if any(isinstance(module, LoraLayer) and module.merged for module in model.modules()):
+        raise BlobError("the adapter is merged into the base weights; unmerge_adapter() before sampling")
+    return layers
+
+
 @contextmanager
 def posterior_mean(model: nn.Module) -> Iterator[None]:
     """Inside the block the network is the posterior mean, also in train mode and inside `posterior_samples`."""
@@ -84,13 +98,8 @@ def posterior_samples(model: nn.Module, num_samples: int, seed: int = 0, first: 
     """
     if num_samples < 1:
         raise BlobError(f"num_samples must be >= 1, got {num_samples}; for no samples use posterior_mean()")
-    layers = gaussian_layers(model)
-    if not layers:
-        raise BlobError("the model has no posterior to sample from; make one with get_blob_model or bayesianize")
-    if any(isinstance(module, LoraLayer) and module.merged for module in model.modules()):
-        raise BlobError("the adapter is merged into the base weights; unmerge_adapter() before sampling")
     with ExitStack() as stack:
-        for layer in layers.values():
+        for layer in samplable_layers(model).values():
             stack.enter_context(layer.frozen_samples(num_samples, seed, first))
         yield
 

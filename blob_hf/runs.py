@@ -18,13 +18,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from blob_hf import adapter_files
+from blob_hf import adapter_files, files
 from blob_hf.base_model import has_task_head
 from blob_hf.config import NOISES, STD_PARAMETERIZATIONS, BlobConfig
-from blob_hf.data.loading import fetching
 from blob_hf.errors import BlobError
 from blob_hf.history import FILE_NAME
-from blob_hf.model import BlobModel, as_blob_model, bayesianize, get_blob_model, get_lora_model
+from blob_hf.hub import fetching
+from blob_hf.model import BlobModel, as_blob_model, get_blob_model, get_lora_model
 from blob_hf.reporting.model_card import RunSummary, write_model_card, write_report
 from blob_hf.reporting.plots import plot_kl
 from blob_hf.reporting.tables import results_table, to_text
@@ -129,19 +129,14 @@ def make_model(
 
 def _load_model(base: PreTrainedModel, adapter: str, training_args: Any, posterior: Mapping[str, Any]) -> PeftModel:
     """A saved adapter. Of a BLoB adapter all stays but beta, if given; a plain one gets the posterior asked for."""
-    with fetching("adapter", adapter, "--adapter_name_or_path"):
-        lora = BlobConfig.from_pretrained(adapter)
+    folder = adapter_files.resolve(adapter)
     trainable = training_args.do_train
     if training_args.method == "lora":
-        return as_blob_model(PeftModel.from_pretrained(base, adapter, is_trainable=trainable))
-    if adapter_files.is_blob_adapter(adapter):
-        model = BlobModel.from_pretrained(adapter, model=base, is_trainable=trainable)
-        if trainable and training_args.beta is not None:
-            model.blob_config.prior_std = training_args.beta
-    else:
-        plain = PeftModel.from_pretrained(base, adapter, is_trainable=trainable)
-        beta = training_args.beta or lora.prior_std
-        model = bayesianize(plain, BlobConfig(**posterior, prior_std=beta))
+        return as_blob_model(PeftModel.from_pretrained(base, str(folder), is_trainable=trainable))
+    config = BlobConfig(**posterior, prior_std=training_args.beta or BlobConfig.prior_std)
+    model = BlobModel.from_pretrained(folder, model=base, is_trainable=trainable, config=config)
+    if trainable and training_args.beta is not None:
+        model.blob_config.prior_std = training_args.beta
     training_args.beta = model.blob_config.prior_std
     return model
 
@@ -172,10 +167,10 @@ class Run:
         """Whether this process writes files."""
         return self.args.should_save
 
-    def train(self, checkpoint: str | None) -> None:
-        """Train, save the adapter, train_results.json, trainer_state.json, kl_history.csv and plots/kl.png."""
+    def train(self) -> None:
+        """Train, or resume if asked to; leave the adapter, train_results.json, kl_history.csv, plots/kl.png, state."""
         self.trained = True
-        result = self.trainer.train(resume_from_checkpoint=checkpoint)
+        result = self.trainer.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
         self.trainer.save_model()
         self.trainer.save_metrics("train", result.metrics)
         self.trainer.save_state()
@@ -202,10 +197,7 @@ class Run:
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a JSON Lines file, whole or not at all."""
         if self.writes:
-            temporary = self.folder / f"{name}.tmp"
-            with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            os.replace(temporary, self.folder / name)
+            files.write_text(self.folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def finish(self) -> None:
         """Write report.md and the model card of a run that trained, push if asked, print the tables."""

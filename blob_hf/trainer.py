@@ -1,23 +1,25 @@
 """`BlobTrainer` and `BlobSeq2SeqTrainer`: transformers' trainers with the BLoB objective and posterior evaluation."""
 
+import json
 import logging
-from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers import Seq2SeqTrainer, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import get_last_checkpoint, has_length, unwrap_peft_model
+from transformers.trainer_utils import unwrap_peft_model
 
-from blob_hf.dropout import no_base_dropout
+from blob_hf import files
+from blob_hf.callback import BlobCallback
+from blob_hf.checkpoints import CheckpointMixin, newest_complete
 from blob_hf.errors import BlobError, NonFiniteLossError
 from blob_hf.generation import generate_mean, generate_samples, pad_to
 from blob_hf.history import COLUMNS, FILE_NAME, KLHistory
-from blob_hf.kl import KLDiagnosis, KLSchedule, diagnose, kl_cycle_length
+from blob_hf.kl import KLDiagnosis, KLSchedule
 from blob_hf.model import BlobModel
 from blob_hf.optimizer import DecoupledKLStep
 from blob_hf.posterior import gaussian_layers, kl_divergence, mean_posterior_std
@@ -25,14 +27,10 @@ from blob_hf.prediction import IGNORED_LABEL, predict_classes, score_targets
 
 logger = logging.getLogger(__name__)
 
-
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
+LOG_STATE = "log_state.json"
 
 
-class BlobTrainerMixin(_Base):
+class BlobTrainerMixin(CheckpointMixin):
     """Adds to a transformers trainer: NLL + pi_t * KL, the decoupled KL step, and Monte Carlo evaluation.
 
     Needs `BlobArguments` among its training arguments and, for `method="blob"`, a `BlobModel`.
@@ -53,7 +51,7 @@ class BlobTrainerMixin(_Base):
         self.kl_schedule = KLSchedule("none")
         self.kl_diagnosis: KLDiagnosis | None = None
         self._kl_of_step: tuple[int, Tensor, Tensor] | None = None
-        self.add_callback(_BlobCallback(self))
+        self.add_callback(BlobCallback(self))
         self._check_model()
 
     def _check_model(self) -> None:
@@ -176,7 +174,7 @@ class BlobTrainerMixin(_Base):
         return weight * kl / getattr(self, "current_gradient_accumulation_steps", 1)
 
     def _non_finite(self, loss: Tensor) -> str:
-        checkpoint = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+        checkpoint = newest_complete(self.args.output_dir)
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved yet"
         return (
             f"the loss became {loss.item()} at step {self.state.global_step + 1}; "
@@ -189,6 +187,33 @@ class BlobTrainerMixin(_Base):
         if rows and "loss" in logs:
             logs.update({name: fmean(row[name] for row in rows) for name in COLUMNS[1:]})
         super().log(logs, start_time)
+
+    def save_extra(self, folder: Path) -> None:
+        """Add the KL history to a checkpoint, and the loss that is not logged yet: a resumed run goes on with both."""
+        self.save_history(folder)
+        loss = self._mean_over_processes(self._tr_loss).item()
+        if self.args.should_save:
+            state = {"loss_since_last_log": loss, "last_logged_step": self._globalstep_last_logged}
+            files.write_text(folder / LOG_STATE, json.dumps(state) + "\n")
+
+    def resume_extra(self) -> None:
+        """Take over what `save_extra` added to the checkpoint that is resumed from."""
+        self.kl_history = KLHistory()
+        if self.resumed_from is None:
+            return
+        folder = Path(self.resumed_from)
+        self.kl_history.load(folder / FILE_NAME)
+        if (folder / LOG_STATE).is_file():
+            state = json.loads((folder / LOG_STATE).read_text(encoding="utf-8"))
+            self._tr_loss += state["loss_since_last_log"]
+            self._total_loss_scalar -= state["loss_since_last_log"]  # train_loss is that of this call's steps
+            self._globalstep_last_logged = state["last_logged_step"]
+
+    def save_history(self, folder: Path) -> None:
+        """Write kl_history.csv into a folder (called on every process)."""
+        self.kl_history.drain(self._mean_over_processes)
+        if self.args.method == "blob" and self.args.should_save:
+            self.kl_history.save(folder / FILE_NAME)
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="mean")
@@ -326,59 +351,3 @@ class BlobSeq2SeqTrainer(BlobTrainerMixin, Seq2SeqTrainer):
         longest = gen_kwargs["max_new_tokens"] + 1 if "max_new_tokens" in gen_kwargs else gen_kwargs.get("max_length")
         longest = max(longest or self.model.generation_config.max_length or 20, mean.shape[-1], samples.shape[-1])
         return pad_to(mean, longest, pad), pad_to(samples, longest, pad)
-
-
-class _BlobCallback(TrainerCallback):
-    """Sets up the KL schedule before training, and keeps kl_history.csv next to the checkpoints."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self._dropout = ExitStack()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not args.base_dropout:
-            self._dropout.enter_context(no_base_dropout(self.trainer.model))
-        if args.method == "blob":
-            batch_size = self.trainer.get_total_train_batch_size(args)
-            self.trainer.kl_schedule, self.trainer.kl_diagnosis = plan_kl(
-                args,
-                num_examples=_num_examples(self.trainer.train_dataset, state.max_steps * batch_size),
-                batch_size=batch_size,
-                total_steps=state.max_steps,
-            )
-            _announce(self.trainer.kl_diagnosis, state.is_world_process_zero)
-            self.trainer.kl_history.load(Path(args.output_dir, FILE_NAME), up_to_step=state.global_step)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.kl_history.drain(self.trainer._mean_over_processes)
-        if args.method == "blob" and args.should_save:
-            self.trainer.kl_history.save(Path(args.output_dir, FILE_NAME))
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._dropout.close()
-        self.on_save(args, state, control)
-
-
-def plan_kl(args: Any, num_examples: int, batch_size: int, total_steps: int) -> tuple[KLSchedule, KLDiagnosis]:
-    """The KL schedule that `BlobArguments` ask for, and what it will do.
-
-    Args:
-        num_examples: Training examples n.
-        batch_size: Global batch size.
-        total_steps: Optimizer steps of the run.
-    """
-    cycle = args.kl_cycle_steps or kl_cycle_length(num_examples, args.gamma, batch_size)
-    schedule = KLSchedule(args.kl_schedule, cycle, num_examples, total_steps, args.kl_weight)
-    return schedule, diagnose(schedule, batch_size, None if args.kl_cycle_steps else args.gamma)
-
-
-def _num_examples(dataset: Any, seen_in_run: int) -> int:
-    """Size of the training set; of a stream without a size, the examples that the run will see."""
-    return len(dataset) if has_length(dataset) else seen_in_run
-
-
-def _announce(diagnosis: KLDiagnosis, is_main_process: bool) -> None:
-    if is_main_process:
-        logger.info("%s", diagnosis)
-        for warning in diagnosis.warnings:
-            logger.warning("%s", warning)

@@ -101,18 +101,3 @@ def test_all_of_it_runs_by_default_and_folders_are_named_after_settings(tmp_path
     cli.run_everything_by_default(args)
     cli.default_output_dir(args, "rte")
     assert (args.do_train, args.do_eval, args.output_dir) == (False, True, "mine")
-
-
-def test_checkpoint_to_resume(tmp_path):
-    (tmp_path / "checkpoint-3").mkdir()
-    (tmp_path / "checkpoint-20").mkdir()
-    _, args = parse("--output_dir", str(tmp_path), "--resume_from_checkpoint", "true")
-    assert cli.checkpoint_to_resume(args) == str(tmp_path / "checkpoint-20")
-    args.resume_from_checkpoint = None
-    assert cli.checkpoint_to_resume(args) is None
-    args.resume_from_checkpoint = str(tmp_path / "none")
-    with pytest.raises(BlobError, match="is not a folder"):
-        cli.checkpoint_to_resume(args)
-    _, args = parse("--output_dir", str(tmp_path / "new"), "--resume_from_checkpoint", "true")
-    with pytest.raises(BlobError, match="no checkpoint to resume from"):
-        cli.checkpoint_to_resume(args)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import TARGETS, TINY, random_ids, randomize_b, tiny_bert
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from training import arguments, blob_bert, parameters, rows, trainer
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer
 
 from blob_hf import (
@@ -16,7 +17,6 @@ from blob_hf import (
     BlobSeq2SeqTrainer,
     BlobSeq2SeqTrainingArguments,
     BlobTrainer,
-    BlobTrainingArguments,
     get_blob_model,
 )
 from blob_hf.dropout import no_base_dropout
@@ -25,38 +25,6 @@ from blob_hf.history import COLUMNS
 from blob_hf.kl import KLSchedule, kl_cycle_length
 from blob_hf.model import get_lora_model
 from blob_hf.posterior import gaussian_layers
-
-
-def rows(count=24, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(4, 60, (count, 8), generator=generator)
-    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 0] % 3).tolist()})
-
-
-def arguments(folder, **changes):
-    defaults = {
-        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-2,
-        "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True,
-        "eval_samples": 3, "kl_cycle_steps": 2, "dataloader_pin_memory": False,
-    }  # fmt: skip
-    return BlobTrainingArguments(**{**defaults, **changes})
-
-
-def blob_bert(noise="shared", seed=0, **config):
-    torch.manual_seed(seed)
-    return get_blob_model(tiny_bert(), BlobConfig(target_modules=TARGETS["bert"], noise=noise, **config))
-
-
-def trainer(folder, model=None, data=None, **changes):
-    model = model or blob_bert()
-    return BlobTrainer(
-        model=model, args=arguments(folder, **changes), train_dataset=data or rows(), eval_dataset=rows(13, seed=1)
-    )
-
-
-def parameters(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
 
 # ----- training --------------------------------------------------------------------------------------------------
 
@@ -199,28 +167,6 @@ def test_gradient_checkpointing_gives_the_same_weights(tmp_path):
         finals.append(parameters(model))
     for name, value in finals[0].items():
         torch.testing.assert_close(finals[1][name], value, msg=name)
-
-
-def test_resume_continues_as_if_it_had_not_stopped(tmp_path):
-    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    whole = trainer(tmp_path / "whole", blob_bert("flipout"), **options)
-    whole.train()
-    fresh = blob_bert("flipout")
-    for value in fresh.parameters():
-        if value.requires_grad:
-            value.data.normal_()
-    again = trainer(tmp_path / "again", fresh, **options)
-    resumed = again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert resumed.global_step == 6
-    for name, value in parameters(whole.model).items():
-        torch.testing.assert_close(parameters(again.model)[name], value, msg=name)
-
-
-def test_resumed_history_has_every_step_once(tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 2}
-    trainer(tmp_path, max_steps=4, **options).train()
-    trainer(tmp_path, max_steps=6, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert pd.read_csv(tmp_path / "kl_history.csv")["step"].tolist() == [1, 2, 3, 4, 5, 6]
 
 
 def test_load_best_model_at_end_brings_back_mean_and_std(tmp_path):

@@ -1,33 +1,15 @@
 """Datasets from the Hub or from the user's files, with errors a user can act on."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
-from huggingface_hub.errors import HfHubHTTPError
 
 from blob_hf.errors import BlobError
+from blob_hf.hub import fetching
 
-HttpError: Any = HfHubHTTPError.__bases__[0]  # of the HTTP library that this huggingface_hub is built on
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
-
-
-@contextmanager
-def fetching(what: str, name: str, local_flag: str) -> Iterator[None]:
-    """Turn any failure to get `name` from the Hub or the disk into one line with the two ways on."""
-    try:
-        yield
-    except BlobError:
-        raise
-    except (OSError, ValueError, HttpError, DatasetsError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise BlobError(
-            f"cannot get the {what} {name!r} from a local folder or the Hugging Face Hub ({reason[:200]}). "
-            f"Use --demo to run without network, or give a local path with {local_flag}"
-        ) from error
 
 
 def load_files(files: Mapping[str, str]) -> DatasetDict:

@@ -206,7 +206,7 @@ def test_help_explains_beta_and_gamma(monkeypatch, capsys):
          "not an encoder-decoder"),
         (GLUE, ["--demo", "--text_columns", "premise"], "no column 'premise'"),
         (GLUE, ["--demo", "--do_eval"], "nothing to evaluate"),
-        (GLUE, ["--demo", "--adapter_name_or_path", "nowhere"], "cannot get the adapter 'nowhere'"),
+        (GLUE, ["--demo", "--adapter_name_or_path", "nowhere"], "'nowhere' is not a local folder"),
         (SUMMARIZATION, [], "cannot get the dataset 'knkarthick/dialogsum'"),
         (SUMMARIZATION, ["--demo", "--summary_column", "tldr"], "no column 'tldr'"),
         (SUMMARIZATION, ["--demo", "--config_name", "bart"], "--tokenizer_name"),
