@@ -25,6 +25,7 @@ from blob_hf.data.loading import first_rows
 from blob_hf.evaluation import classification_metrics
 from blob_hf.hub import fetching
 from blob_hf.reporting.plots import plot_reliability
+from blob_hf.reporting.run_summary import DataSource
 
 METRICS = ["accuracy", "ece", "nll", "brier"]
 DEMO = {
@@ -86,8 +87,11 @@ def main() -> None:
     files = {split: path for split, path in files.items() if path}
     task_name = data_args.task_name or (None if files else "rte")
     data = load_classification(task_name, files, data_args.text_columns, data_args.label_column)
-    dataset = "demo replies" if data_args.demo else task_name or Path(next(iter(files.values()))).stem
-    cli.default_output_dir(training_args, dataset.replace(" ", "-"), model_args.adapter_name_or_path)
+    if files:
+        source = DataSource("demo replies" if data_args.demo else task_name or Path(next(iter(files.values()))).stem)
+    else:
+        source = DataSource(task_name, TASKS[task_name].dataset, task_name)
+    cli.default_output_dir(training_args, source.name.replace(" ", "-"), model_args.adapter_name_or_path)
     adapter = runs.adapter_folder(model_args, training_args)
     if training_args.do_train:
         runs.require_split(data.splits, "train")
@@ -119,11 +123,12 @@ def main() -> None:
     )
 
     # ----- train, evaluate, report -----
-    run = runs.Run(trainer, model_args.model_name_or_path, dataset, METRICS, {"max length": data_args.max_length})
-    run.summary.license = model_args.adapter_license
+    settings = {"max length": data_args.max_length}
+    base_name, license = model_args.model_name_or_path, model_args.adapter_license
+    run = runs.Run(trainer, base_name, source, "text-classification", METRICS, settings, license)
     if data_args.compare_base and training_args.do_train and "validation" in tokenized:
         metrics = trainer.predict(tokenized["validation"], metric_key_prefix="base").metrics
-        run.add_results("base", metrics, f"before training: {dataset}, validation")
+        run.add_results("base", metrics, "validation", of_adapter=False)
     if training_args.do_train:
         run.train()
     for prefix, split, wanted in (
@@ -133,7 +138,7 @@ def main() -> None:
         if wanted and split in tokenized:
             output = trainer.predict(tokenized[split], metric_key_prefix=prefix)
             log_probs, _, mean = output.predictions
-            run.add_results(prefix, output.metrics, f"{dataset}, {split} ({len(mean)} examples)")
+            run.add_results(prefix, output.metrics, split, f"{len(mean)} examples")
             shown = {"posterior mean (N=0)": mean}
             if trainer.num_eval_samples:
                 shown[f"{trainer.num_eval_samples} samples"] = log_probs

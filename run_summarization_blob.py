@@ -27,6 +27,7 @@ from blob_hf.data.summarization import (
 )
 from blob_hf.evaluation import rouge_compute_metrics, summaries_report
 from blob_hf.hub import fetching
+from blob_hf.reporting.run_summary import DataSource
 
 METRICS = ["rouge1", "rouge2", "rougeL", "nll"]
 DEMO = {
@@ -108,8 +109,12 @@ def main() -> None:
     splits = load_summaries(
         data_args.dataset_name, data_args.dataset_config_name, files, data_args.text_column, data_args.summary_column
     )
-    dataset = "demo dialogues" if data_args.demo else "own files" if files else data_args.dataset_name
-    cli.default_output_dir(training_args, Path(dataset).name.replace(" ", "-"), model_args.adapter_name_or_path)
+    if files:
+        source = DataSource("demo dialogues" if data_args.demo else "own files")
+    else:
+        name = data_args.dataset_name
+        source = DataSource(Path(name).name, None if Path(name).exists() else name, data_args.dataset_config_name)
+    cli.default_output_dir(training_args, source.name.replace(" ", "-"), model_args.adapter_name_or_path)
     adapter = runs.adapter_folder(model_args, training_args)
     if training_args.do_train:
         runs.require_split(splits, "train")
@@ -158,12 +163,11 @@ def main() -> None:
     # ----- train, evaluate, report -----
     base_name = model_args.config_name or model_args.model_name_or_path
     settings = {"prompt": repr(data_args.prompt), "max source, target": lengths, "decoding": decoding}
-    run = runs.Run(trainer, base_name, dataset, METRICS, settings)
-    run.summary.license = model_args.adapter_license
+    run = runs.Run(trainer, base_name, source, "summarization", METRICS, settings, model_args.adapter_license)
     first_split = "validation" if "validation" in dialogues else "test"
     if data_args.compare_base and training_args.do_train and dialogues:
         metrics, _ = evaluate(first_split, "base")
-        run.add_results("base", metrics, f"before training: {dataset}, {first_split}")
+        run.add_results("base", metrics, first_split, of_adapter=False)
     if training_args.do_train:
         run.train()
     for prefix, split, wanted in (
@@ -172,7 +176,7 @@ def main() -> None:
     ):
         if wanted and split in dialogues:
             metrics, predictions = evaluate(split, prefix)
-            run.add_results(prefix, metrics, f"{dataset}, {split} ({len(predictions)} dialogues)")
+            run.add_results(prefix, metrics, split, f"{len(predictions)} dialogues")
             name = "generated_predictions.jsonl" if prefix == "predict" else "eval_generated_predictions.jsonl"
             run.write_rows(name, predictions)
     run.finish()

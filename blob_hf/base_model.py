@@ -50,6 +50,15 @@ def head_parameters(peft_model: PeftModel) -> dict[str, nn.Parameter]:
     }
 
 
+def peft_loading(model: PeftModel) -> tuple[str, str]:
+    """How plain PEFT loads this adapter with its base model: the class, and arguments that it needs."""
+    base: Any = model.get_base_model()
+    arguments = f", num_labels={base.config.num_labels}" if has_task_head(base) else ""
+    task_type = model.active_peft_config.task_type
+    names = {"SEQ_CLS": "AutoPeftModelForSequenceClassification", "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM"}
+    return names.get(str(getattr(task_type, "value", task_type)), "AutoPeftModel"), arguments
+
+
 def load_base_model(path: str, config: BlobConfig, token: str | bool | None, kwargs: dict[str, Any]) -> PreTrainedModel:
     """Load the base model that an adapter names, of the class it was trained with.
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from blob_hf import adapter_files, files
+from blob_hf import adapter_files, files, hub
 from blob_hf.errors import BlobError
 
 logger = logging.getLogger(__name__)
@@ -153,6 +153,23 @@ class CheckpointMixin(_Base):
             self._pushed = checkpoint_folder
             super()._push_from_checkpoint(checkpoint_folder)
             self._pushed = None
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        with hub.pushing(self.args.hub_model_id, "log in, or train without --push_to_hub"):
+            super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' push of the finished run; a failure is one line, and the run is complete on the disk."""
+        advice = f"push again: hf upload {self.hub_model_id} {self.args.output_dir}"
+        with hub.pushing(self.hub_model_id, advice):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        pushed = getattr(self, "push_in_progress", None)
+        for job in pushed.jobs if pushed is not None else []:
+            if job.done() and (error := job.exception()) is not None:
+                logger.warning("a checkpoint could not be pushed (%s); the final push holds the adapter", error)
 
     def complete_push(self) -> None:
         """When a push of a checkpoint begins: put its whole adapter beside the card (transformers knows no std)."""

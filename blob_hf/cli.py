@@ -24,7 +24,7 @@ _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQ
 SETTINGS_FILE = "run_settings.json"
 
 # Training arguments that make two runs different runs (the others only change what is shown or where it goes).
-_DEFINING = [
+DEFINING = [
     "method",
     "beta",
     "gamma",
@@ -164,7 +164,7 @@ def claim_output_dir(training_args: Any, *others: Any) -> None:
     Raises:
         BlobError: naming the settings that differ. Nothing in the folder is touched.
     """
-    settings = {name: getattr(training_args, name) for name in _DEFINING}
+    settings = {name: getattr(training_args, name) for name in DEFINING}
     for arguments in others:
         settings.update(dataclasses.asdict(arguments))
     settings = json.loads(json.dumps(settings, default=str))

@@ -105,3 +105,20 @@ def default_target_modules(model_type: str, task: str) -> list[str] | str:
     """
     presets = {"classification": CLASSIFICATION_TARGETS, "summarization": SEQ2SEQ_TARGETS}[task]
     return presets.get(model_type, "all-linear")
+
+
+def adapter_settings(config: LoraConfig) -> dict[str, Any]:
+    """An adapter's own settings by the names that reports and model cards show."""
+    targets = config.target_modules or []
+    settings: dict[str, Any] = {
+        "LoRA": f"r={config.r}, alpha={config.lora_alpha}, dropout={config.lora_dropout}",
+        "target modules": targets if isinstance(targets, str) else ", ".join(sorted(targets)),
+    }
+    if isinstance(config, BlobConfig):
+        settings |= {
+            "beta (prior std)": config.prior_std,
+            "initial eps": config.init_eps,
+            "std parameterization": config.std_parameterization,
+            "noise": config.noise,
+        }
+    return settings

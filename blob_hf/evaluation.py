@@ -10,8 +10,8 @@ from blob_hf.metrics.calibration import calibration_metrics
 from blob_hf.metrics.summarization import rouge, rouge_per_example
 from blob_hf.metrics.uncertainty import uncertainty_metrics
 from blob_hf.prediction import IGNORED_LABEL
+from blob_hf.reporting.tables import MEAN, STD
 
-MEAN, STD = "mean_", "_sample_std"
 ROUGE_NAMES = ("rouge1", "rouge2", "rougeL")
 
 

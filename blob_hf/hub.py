@@ -75,8 +75,12 @@ def push(
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    keep: Sequence[str] = (),
 ) -> str:
     """Upload a folder to a Hub repo (made if needed) in one commit: all of it or nothing.
+
+    Args:
+        keep: Files that stay as they are in the repo, if it has them.
 
     Returns:
         Address of the commit.
@@ -95,6 +99,7 @@ def push(
             commit_message=commit_message,
             revision=revision,
             create_pr=create_pr,
+            ignore_patterns=[file for file in keep if api.file_exists(name, file, revision=revision)],
         )
         return commit.commit_url
 

@@ -18,15 +18,17 @@ from transformers import (
     PreTrainedModel,
 )
 
-from blob_hf import adapter_files, files
-from blob_hf.base_model import has_task_head
-from blob_hf.config import NOISES, STD_PARAMETERIZATIONS, BlobConfig
+from blob_hf import adapter_files, cli, files
+from blob_hf.base_model import peft_loading
+from blob_hf.config import NOISES, STD_PARAMETERIZATIONS, BlobConfig, adapter_settings
 from blob_hf.errors import BlobError
 from blob_hf.history import FILE_NAME
 from blob_hf.hub import fetching
 from blob_hf.model import BlobModel, as_blob_model, get_blob_model, get_lora_model
-from blob_hf.reporting.model_card import RunSummary, write_model_card, write_report
+from blob_hf.reporting.model_card import write_model_card
 from blob_hf.reporting.plots import plot_kl
+from blob_hf.reporting.report import write_report
+from blob_hf.reporting.run_summary import DataSource, Results, RunSummary
 from blob_hf.reporting.tables import results_table, to_text
 
 
@@ -147,19 +149,39 @@ class Run:
     Args:
         trainer: A `BlobTrainer` or `BlobSeq2SeqTrainer`.
         base_model: Hub id or folder of the base model.
-        dataset: Name of the data, for titles and the model card.
+        data: The data, for titles and the model card.
+        task: Its tag on the Hub, "text-classification" or "summarization".
         metric_names: Metrics of the final table, in order.
         settings: Hyperparameters for report and model card, beyond the training arguments'.
     """
 
     def __init__(
-        self, trainer: Any, base_model: str, dataset: str, metric_names: list[str], settings: Mapping[str, Any]
+        self,
+        trainer: Any,
+        base_model: str,
+        data: DataSource,
+        task: str,
+        metric_names: list[str],
+        settings: Mapping[str, Any],
+        license: str | None = None,
     ) -> None:
         self.trainer, self.args = trainer, trainer.args
         self.folder = Path(trainer.args.output_dir)
         self.metric_names = metric_names
         self.trained = False
-        self.summary = RunSummary(base_model, dataset, trainer.args.method, {**_settings(trainer), **settings})
+        auto_class, auto_arguments = peft_loading(trainer.model)
+        self.summary = RunSummary(
+            base_model,
+            data,
+            trainer.args.method,
+            settings={**_settings(trainer), **settings},
+            arguments={name: getattr(trainer.args, name) for name in cli.DEFINING},
+            license=license,
+            repo=trainer.hub_model_id if trainer.args.push_to_hub else str(self.folder),
+            task=task,
+            auto_class=auto_class,
+            auto_arguments=auto_arguments,
+        )
         trainer.run_summary = self.summary  # for the model card that the Trainer pushes
 
     @property
@@ -180,11 +202,21 @@ class Run:
             self.summary.settings = {**self.summary.settings, "KL cycle M (steps)": diagnosis.cycle_steps}
             self.add_plot("kl", lambda path: plot_kl(self.folder / FILE_NAME, path))
 
-    def add_results(self, split: str, metrics: dict[str, float], title: str) -> None:
-        """Save {split}_results.json, and keep the table N=0 beside N=S for the end."""
-        self.trainer.save_metrics(split, metrics)
-        table = results_table(metrics, split, self.metric_names, self.trainer.num_eval_samples)
-        self.summary.tables[title] = table
+    def add_results(
+        self, prefix: str, metrics: dict[str, float], split: str, rows: str = "", of_adapter: bool = True
+    ) -> None:
+        """Save {prefix}_results.json, and keep the table N=0 beside N=S for the end.
+
+        Args:
+            rows: What was evaluated, for the title, for example "408 examples".
+            of_adapter: False for the model before training.
+        """
+        self.trainer.save_metrics(prefix, metrics)
+        table = results_table(metrics, prefix, self.metric_names, self.trainer.num_eval_samples)
+        assert self.summary.data is not None
+        title = f"{self.summary.data.name}, {split}" + (f" ({rows})" if rows else "")
+        title = title if of_adapter else f"before training: {title}"
+        self.summary.results.append(Results(title, split, table, of_adapter))
 
     def add_plot(self, name: str, draw: Callable[[Path], object]) -> None:
         """Draw plots/{name}.png."""
@@ -204,29 +236,19 @@ class Run:
         if self.writes:
             if self.trained:  # an evaluation does not know how the adapter was trained
                 write_report(self.folder, self.summary)
-                write_model_card(self.folder, self.summary, *peft_loading(self.trainer.model))
-            for title, table in self.summary.tables.items():
-                print(to_text(table, f"{self.summary.method}: {title}"))
+                write_model_card(self.folder, self.summary)
+            for results in self.summary.results:
+                print(to_text(results.table, f"{self.summary.method}: {results.title}"))
             print(f"Everything is in {self.folder}")
         if self.args.push_to_hub:
             self.trainer.push_to_hub()
-
-
-def peft_loading(model: PeftModel) -> tuple[str, str]:
-    """How plain PEFT loads this adapter with its base model: the class, and arguments that it needs."""
-    base: Any = model.get_base_model()
-    arguments = f", num_labels={base.config.num_labels}" if has_task_head(base) else ""
-    task_type = model.active_peft_config.task_type
-    names = {"SEQ_CLS": "AutoPeftModelForSequenceClassification", "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM"}
-    return names.get(str(getattr(task_type, "value", task_type)), "AutoPeftModel"), arguments
 
 
 def _settings(trainer: Any) -> dict[str, Any]:
     args, config = trainer.args, trainer.model.active_peft_config
     settings = {
         "method": args.method,
-        "LoRA": f"r={config.r}, alpha={config.lora_alpha}, dropout={config.lora_dropout}",
-        "target modules": ", ".join(sorted(config.target_modules)),
+        **adapter_settings(config),
         "learning rate": args.learning_rate,
         "steps": args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
         "global batch size": trainer.get_total_train_batch_size(args),
@@ -234,14 +256,10 @@ def _settings(trainer: Any) -> dict[str, Any]:
     }
     if isinstance(config, BlobConfig):
         settings |= {
-            "beta (prior std)": config.prior_std,
             "gamma": args.gamma,
             "KL schedule": args.kl_schedule,
             "KL learning rate": args.kl_learning_rate,
             "KL gradient": args.kl_gradient,
-            "initial eps": config.init_eps,
-            "std parameterization": config.std_parameterization,
-            "noise": config.noise,
             "training samples": args.train_samples,
             "evaluation samples": args.eval_samples,
         }

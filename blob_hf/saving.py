@@ -10,10 +10,12 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
 from blob_hf import adapter_files, files, hub, posterior
-from blob_hf.base_model import has_task_head, head_parameters
-from blob_hf.config import BlobConfig
+from blob_hf.base_model import has_task_head, head_parameters, peft_loading
+from blob_hf.config import BlobConfig, adapter_settings
 from blob_hf.errors import BlobError
 from blob_hf.layer import gathered, std_to_save
+from blob_hf.reporting.model_card import write_model_card
+from blob_hf.reporting.run_summary import RunSummary
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +27,20 @@ class SavingMixin(PeftModel):
     """A PEFT model saved as posterior mean and std; without a posterior, as plain LoRA with its frozen head."""
 
     def create_or_update_model_card(self, output_dir: str) -> None:
-        """PEFT's template card, unless the folder has a card already: that one was written from a run."""
-        if not os.path.isfile(os.path.join(output_dir, "README.md")):
-            super().create_or_update_model_card(output_dir)
+        """A card with what the adapter itself tells, unless the folder has one already: that was written from a run."""
+        if os.path.isfile(os.path.join(output_dir, "README.md")):
+            return
+        config: Any = self.active_peft_config
+        auto_class, auto_arguments = peft_loading(self)
+        summary = RunSummary(
+            base_model=config.base_model_name_or_path or getattr(self.get_base_model(), "name_or_path", ""),
+            data=None,
+            method="blob" if isinstance(config, BlobConfig) else "lora",
+            settings=adapter_settings(config),
+            auto_class=auto_class,
+            auto_arguments=auto_arguments,
+        )
+        write_model_card(Path(output_dir), summary)
 
     # ----- saving ------------------------------------------------------------------------------------------------
 
@@ -205,7 +218,7 @@ class SavingMixin(PeftModel):
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **save_kwargs)
-            return hub.push(folder, repo_id, commit_message, private, token, revision, create_pr)
+            return hub.push(folder, repo_id, commit_message, private, token, revision, create_pr, keep=["README.md"])
 
 
 def mean_name(layer: str) -> str:

@@ -1,14 +1,16 @@
-"""README.md of an adapter (its model card) and report.md of a run, written from what the run did."""
+"""README.md of an adapter: its model card on the Hub, with metadata that the Hub's search and leaderboards read."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
-from huggingface_hub import ModelCard, ModelCardData
+import peft
+import torch
+import transformers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from blob_hf.reporting.tables import to_markdown
+from blob_hf import files
+from blob_hf.reporting.run_summary import RunSummary
+from blob_hf.reporting.tables import STD_COLUMN, settings_table, to_markdown
 from blob_hf.version import __version__
 
 _CITATION = """@inproceedings{wang2024blob,
@@ -17,73 +19,89 @@ _CITATION = """@inproceedings{wang2024blob,
   booktitle = {Advances in Neural Information Processing Systems}, year = {2024}
 }"""
 
-_LIMITS = """The uncertainty covers the LoRA A matrices only; the base model and B are points. Calibration was
-measured on the data named above and can be worse elsewhere. Use it as the base model's own card allows."""
+_USE: dict[str | None, str] = {
+    "text-classification": "Classifying texts like those it was trained on, where it matters how sure the answer is.",
+    "summarization": "Summarizing texts like those it was trained on, where it matters how far to trust a summary.",
+    None: "What its base model is for, on data like that it was trained on.",
+}
+_LIMITS = (
+    "The uncertainty covers the LoRA A matrices only; the base model and B are points. Calibration was measured on the "
+    "data named here and can be worse elsewhere. Use it as the base model's own card allows."
+)
+_LORA_LIMITS = "A point estimate: it does not know what it does not know. Use it as the base model's own card allows."
 
 
-@dataclass
-class RunSummary:
-    """What a card and a report say about a run.
-
-    Attributes:
-        settings: Hyperparameters by name.
-        tables: Result tables by title (see `results_table`).
-        kl_notes: The KL diagnosis, its warnings after it.
-        plots: Paths relative to the run folder.
-    """
-
-    base_model: str
-    dataset: str
-    method: str
-    settings: Mapping[str, Any]
-    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
-    kl_notes: list[str] = field(default_factory=list)
-    plots: list[str] = field(default_factory=list)
-    license: str | None = None
+def write_model_card(folder: Path, run: RunSummary) -> None:
+    """Write README.md: how the adapter was trained, what was measured, how to load it as LoRA and as a posterior."""
+    files.write_text(folder / "README.md", str(model_card(run)))
 
 
-def write_model_card(folder: Path, run: RunSummary, auto_class: str, arguments: str = "") -> None:
-    """Write README.md: how the adapter was trained, what was measured, how to load it as LoRA and as a posterior.
-
-    Args:
-        auto_class: The AutoPeftModel-like class of plain PEFT that loads it, for the usage example.
-        arguments: What that class needs besides the path, for example ", num_labels=3".
-    """
-    local = Path(run.base_model).exists()
-    data = ModelCardData(
-        library_name="peft",
-        base_model=None if local else run.base_model,
-        license=run.license,
-        datasets=None if "/" not in run.dataset or Path(run.dataset).exists() else [run.dataset],
-        tags=["lora", "peft"] + (["blob", "bayesian", "uncertainty"] if run.method == "blob" else []),
-    )
+def model_card(run: RunSummary) -> ModelCard:
+    """The card, with `model-index` metadata of every finite metric on the adapter that is saved."""
     title = "BLoB adapter" if run.method == "blob" else "LoRA adapter"
+    base = Path(run.base_model).name if _is_local(run) else run.base_model
     body = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {title} of {Path(run.base_model).name if local else run.base_model} on {run.dataset}",
+        f"---\n{_metadata(run).to_yaml()}\n---",
+        f"# {title} of {base}" + (f" on {run.data.name}" if run.data else ""),
         _describe(run),
-        "## Results",
-        *(f"**{name}**\n\n{to_markdown(table)}" for name, table in run.tables.items()),
-        "## How to use\n\n" + _usage(run.method, auto_class, arguments),
-        "## Training\n\n" + _settings_table(run.settings),
+        *(["## Results"] if run.results else []),
+        *(f"**{results.title}**\n\n{to_markdown(results.table)}" for results in run.results),
+        "## Intended use and limits\n\n"
+        + f"{_USE.get(run.task, _USE[None])} {_LIMITS if run.method == 'blob' else _LORA_LIMITS}",
+        "## How to use\n\n" + _usage(run),
+        "## Training\n\n" + settings_table(run.settings),
         *(["\n".join(f"- {note}" for note in run.kl_notes)] if run.kl_notes else []),
-        f"## Limits\n\n{_LIMITS}",
-        f"## Citation\n\n```bibtex\n{_CITATION}\n```\n\nTrained with blob_hf {__version__}.",
+        *([_all_arguments(run)] if run.arguments else []),
+        f"## Citation\n\n```bibtex\n{_CITATION}\n```",
+        f"Made with blob_hf {__version__}, transformers {transformers.__version__}, peft {peft.__version__}, "
+        f"torch {torch.__version__}.",
     ]
-    ModelCard("\n\n".join(body) + "\n").save(folder / "README.md")
+    return ModelCard("\n\n".join(body) + "\n")
 
 
-def write_report(folder: Path, run: RunSummary) -> None:
-    """Write report.md: results, KL diagnosis, plots and settings of one run."""
-    body = [
-        f"# {run.method} on {run.dataset}",
-        f"Base model: `{run.base_model}`.",
-        *(f"## {name}\n\n{to_markdown(table)}" for name, table in run.tables.items()),
-        *(["## KL\n\n" + "\n".join(f"- {note}" for note in run.kl_notes)] if run.kl_notes else []),
-        *(f"![{Path(plot).stem}]({plot})" for plot in run.plots),
-        "## Settings\n\n" + _settings_table(run.settings),
+def _is_local(run: RunSummary) -> bool:
+    return Path(run.base_model).exists()
+
+
+def _metadata(run: RunSummary) -> ModelCardData:
+    results = _eval_results(run)
+    return ModelCardData(
+        library_name="peft",
+        base_model=None if _is_local(run) or not run.base_model else run.base_model,
+        license=run.license,
+        datasets=[run.data.hub_id] if run.data and run.data.hub_id else None,
+        pipeline_tag=run.task,
+        tags=["lora", "peft"] + (["blob", "bayesian", "uncertainty"] if run.method == "blob" else []),
+        model_name=Path(run.repo).name if results else None,
+        eval_results=results or None,
+    )
+
+
+def _eval_results(run: RunSummary) -> list[EvalResult]:
+    if run.data is None:
+        return []
+    rows = [
+        (results, metric, column, value)
+        for results in run.results
+        if results.of_adapter
+        for column in results.table.columns
+        if column != STD_COLUMN
+        for metric, value in results.table[column].items()
+        if value is not None and math.isfinite(value)
     ]
-    (folder / "report.md").write_text("\n\n".join(body) + "\n", encoding="utf-8")
+    return [
+        EvalResult(
+            task_type=run.task or "other",
+            dataset_type=run.data.hub_id or run.data.name,
+            dataset_name=run.data.name,
+            dataset_config=run.data.config,
+            dataset_split=results.split,
+            metric_type=str(metric),
+            metric_name=f"{metric}, {column}",
+            metric_value=float(value),
+        )
+        for results, metric, column, value in rows
+    ]
 
 
 def _describe(run: RunSummary) -> str:
@@ -96,20 +114,31 @@ def _describe(run: RunSummary) -> str:
     )
 
 
-def _usage(method: str, auto_class: str, arguments: str) -> str:
-    call = f"model = {auto_class}.from_pretrained(PATH_OR_REPO{arguments})"
-    plain = f"```python\nfrom peft import {auto_class}\n\n{call}\n```"
-    if method != "blob":
+def _usage(run: RunSummary) -> str:
+    call = f'model = {run.auto_class}.from_pretrained("{run.repo}"{run.auto_arguments})'
+    plain = f"```python\nfrom peft import {run.auto_class}\n\n{call}\n```"
+    if run.method != "blob":
         return plain
+    if run.task == "summarization":
+        sampled = (
+            "    tokens = model.generate(**{name: x.repeat(10, 1) for name, x in inputs.items()}, max_new_tokens=128)\n"
+            "summaries = tokenizer.batch_decode(tokens, skip_special_tokens=True)  # 10 per input, sample by sample\n"
+        )
+    else:
+        sampled = (
+            "    logits = model(**{name: x.repeat(10, 1) for name, x in inputs.items()}).logits\n"
+            "probs = logits.softmax(-1).unflatten(0, (10, -1)).mean(0)\n"
+        )
     return (
         "As a posterior (`pip install blob_hf`), inputs repeated once per sample:\n\n```python\n"
-        "from blob_hf import BlobModel\n\nmodel = BlobModel.from_pretrained(PATH_OR_REPO)\n"
-        "with model.posterior_samples(10, seed=0):\n"
-        "    logits = model(**{name: x.repeat(10, 1) for name, x in inputs.items()}).logits\n"
-        "probs = logits.softmax(-1).unflatten(0, (10, -1)).mean(0)\n```\n\n"
+        "from blob_hf import BlobModel\nfrom transformers import AutoTokenizer\n\n"
+        f'model = BlobModel.from_pretrained("{run.repo}")\ntokenizer = AutoTokenizer.from_pretrained("{run.repo}")\n'
+        'inputs = tokenizer(["..."], return_tensors="pt", padding=True)\n'
+        f"with model.posterior_samples(10, seed=0):\n{sampled}```\n\n"
         f"As plain LoRA (the posterior mean), with PEFT alone:\n\n{plain}"
     )
 
 
-def _settings_table(settings: Mapping[str, Any]) -> str:
-    return "\n".join(["| setting | value |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in settings.items())])
+def _all_arguments(run: RunSummary) -> str:
+    table = settings_table(run.arguments)
+    return f"<details><summary>All training arguments that define the run</summary>\n\n{table}\n\n</details>"

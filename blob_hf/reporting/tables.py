@@ -1,8 +1,12 @@
 """The table at the end of a run: posterior mean (N=0) beside N posterior samples."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import pandas as pd
 
-from blob_hf.evaluation import MEAN, STD
+MEAN, STD = "mean_", "_sample_std"  # a metric of the posterior mean, and the std of a metric over samples
+STD_COLUMN = "std over samples"
 
 
 def results_table(metrics: dict[str, float], prefix: str, names: list[str], num_samples: int) -> pd.DataFrame:
@@ -17,7 +21,7 @@ def results_table(metrics: dict[str, float], prefix: str, names: list[str], num_
     columns = {"N=0 (posterior mean)": [metrics.get(f"{prefix}_{MEAN}{name}") for name in names]}
     if num_samples:
         columns[f"N={num_samples} (samples)"] = [metrics.get(f"{prefix}_{name}") for name in names]
-        columns["std over samples"] = [metrics.get(f"{prefix}_{name}{STD}") for name in names]
+        columns[STD_COLUMN] = [metrics.get(f"{prefix}_{name}{STD}") for name in names]
     return pd.DataFrame(columns, index=names)
 
 
@@ -36,3 +40,8 @@ def to_markdown(table: pd.DataFrame) -> str:
     for name, values in zip(table.index, table.to_numpy(), strict=True):
         lines.append(row([str(name), *("-" if pd.isna(value) else f"{value:.4f}" for value in values)]))
     return "\n".join(lines)
+
+
+def settings_table(settings: Mapping[str, Any]) -> str:
+    """Settings and their values as a GitHub Markdown table."""
+    return "\n".join(["| setting | value |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in settings.items())])

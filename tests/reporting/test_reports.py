@@ -1,8 +1,11 @@
 import pandas as pd
 import pytest
-from huggingface_hub import ModelCard
+from hub_server import card_errors
+from huggingface_hub import ModelCard, metadata_eval_result
 
-from blob_hf.reporting.model_card import RunSummary, write_model_card, write_report
+from blob_hf.reporting.model_card import model_card, write_model_card
+from blob_hf.reporting.report import write_report
+from blob_hf.reporting.run_summary import DataSource, Results, RunSummary
 from blob_hf.reporting.tables import results_table, to_markdown, to_text
 
 METRICS = {"eval_nll": 0.5, "eval_mean_nll": 0.6, "eval_nll_sample_std": 0.01, "eval_rouge1": 0.4, "other": 1.0}
@@ -18,29 +21,91 @@ def test_table_has_the_mean_the_samples_and_their_spread():
     assert to_markdown(table).splitlines()[2] == "| nll | 0.6000 | 0.5000 | 0.0100 |"
 
 
+def summary(method="blob", **changes):
+    table = results_table(METRICS, "eval", ["nll", "rouge1"], 10)
+    defaults = {
+        "base_model": "facebook/bart-base",
+        "data": DataSource("dialogsum", "knkarthick/dialogsum"),
+        "settings": {"gamma": 8},
+        "arguments": {"warmup_steps": 0.06},
+        "results": [
+            Results("before training: dialogsum, test", "test", table * 2, of_adapter=False),
+            Results("dialogsum, test (500 dialogues)", "test", table),
+        ],
+        "kl_notes": ["KL schedule geometric: cycle M = 253"],
+        "license": "cc-by-nc-sa-4.0",
+        "repo": "alice/summaries",
+        "task": "summarization",
+        "auto_class": "AutoPeftModelForSeq2SeqLM",
+    }
+    return RunSummary(**{**defaults, "method": method, **changes})
+
+
 @pytest.mark.parametrize("method", ["blob", "lora"])
-def test_model_card_is_read_by_the_hub_client(tmp_path, method):
-    run = RunSummary("facebook/bart-base", "knkarthick/dialogsum", method, {"gamma": 8}, license="cc-by-nc-sa-4.0")
-    run.tables["test"] = results_table(METRICS, "eval", ["nll"], 10)
-    run.kl_notes = ["KL schedule geometric: cycle M = 253"]
-    write_model_card(tmp_path, run, "AutoPeftModelForSeq2SeqLM")
+def test_model_card_says_everything(tmp_path, method):
+    write_model_card(tmp_path, summary(method))
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.library_name, card.data.base_model) == ("peft", "facebook/bart-base")
     assert card.data.license == "cc-by-nc-sa-4.0" and card.data.datasets == ["knkarthick/dialogsum"]
     assert ("bayesian" in card.data.tags) is (method == "blob")
     assert ("posterior_samples" in card.text) is (method == "blob")
-    assert "AutoPeftModelForSeq2SeqLM.from_pretrained" in card.text and "| gamma | 8 |" in card.text
+    for part in (
+        'AutoPeftModelForSeq2SeqLM.from_pretrained("alice/summaries")', "| gamma | 8 |", "| warmup_steps | 0.06 |",
+        "cycle M = 253", "| nll | 0.6000 | 0.5000 | 0.0100 |", "## Intended use and limits", "## Citation",
+    ):  # fmt: skip
+        assert part in card.text
+    assert card_errors(str(card)) == []
+
+
+def test_model_index_holds_the_saved_adapter_with_n_0_and_n_s(tmp_path):
+    """Read back by the Hub client's own parser; missing values are left out, they would be refused."""
+    write_model_card(tmp_path, summary())
+    results = ModelCard.load(tmp_path / "README.md").data.eval_results
+    found = {(one.metric_type, one.metric_name): one.metric_value for one in results}
+    assert found == {
+        ("nll", "nll, N=0 (posterior mean)"): 0.6,
+        ("nll", "nll, N=10 (samples)"): 0.5,
+        ("rouge1", "rouge1, N=10 (samples)"): 0.4,
+    }
+    expected = metadata_eval_result(
+        model_pretty_name="summaries", task_pretty_name="summarization", task_id="summarization",
+        metrics_pretty_name="nll, N=10 (samples)", metrics_id="nll", metrics_value=0.5, dataset_split="test",
+        dataset_pretty_name="dialogsum", dataset_id="knkarthick/dialogsum",
+    )["model-index"][0]["results"][0]  # fmt: skip
+    ours = next(one for one in results if one.metric_name == "nll, N=10 (samples)")
+    assert expected["dataset"] == {"name": ours.dataset_name, "type": ours.dataset_type, "split": ours.dataset_split}
+    assert expected["metrics"][0]["value"] == ours.metric_value and expected["task"]["type"] == ours.task_type
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("value: 0.5", "value: .nan"),
+        ("type: knkarthick/dialogsum", "type: ''"),
+        ("tags:\n", "tags: lora\nothers:\n"),
+        ("---\n", ""),
+    ],
+)
+def test_the_check_of_cards_finds_what_the_hub_refuses(old, new):
+    good = str(model_card(summary()))
+    assert old in good and card_errors(good.replace(old, new))
 
 
 def test_a_local_base_model_is_not_named_as_a_hub_repo(tmp_path):
-    write_model_card(tmp_path, RunSummary(str(tmp_path), "own files", "blob", {}), "AutoPeftModel")
-    assert ModelCard.load(tmp_path / "README.md").data.base_model is None
+    write_model_card(tmp_path, summary(base_model=str(tmp_path), data=DataSource("own files"), task=None))
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.base_model is None and data.datasets is None and data.eval_results[0].dataset_type == "own files"
+
+
+def test_a_card_without_a_run_says_what_the_adapter_knows(tmp_path):
+    write_model_card(tmp_path, summary(data=None, results=[], kl_notes=[], arguments={}))
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.eval_results is None and "## Results" not in card.text and "| gamma | 8 |" in card.text
+    assert card_errors(str(card)) == []
 
 
 def test_report_shows_tables_notes_and_plots(tmp_path):
-    run = RunSummary("m", "d", "blob", {"beta": 0.2}, kl_notes=["M = 5"], plots=["plots/kl.png"])
-    run.tables["validation"] = results_table(METRICS, "eval", ["nll"], 10)
-    write_report(tmp_path, run)
+    write_report(tmp_path, summary(plots=["plots/kl.png"]))
     text = (tmp_path / "report.md").read_text()
-    for part in ("## validation", "| nll | 0.6000", "- M = 5", "![kl](plots/kl.png)", "| beta | 0.2 |"):
+    for part in ("## dialogsum, test", "| nll | 0.6000", "cycle M = 253", "![kl](plots/kl.png)", "| gamma | 8 |"):
         assert part in text

@@ -1,0 +1,61 @@
+"""What a model card and a report say about a run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """The data of a run: its name, and where it is on the Hub if it is there."""
+
+    name: str
+    hub_id: str | None = None
+    config: str | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """A table of metrics (see `results_table`) on one split.
+
+    Attributes:
+        of_adapter: Whether it describes the adapter that is saved (and not, say, the model before training).
+    """
+
+    title: str
+    split: str
+    table: pd.DataFrame
+    of_adapter: bool = True
+
+
+@dataclass
+class RunSummary:
+    """A run, or an adapter of which no run is known (then `data` is None).
+
+    Attributes:
+        base_model: Hub id or folder.
+        settings: The main hyperparameters by name.
+        arguments: All training arguments that define the run, by name.
+        kl_notes: The KL diagnosis, its warnings after it.
+        plots: Paths relative to the run folder.
+        repo: Hub repo or folder of the adapter, for the examples.
+        task: Its tag on the Hub, for example "text-classification".
+        auto_class: The class with which plain PEFT loads the adapter.
+        auto_arguments: What that class needs besides the path, for example ", num_labels=3".
+    """
+
+    base_model: str
+    data: DataSource | None
+    method: str
+    settings: Mapping[str, Any]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    results: list[Results] = field(default_factory=list)
+    kl_notes: list[str] = field(default_factory=list)
+    plots: list[str] = field(default_factory=list)
+    license: str | None = None
+    repo: str = "PATH_OR_REPO"
+    task: str | None = None
+    auto_class: str = "AutoPeftModel"
+    auto_arguments: str = ""
