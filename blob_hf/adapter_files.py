@@ -211,11 +211,11 @@ def check_fits(found: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]],
     Raises:
         BlobError: Another base model (layers or widths differ) or another rank.
     """
-    base = f"the adapter was made for {config.base_model_name_or_path!r}"
+    base = f"it was made for the base model {config.base_model_name_or_path!r}, r={config.r}"
     odd = sorted({name for name in found if ".lora_" in name} ^ {name for name in shapes if ".lora_" in name})
     if odd:
         raise BlobError(f"{folder} does not fit this model: {odd[0]} ({len(odd)} weights differ); {base}")
-    for name in found.keys() & shapes.keys():
+    for name in sorted(found.keys() & shapes.keys()):
         has, needs = tuple(found[name].shape), tuple(shapes[name])
         if has == needs:
             continue

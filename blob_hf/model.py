@@ -116,8 +116,9 @@ class BlobModel(SavingMixin):
             BlobError: Not an adapter, damaged, of another base model, or its base model cannot be found.
         """
         folder = adapter_files.resolve(path_or_repo, revision, subfolder, token, cache_dir)
+        is_blob = adapter_files.is_blob_adapter(folder)
         own = BlobConfig.from_pretrained(str(folder))
-        if not adapter_files.is_blob_adapter(folder):
+        if not is_blob:
             own = BlobConfig.from_lora(own, config)
         own.inference_mode = not is_trainable
         if model is None:

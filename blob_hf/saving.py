@@ -142,16 +142,15 @@ class SavingMixin(PeftModel):
         where = {name: kwargs.pop(name, None) for name in ("revision", "subfolder", "token", "cache_dir")}
         folder = adapter_files.resolve(model_id, **where)
         tensors = adapter_files.read(folder)
+        config = BlobConfig.from_pretrained(str(folder))
         new = adapter_name not in self.peft_config
         if new:
-            config = BlobConfig.from_pretrained(str(folder))
             config.inference_mode = not is_trainable
             self.add_adapter(adapter_name, config)
             if is_trainable:
                 self.set_requires_grad(adapter_name)
         try:
-            config_: Any = self.peft_config[adapter_name]
-            adapter_files.check_fits(tensors.mean, self._shapes(adapter_name), folder, config_)
+            adapter_files.check_fits(tensors.mean, self._shapes(adapter_name), folder, config)
             result = super().load_adapter(str(folder), adapter_name, is_trainable=is_trainable, **kwargs)
         except (BlobError, RuntimeError) as error:
             if new:

@@ -56,12 +56,11 @@ def tiny_roberta(num_labels: int = 2) -> RobertaForSequenceClassification:
 
 
 def tiny_bart(**changes) -> BartForConditionalGeneration:
-    config = BartConfig(
-        vocab_size=60, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
-        forced_eos_token_id=None, **changes,
-    )  # fmt: skip
-    return BartForConditionalGeneration(config).eval()
+    sizes = {
+        "vocab_size": 60, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 64,
+    }  # fmt: skip
+    return BartForConditionalGeneration(BartConfig(forced_eos_token_id=None, **{**sizes, **changes})).eval()
 
 
 def tiny_t5() -> T5ForConditionalGeneration:

@@ -4,44 +4,17 @@ import warnings
 
 import pytest
 import torch
-from conftest import TARGETS, TINY, random_ids, randomize_b, tiny_bart, tiny_bert
+from adapters import TASK, inputs_for, logits, saved_base, trained
+from conftest import TARGETS, TINY, randomize_b, tiny_bart, tiny_bert
 from peft import AutoPeftModel, IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from blob_hf import BlobConfig, BlobModel, bayesianize, get_blob_model
 from blob_hf.adapter_files import STD_FILE
 from blob_hf.errors import BlobError
 from blob_hf.model import BlobModelForSeq2SeqLM, BlobModelForSequenceClassification, get_lora_model
 from blob_hf.posterior import gaussian_layers
-
-TASK = {"bert": "SEQ_CLS", "roberta": "SEQ_CLS", "bart": "SEQ_2_SEQ_LM", "t5": "SEQ_2_SEQ_LM", "gpt2": "CAUSAL_LM"}
-
-
-def saved_base(family, folder, **changes):
-    base = TINY[family](**changes)
-    base.save_pretrained(folder)
-    return type(base).from_pretrained(folder).eval()
-
-
-def inputs_for(family, rows=3):
-    inputs = {"input_ids": random_ids(rows, 8)}
-    if family in ("bart", "t5"):
-        inputs["decoder_input_ids"] = random_ids(rows, 5)
-    return inputs
-
-
-def trained(family, folder, **config):
-    model = get_blob_model(
-        saved_base(family, folder), BlobConfig(target_modules=TARGETS[family], task_type=TASK[family], r=4, **config)
-    )
-    randomize_b(model)
-    return model.eval()
-
-
-def logits(model, inputs):
-    with torch.no_grad():
-        return model(**inputs).logits
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -189,31 +162,6 @@ def test_bayesianize_refuses_a_model_without_peft_and_an_unknown_adapter():
         bayesianize(get_peft_model(tiny_bart(), LoraConfig(target_modules=["q_proj"])), adapter_name="x")
 
 
-def spoil(folder, change):
-    std = load_file(folder / STD_FILE)
-    change(std, next(iter(std)))
-    save_file(std, folder / STD_FILE)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda f: (f / STD_FILE).unlink(), "is missing from the BLoB adapter"),
-        (lambda f: (f / STD_FILE).write_bytes((f / STD_FILE).read_bytes()[:-100]), "cannot read"),
-        (lambda f: spoil(f, lambda std, key: std.pop(key)), "stds for other layers"),
-        (lambda f: spoil(f, lambda std, key: std.update({key: torch.ones(1, 2)})), r"shape \(1, 2\)"),
-        (lambda f: spoil(f, lambda std, key: std[key].neg_()), "not a standard deviation"),
-        (lambda f: spoil(f, lambda std, key: std[key].fill_(float("nan"))), "not a standard deviation"),
-    ],
-)
-def test_a_damaged_std_file_is_refused_in_one_line(damage, message, tmp_path):
-    trained("bart", tmp_path / "base").save_pretrained(tmp_path / "adapter")
-    damage(tmp_path / "adapter")
-    with pytest.raises(BlobError, match=message) as error:
-        BlobModel.from_pretrained(tmp_path / "adapter")
-    assert "\n" not in str(error.value)
-
-
 def test_loading_from_nowhere(tmp_path):
     with pytest.raises(BlobError, match="expected a folder or Hub repo with a"):
         BlobModel.from_pretrained(tmp_path)
@@ -229,10 +177,81 @@ def test_loading_from_nowhere(tmp_path):
         BlobModel.from_pretrained(tmp_path / "adapter")
 
 
-def test_shards_are_not_saved(tmp_path):
-    model = trained("bart", tmp_path / "base")
-    state = {name: value.flatten()[:0] if "lora_A" in name else value for name, value in model.state_dict().items()}
-    with pytest.raises(BlobError, match="a shard that was not gathered"):
-        model.save_pretrained(tmp_path / "adapter", state_dict=state)
-    with pytest.raises(BlobError, match="pickles"):
-        model.save_pretrained(tmp_path / "adapter", safe_serialization=False)
+# ----- PEFT's verbs on several adapters --------------------------------------------------------------------------
+
+
+def two_adapters(tmp_path, family="bart"):
+    model = trained(family, tmp_path / "base", init_eps=0.5)
+    config = BlobConfig(target_modules=TARGETS[family], task_type=TASK[family], r=2, init_eps=0.5)
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    randomize_b(model)
+    return model.eval()
+
+
+def test_two_adapters_are_saved_loaded_and_switched_by_name(tmp_path):
+    model, inputs = two_adapters(tmp_path), inputs_for("bart")
+    model.save_pretrained(tmp_path / "both")
+    loaded = BlobModel.from_pretrained(tmp_path / "both")
+    loaded.load_adapter(tmp_path / "both", "second", subfolder="second")
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        loaded.set_adapter(name)
+        assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+        with model.posterior_samples(1, seed=1), loaded.posterior_samples(1, seed=1):
+            assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+    loaded.delete_adapter("second")
+    assert set(loaded.peft_config) == {"default"}
+
+
+def test_merging_the_mean_and_merging_a_sample(tmp_path):
+    """Merged weights are the same network up to rounding: W x + s B A x against (W + s B A) x."""
+    inputs = inputs_for("roberta")
+    for merge, context in (
+        (lambda m: m.merge_and_unload(), lambda m: m.posterior_mean()),
+        (lambda m: m.merge_posterior_sample(seed=4, index=2), lambda m: m.posterior_samples(1, seed=4, first=2)),
+    ):
+        model = trained("roberta", tmp_path / "base", init_eps=0.9)
+        with context(model):
+            expected = logits(model, inputs)
+        base = merge(model)
+        assert type(base).__name__ == "RobertaForSequenceClassification"
+        assert not any("lora" in name for name, _ in base.named_parameters())
+        torch.testing.assert_close(logits(base, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_merging_a_sample_needs_a_posterior_that_is_not_merged(tmp_path):
+    model = trained("bert", tmp_path / "base")
+    model.merge_adapter()
+    with pytest.raises(BlobError, match="unmerge_adapter"):
+        model.merge_posterior_sample(seed=0)
+    lora = get_lora_model(tiny_bert(), LoraConfig(target_modules=["query"]))
+    with pytest.raises(BlobError, match="no posterior"):
+        lora.merge_posterior_sample(seed=0)
+
+
+def test_modules_to_save_come_with_the_adapter(tmp_path):
+    config = BlobConfig(target_modules=["q_proj"], task_type="SEQ_2_SEQ_LM", modules_to_save=["final_layer_norm"])
+    model = get_blob_model(saved_base("bart", tmp_path / "base"), config)
+    for name, value in model.named_parameters():
+        if "modules_to_save" in name:
+            assert value.requires_grad
+            value.data.normal_()
+    model.eval().save_pretrained(tmp_path / "adapter")
+    inputs = inputs_for("bart")
+    assert torch.equal(logits(BlobModel.from_pretrained(tmp_path / "adapter"), inputs), logits(model, inputs))
+
+
+def test_the_configuration_for_a_plain_adapter_is_the_callers(tmp_path):
+    lora = get_peft_model(saved_base("bert", tmp_path / "base"), LoraConfig(target_modules=["query"], r=4))
+    lora.save_pretrained(tmp_path / "lora")
+    posterior = BlobConfig(prior_std=0.7, init_eps=0.4, std_parameterization="softplus", noise="local")
+    base = tiny_bert().from_pretrained(tmp_path / "base")
+    config = BlobModel.from_pretrained(tmp_path / "lora", model=base, config=posterior).blob_config
+    assert (config.prior_std, config.init_eps, config.std_parameterization, config.noise) == (
+        0.7,
+        0.4,
+        "softplus",
+        "local",
+    )
+    assert config.r == 4
