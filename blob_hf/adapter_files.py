@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 STD_FILE = "posterior_std.safetensors"
 NAMES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, STD_FILE)
 FORMAT_VERSION = 1
-_VERSION, _MEAN_DIGEST, _STD_DIGEST = "blob_hf_format", "mean_sha256", "std_sha256"
+_METADATA = "blob_hf"  # one entry: safetensors writes several in random order, and equal adapters should be equal files
 _KEPT_BASE = ["base_model/*.json", "base_model/*.safetensors", "base_model/*.txt", "base_model/*.model"]
 
 
@@ -65,8 +65,8 @@ def write(folder: Path, mean: Mapping[str, Tensor], std: Mapping[str, Tensor]) -
     mean, std = _on_cpu(mean), _on_cpu(std)
     save_file(mean, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
     if std:
-        digests = {_MEAN_DIGEST: _digest(mean), _STD_DIGEST: _digest(std)}
-        save_file(std, folder / STD_FILE, {"format": "pt", _VERSION: str(FORMAT_VERSION), **digests})
+        facts = {"format": FORMAT_VERSION, "mean_sha256": _digest(mean), "std_sha256": _digest(std)}
+        save_file(std, folder / STD_FILE, {_METADATA: json.dumps(facts)})
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -147,11 +147,11 @@ def read(folder: Path) -> AdapterTensors:
     if not file.is_file():
         raise BlobError(f"{STD_FILE} is missing from the BLoB adapter {folder}; get the complete folder")
     std, metadata = read_tensors(file)
-    _check_version(metadata, file)
-    if metadata.get(_STD_DIGEST, (digest := _digest(std))) != digest:
+    facts = _facts(metadata, file)
+    if facts.get("std_sha256", (digest := _digest(std))) != digest:
         raise BlobError(f"{file} is damaged: its contents do not match their checksum; download or save it again")
     _check_std(std, mean, file)
-    if metadata.get(_MEAN_DIGEST, (digest := _digest(mean))) != digest:
+    if facts.get("mean_sha256", (digest := _digest(mean))) != digest:
         raise BlobError(
             f"{folder / SAFETENSORS_WEIGHTS_NAME} is damaged, or not the one that {STD_FILE} was saved with; "
             "download or save both again"
@@ -173,12 +173,18 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise BlobError(f"cannot read {file}: {error}; download or save the adapter again") from error
 
 
-def _check_version(metadata: Mapping[str, str], file: Path) -> None:
-    found = metadata.get(_VERSION, str(FORMAT_VERSION))
-    if not found.isdigit() or int(found) > FORMAT_VERSION:
+def _facts(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
+    """Our entry in the metadata: the format's version, and the checksums (another tool may have left them out)."""
+    try:
+        facts = json.loads(metadata.get(_METADATA, "{}"))
+        version = int(facts.get("format", FORMAT_VERSION))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BlobError(f"{file} is damaged: its metadata cannot be read; download or save it again") from error
+    if version > FORMAT_VERSION:
         raise BlobError(
-            f"{file} has format version {found}, this blob_hf reads up to {FORMAT_VERSION}; pip install -U blob_hf"
+            f"{file} has format version {version}, this blob_hf reads up to {FORMAT_VERSION}; pip install -U blob_hf"
         )
+    return facts
 
 
 def _check_std(std: Mapping[str, Tensor], mean: Mapping[str, Tensor], file: Path) -> None:

@@ -96,8 +96,12 @@ DAMAGE = {
     "std negative": (std(lambda t, name: t[name].neg_()), "not a standard deviation"),
     "std nan": (std(lambda t, name: t[name].fill_(float("nan"))), "not a standard deviation"),
     "newer format": (
-        lambda f: rewrite(f / STD_FILE, lambda t, name, metadata: metadata.update(blob_hf_format="2")),
+        lambda f: rewrite(f / STD_FILE, lambda t, name, metadata: metadata.update(blob_hf='{"format": 2}')),
         "format version 2, this blob_hf reads up to 1; pip install -U",
+    ),
+    "metadata": (
+        lambda f: rewrite(f / STD_FILE, lambda t, name, metadata: metadata.update(blob_hf="[")),
+        "its metadata cannot be read",
     ),
     "mean missing": (lambda f: (f / MEAN_FILE).unlink(), "no adapter_model.safetensors"),
     "mean truncated": (cut(MEAN_FILE), "cannot read .*adapter_model"),

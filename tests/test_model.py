@@ -92,7 +92,7 @@ def test_files_hold_the_mean_and_the_std_and_no_language_model_head(tmp_path):
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         assert torch.equal(value, layers[name].std) and torch.equal(mean[key], layers[name].weight)
     with safe_open(tmp_path / "adapter" / STD_FILE, "pt") as file:
-        assert file.metadata()["blob_hf_format"] == "1"
+        assert json.loads(file.metadata()["blob_hf"])["format"] == 1
 
 
 def test_plain_lora_is_bayesianized_around_its_trained_weights(tmp_path, caplog):

@@ -137,6 +137,7 @@ show_posterior(model, "other")
     assert pulled["other"] == pushed["third"] and pulled["plain"] == pushed["mean"]  # of the third model
 
 
+@pytest.mark.slow  # many processes
 def test_private_unknown_and_foreign_repos_are_one_line(hub, alice, tmp_path):
     assert alice.run('fresh().push_to_hub("alice/adapter", private=True)')["code"] == 0
     stranger = User(hub, tmp_path / "alice", None)  # sees alice's base model, but has no token
@@ -153,6 +154,7 @@ def test_private_unknown_and_foreign_repos_are_one_line(hub, alice, tmp_path):
     assert len(hub.history("alice/adapter")) == 1 and "alice/new" not in hub.repos
 
 
+@pytest.mark.slow  # many processes
 def test_a_connection_that_drops_is_tried_again_or_told_and_never_leaves_half_an_adapter(hub, alice):
     hub.faults = [Fault("PUT", "/lfs/", 1), Fault("POST", "/commit/", 99)]
     push = 'm = fresh(); show_posterior(m); m.push_to_hub("alice/adapter")'
@@ -174,6 +176,7 @@ def test_a_connection_that_drops_is_tried_again_or_told_and_never_leaves_half_an
     assert pulled["posterior"] == pushed["posterior"], pulled["stderr"]
 
 
+@pytest.mark.slow  # many processes
 def test_a_plain_lora_repo_gets_its_std_from_the_config_and_says_so(hub, alice):
     pushed = alice.run("""
 lora = get_peft_model(base(), LoraConfig(target_modules=["q_proj"], task_type="SEQ_2_SEQ_LM", r=4)).eval()
@@ -194,6 +197,7 @@ print(f"std:{model.posterior_statistics().total.max_std}")
     )
 
 
+@pytest.mark.slow  # many processes
 def test_a_card_of_the_repo_stays_and_names_that_lead_out_are_refused(hub, alice, tmp_path):
     repo = hub.repos["alice/adapter"] = Repo(private=False)
     repo.add("main", Commit({"README.md": b"mine"}, "initial commit", None))
@@ -223,6 +227,7 @@ print(f"final:{run.model.posterior_statistics().total.mean_std!r}")
 """
 
 
+@pytest.mark.slow  # many processes
 def test_the_trainer_pushes_whole_adapters_with_every_strategy(hub, alice, tmp_path):
     trained = alice.run(TRAIN)
     assert trained["code"] == 0, trained["stderr"]
@@ -248,6 +253,7 @@ print("step:", run.train(resume_from_checkpoint="{tmp_path / "resume" / "last-ch
     assert resumed["step"].strip() == "4", resumed["stderr"]
 
 
+@pytest.mark.slow  # many processes
 def test_a_script_pushes_its_run_with_its_card(hub, alice):
     options = ["--demo", "--max_steps", "3", "--eval_samples", "2", "--max_eval_samples", "24", "--use_cpu", "true"]
     push = ["--push_to_hub", "--hub_model_id", "alice/demo", "--output_dir", "out"]
