@@ -19,41 +19,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from blob_hf import files
 from blob_hf.config import BlobConfig
 from blob_hf.errors import BlobError, NonFiniteLossError
+from blob_hf.training_args import DEFINING
 
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)
 SETTINGS_FILE = "run_settings.json"
-
-# Training arguments that make two runs different runs (the others only change what is shown or where it goes).
-DEFINING = [
-    "method",
-    "beta",
-    "gamma",
-    "kl_schedule",
-    "kl_cycle_steps",
-    "kl_weight",
-    "kl_learning_rate",
-    "kl_gradient",
-    "train_samples",
-    "base_dropout",
-    "seed",
-    "data_seed",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "max_steps",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "label_smoothing_factor",
-    "optim",
-    "bf16",
-    "fp16",
-]
 
 
 @contextmanager

@@ -18,9 +18,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from blob_hf import adapter_files, cli, files
-from blob_hf.base_model import peft_loading
-from blob_hf.config import NOISES, STD_PARAMETERIZATIONS, BlobConfig, adapter_settings
+from blob_hf import adapter_files, files
+from blob_hf.config import NOISES, STD_PARAMETERIZATIONS, BlobConfig
 from blob_hf.errors import BlobError
 from blob_hf.history import FILE_NAME
 from blob_hf.hub import fetching
@@ -28,7 +27,8 @@ from blob_hf.model import BlobModel, as_blob_model, get_blob_model, get_lora_mod
 from blob_hf.reporting.model_card import write_model_card
 from blob_hf.reporting.plots import plot_kl
 from blob_hf.reporting.report import write_report
-from blob_hf.reporting.run_summary import DataSource, Results, RunSummary
+from blob_hf.reporting.run_summary import DataSource, Results
+from blob_hf.reporting.summarize import summarize
 from blob_hf.reporting.tables import results_table, to_text
 
 
@@ -167,22 +167,12 @@ class Run:
     ) -> None:
         self.trainer, self.args = trainer, trainer.args
         self.folder = Path(trainer.args.output_dir)
-        self.metric_names = metric_names
+        self.data, self.metric_names = data, metric_names
         self.trained = False
-        auto_class, auto_arguments = peft_loading(trainer.model)
-        self.summary = RunSummary(
-            base_model,
-            data,
-            trainer.args.method,
-            settings={**_settings(trainer), **settings},
-            arguments={name: getattr(trainer.args, name) for name in cli.DEFINING},
-            license=license,
-            repo=trainer.hub_model_id if trainer.args.push_to_hub else str(self.folder),
-            task=task,
-            auto_class=auto_class,
-            auto_arguments=auto_arguments,
-        )
-        trainer.run_summary = self.summary  # for the model card that the Trainer pushes
+        self.results: list[Results] = []
+        self.plots: list[str] = []
+        self._facts: dict[str, Any] = {"base_model": base_model, "task": task, "settings": settings, "license": license}
+        trainer.card_from_run = True
 
     @property
     def writes(self) -> bool:
@@ -196,10 +186,7 @@ class Run:
         self.trainer.save_model()
         self.trainer.save_metrics("train", result.metrics)
         self.trainer.save_state()
-        diagnosis = self.trainer.kl_diagnosis
-        if diagnosis is not None:
-            self.summary.kl_notes = [str(diagnosis), *diagnosis.warnings]
-            self.summary.settings = {**self.summary.settings, "KL cycle M (steps)": diagnosis.cycle_steps}
+        if self.trainer.kl_diagnosis is not None:
             self.add_plot("kl", lambda path: plot_kl(self.folder / FILE_NAME, path))
 
     def add_results(
@@ -213,10 +200,9 @@ class Run:
         """
         self.trainer.save_metrics(prefix, metrics)
         table = results_table(metrics, prefix, self.metric_names, self.trainer.num_eval_samples)
-        assert self.summary.data is not None
-        title = f"{self.summary.data.name}, {split}" + (f" ({rows})" if rows else "")
+        title = f"{self.data.name}, {split}" + (f" ({rows})" if rows else "")
         title = title if of_adapter else f"before training: {title}"
-        self.summary.results.append(Results(title, split, table, of_adapter))
+        self.results.append(Results(title, split, table, of_adapter))
 
     def add_plot(self, name: str, draw: Callable[[Path], object]) -> None:
         """Draw plots/{name}.png."""
@@ -224,7 +210,7 @@ class Run:
             path = self.folder / "plots" / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             draw(path)
-            self.summary.plots.append(f"plots/{name}.png")
+            self.plots.append(f"plots/{name}.png")
 
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a JSON Lines file, whole or not at all."""
@@ -235,35 +221,15 @@ class Run:
         """Write report.md and the model card of a run that trained, push if asked, print the tables."""
         if self.writes:
             if self.trained:  # an evaluation does not know how the adapter was trained
-                write_report(self.folder, self.summary)
-                write_model_card(self.folder, self.summary)
-            for results in self.summary.results:
-                print(to_text(results.table, f"{self.summary.method}: {results.title}"))
+                summary = summarize(self.trainer, self.data, **self._facts)
+                summary.results, summary.plots = self.results, self.plots
+                write_report(self.folder, summary)
+                write_model_card(self.folder, summary)
+            for results in self.results:
+                print(to_text(results.table, f"{self.args.method}: {results.title}"))
             print(f"Everything is in {self.folder}")
         if self.args.push_to_hub:
             self.trainer.push_to_hub()
-
-
-def _settings(trainer: Any) -> dict[str, Any]:
-    args, config = trainer.args, trainer.model.active_peft_config
-    settings = {
-        "method": args.method,
-        **adapter_settings(config),
-        "learning rate": args.learning_rate,
-        "steps": args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
-        "global batch size": trainer.get_total_train_batch_size(args),
-        "seed": args.seed,
-    }
-    if isinstance(config, BlobConfig):
-        settings |= {
-            "gamma": args.gamma,
-            "KL schedule": args.kl_schedule,
-            "KL learning rate": args.kl_learning_rate,
-            "KL gradient": args.kl_gradient,
-            "training samples": args.train_samples,
-            "evaluation samples": args.eval_samples,
-        }
-    return settings
 
 
 def config_from_name(name: str, overrides: str | None, tokenizer: Any) -> PreTrainedConfig:

@@ -24,6 +24,9 @@ from blob_hf.model import BlobModel
 from blob_hf.optimizer import DecoupledKLStep
 from blob_hf.posterior import gaussian_layers, kl_divergence, mean_posterior_std
 from blob_hf.prediction import IGNORED_LABEL, predict_classes, score_targets
+from blob_hf.reporting.model_card import write_model_card
+from blob_hf.reporting.run_summary import DataSource
+from blob_hf.reporting.summarize import last_evaluation, summarize
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,7 @@ class BlobTrainerMixin(CheckpointMixin):
 
     args: Any
     model: Any
+    card_from_run = False  # whether a script writes the model card
     loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole accumulated batch
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -218,10 +222,19 @@ class BlobTrainerMixin(CheckpointMixin):
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="mean")
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Keep the card that a script wrote from its run; the Trainer would write its own over it before a push."""
-        if getattr(self, "run_summary", None) is None:
-            super().create_model_card(*args, **kwargs)
+    def create_model_card(  # type: ignore[override]
+        self, license: str | None = None, dataset: str | None = None, tasks: str | None = None, **kwargs: Any
+    ) -> None:
+        """Write the model card of a push, unless a script writes one from its run.
+
+        Args:
+            license, dataset, tasks: Passed on by `push_to_hub`: the adapter's licence, the data's Hub id, the task's
+                tag on the Hub (for example "text-classification").
+        """
+        if self.is_world_process_zero() and not self.card_from_run:
+            summary = summarize(self, DataSource(dataset, dataset) if dataset else None, tasks, license=license)
+            summary.results = last_evaluation(self)
+            write_model_card(Path(self.args.output_dir), summary)
 
     # ----- evaluation --------------------------------------------------------------------------------------------
 

@@ -222,7 +222,8 @@ for strategy in ("end", "every_save", "checkpoint", "all_checkpoints"):
         hub_model_id=f"alice/{strategy}", hub_strategy=strategy, hub_always_push=True, save_total_limit=None,
     )
     run.train()
-    run.push_to_hub()
+    run.evaluate()
+    run.push_to_hub(license="mit", dataset="alice/data", tasks="text-classification")
 print(f"final:{run.model.posterior_statistics().total.mean_std!r}")
 """
 
@@ -243,6 +244,10 @@ def test_the_trainer_pushes_whole_adapters_with_every_strategy(hub, alice, tmp_p
         checkpoints = {path.split("/")[0] for path in last if "/" in path}
         wanted = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {f"checkpoint-{i}" for i in (1, 2, 3)}}
         assert checkpoints == wanted.get(strategy, set())
+    card = ModelCard(hub.history("alice/end")[-1].files["README.md"].decode())
+    assert card_errors(str(card)) == [] and (card.data.license, card.data.datasets) == ("mit", ["alice/data"])
+    assert {one.metric_name for one in card.data.eval_results} == {"nll, N=0 (posterior mean)", "nll, N=3 (samples)"}
+    assert "| KL cycle M (steps) | 2 |" in card.text and "| warmup_steps |" in card.text
     (tmp_path / "resume").mkdir()
     files_on(hub, tmp_path / "resume", name="alice/checkpoint")
     resumed = alice.run(f"""
