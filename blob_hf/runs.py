@@ -230,6 +230,8 @@ class Run:
             print(f"Everything is in {self.folder}")
         if self.args.push_to_hub:
             self.trainer.push_to_hub()
+        self.trainer.accelerator.wait_for_everyone()
+        self.trainer.accelerator.end_training()  # a process that exits first would abort the others' connections
 
 
 def config_from_name(name: str, overrides: str | None, tokenizer: Any) -> PreTrainedConfig:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from safetensors.torch import load_file
+
+from blob_hf.checkpoints import damage, newest_complete
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -23,8 +26,8 @@ from blob_hf import BlobConfig, BlobTrainer, BlobTrainingArguments, get_blob_mod
 out, per_device, config = sys.argv[1], int(sys.argv[2]), sys.argv[3] or None
 args = BlobTrainingArguments(
     out, per_device_train_batch_size=per_device, per_device_eval_batch_size=3, max_steps=6, learning_rate=1e-2,
-    logging_steps=1, report_to="none", disable_tqdm=True, save_strategy="no", use_cpu=True, kl_cycle_steps=3,
-    eval_samples=3, deepspeed=config, dataloader_pin_memory=False, seed=7)
+    logging_steps=1, report_to="none", disable_tqdm=True, save_strategy="steps", save_steps=3, use_cpu=True,
+    kl_cycle_steps=3, eval_samples=3, deepspeed=config, dataloader_pin_memory=False, seed=7)
 torch.manual_seed(0)
 model = BertForSequenceClassification(BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2,
     num_attention_heads=2, intermediate_size=32, max_position_embeddings=40, num_labels=3))
@@ -33,11 +36,13 @@ model = get_blob_model(model, BlobConfig(target_modules=["query", "value", "clas
 ids = torch.randint(4, 60, (24, 8), generator=torch.Generator().manual_seed(1))
 data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 0] % 3).tolist()})
 trainer = BlobTrainer(model=model, args=args, train_dataset=data, eval_dataset=data.select(range(13)))
-trainer.train()
+trainer.train(resume_from_checkpoint=sys.argv[4])
 metrics = trainer.evaluate()
 trainer.save_model()
 if args.should_save:
     json.dump(metrics, open(f"{out}/metrics.json", "w"))
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
 """
 
 
@@ -70,6 +75,8 @@ mean, samples = trainer.predict(Dataset.from_dict(rows), max_new_tokens=5).predi
 if args.should_save:
     result = {"nll": scores["test_nll"], "mean": mean.tolist(), "samples": samples.tolist()}
     json.dump(result, open(f"{out}/metrics.json", "w"))
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
 """
 
 
@@ -97,8 +104,8 @@ def execute(tmp_path, code, name, processes, *arguments):
     return out, json.loads((out / "metrics.json").read_text())
 
 
-def train(tmp_path, name, processes, per_device, config=""):
-    out, metrics = execute(tmp_path, RUN, name, processes, per_device, config)
+def train(tmp_path, name, processes, per_device, config="", checkpoint=""):
+    out, metrics = execute(tmp_path, RUN, name, processes, per_device, config, checkpoint)
     files = ("adapter_model", "posterior_std")
     weights = {f"{file}:{k}": v for file in files for k, v in load_file(out / f"{file}.safetensors").items()}
     return weights, pd.read_csv(out / "kl_history.csv"), metrics
@@ -136,3 +143,9 @@ def test_two_processes_train_as_one(tmp_path, single, engine):
     # 13 rows in batches of 3 over 2 processes: padded rows must not count twice
     for name in ("eval_nll", "eval_mean_nll", "eval_loss"):
         assert metrics[name] == pytest.approx(expected_metrics[name], rel=2e-3)
+    # a checkpoint of two processes is complete, and a run resumed from it ends at the same bits
+    checkpoint = newest_complete(tmp_path / engine)
+    assert checkpoint.endswith("checkpoint-6") and damage(tmp_path / engine / "checkpoint-3") is None
+    again, history_again, _ = train(tmp_path, "again", 2, 4, config, tmp_path / engine / "checkpoint-3")
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
+    assert history_again.equals(history)
