@@ -36,7 +36,7 @@ def summarize(
         data=data,
         method=args.method,
         settings=shown,
-        arguments={name: getattr(args, name) for name in DEFINING},
+        arguments={name: getattr(value := getattr(args, name), "value", value) for name in DEFINING},  # enums too
         kl_notes=[] if diagnosis is None else [str(diagnosis), *diagnosis.warnings],
         license=license,
         repo=getattr(trainer, "hub_model_id", None) or str(Path(args.output_dir)),
