@@ -50,6 +50,27 @@ def head_parameters(peft_model: PeftModel) -> dict[str, nn.Parameter]:
     }
 
 
+def untie_adapted_layers(peft_model: PeftModel) -> None:
+    """Give layers with LoRA weights of their own where the base model ties them (an `lm_head` to the embeddings).
+
+    Merging into a tied weight would change the embeddings, too. The configuration then says that nothing is tied.
+    """
+    base: Any = peft_model.get_base_model()
+    adapted = {
+        parameter.data_ptr()
+        for module in base.modules()
+        if isinstance(module, LoraLayer)
+        for parameter in module.get_base_layer().parameters()
+    }
+    seen: set[int] = set()
+    for module in base.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.data_ptr() in seen & adapted:
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+                base.config.tie_word_embeddings = False
+            seen.add(parameter.data_ptr())
+
+
 def peft_loading(model: PeftModel) -> tuple[str, str]:
     """How plain PEFT loads this adapter with its base model: the class, and arguments that it needs."""
     base: Any = model.get_base_model()

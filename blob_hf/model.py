@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blob_hf import adapter_files, posterior
-from blob_hf.base_model import load_base_model, targets_head
+from blob_hf.base_model import load_base_model, targets_head, untie_adapted_layers
 from blob_hf.config import BlobConfig
 from blob_hf.errors import BlobError
+from blob_hf.generation import generate_posterior
 from blob_hf.saving import SavingMixin
 
 
@@ -66,6 +67,31 @@ class BlobModel(SavingMixin):
         if isinstance(peft_config, BlobConfig):
             posterior.attach_posterior(self, peft_config, adapter_name)
 
+    def generate(  # type: ignore[override]
+        self,
+        *args: Any,
+        num_posterior_samples: int | None = None,
+        posterior_seed: int = 0,
+        posterior_batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate`; with `num_posterior_samples` a text from each of so many posterior samples.
+
+        Args:
+            num_posterior_samples: S: returns `(batch * S, length)`, all samples of input 0 first, as
+                `num_return_sequences` orders them. None generates with the network as it is (in eval mode the mean).
+            posterior_seed: Names the samples.
+            posterior_batch_size: Samples decoded together, to bound memory; default all.
+
+        Raises:
+            BlobError: See `blob_hf.generation.generate_posterior`.
+        """
+        if num_posterior_samples is None:
+            return super().generate(*args, **kwargs)
+        if args:
+            kwargs["input_ids"] = args[0]
+        return generate_posterior(self, num_posterior_samples, posterior_seed, posterior_batch_size, **kwargs)
+
     def merge_posterior_sample(self, seed: int = 0, index: int = 0) -> nn.Module:
         """Merge one posterior sample into the base weights, as `merge_and_unload` does the posterior mean.
 
@@ -81,6 +107,18 @@ class BlobModel(SavingMixin):
         for layer in posterior.samplable_layers(self).values():
             layer.fix_at_sample(seed, index)
         return self.merge_and_unload()
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Merge the posterior mean into the base weights: PEFT's, after untying an `lm_head` that has LoRA."""
+        untie_adapted_layers(self)
+        tuner: Any = self.base_model
+        return tuner.merge_and_unload(*args, **kwargs)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Merge without unloading: PEFT's, after untying an `lm_head` that has LoRA."""
+        untie_adapted_layers(self)
+        tuner: Any = self.base_model
+        tuner.merge_adapter(*args, **kwargs)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

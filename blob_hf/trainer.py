@@ -357,7 +357,6 @@ class BlobSeq2SeqTrainer(BlobTrainerMixin, Seq2SeqTrainer):
                 self.num_eval_samples,
                 self.args.eval_seed,
                 self.args.posterior_batch_size,
-                pad,
                 **gen_kwargs,
             )
         # every batch of every process must come back with the same length to be concatenated

@@ -1,3 +1,4 @@
+import copy
 import json
 import logging
 import warnings
@@ -218,6 +219,24 @@ def test_merging_the_mean_and_merging_a_sample(tmp_path):
         assert type(base).__name__ == "RobertaForSequenceClassification"
         assert not any("lora" in name for name, _ in base.named_parameters())
         torch.testing.assert_close(logits(base, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_merging_an_adapted_lm_head_leaves_the_tied_embeddings_alone(family, tmp_path):
+    config = BlobConfig(target_modules=["lm_head"], task_type="SEQ_2_SEQ_LM", init_eps=0.9)
+    model, inputs = get_blob_model(saved_base(family, tmp_path / "base"), config).eval(), inputs_for(family)
+    randomize_b(model)
+    expected = logits(model, inputs)
+    kept = copy.deepcopy(model)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged, inputs), expected, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    again = type(merged).from_pretrained(tmp_path / "merged").eval()
+    assert torch.equal(logits(again, inputs), logits(merged, inputs))
+    kept.merge_adapter()
+    torch.testing.assert_close(logits(kept, inputs), expected, rtol=1e-4, atol=1e-5)
+    kept.unmerge_adapter()
+    torch.testing.assert_close(logits(kept, inputs), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_merging_a_sample_needs_a_posterior_that_is_not_merged(tmp_path):
