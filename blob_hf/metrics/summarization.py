@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import datasets
@@ -9,6 +10,7 @@ import evaluate
 import numpy as np
 from numpy.typing import NDArray
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 
 from blob_hf.errors import BlobError
 
@@ -21,11 +23,23 @@ _AGGREGATES: dict[str, Callable[[list[float]], float]] = {
 Aggregate = Literal["max", "mean", "min"]
 
 
+class _CachedTokenizer(DefaultTokenizer):
+    """rouge_score's own tokenizer with stemming, which remembers texts: a reference is scored against many."""
+
+    @lru_cache(maxsize=20_000)  # noqa: B019 - there is one tokenizer, so no other object is kept alive
+    def tokenize(self, text: str) -> list[str]:
+        return super().tokenize(text)
+
+
+_TOKENIZER = _CachedTokenizer(use_stemmer=True)
+
+
 def rouge_per_example(
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
     aggregate: Aggregate = "max",
     require_equal_references: bool = False,
+    kinds: Sequence[str] = ROUGE_TYPES,
 ) -> dict[str, NDArray[np.float64]]:
     """ROUGE-1, -2 and -L F1 with stemming of each prediction against its references (Lin, 2004; rouge_score).
 
@@ -34,9 +48,10 @@ def rouge_per_example(
         references: One or more texts per example.
         aggregate: Over an example's references: the best, the mean or the worst score.
         require_equal_references: Insist on as many references for every example; the best of more is higher.
+        kinds: Which of rouge1, rouge2, rougeL to compute.
 
     Returns:
-        rouge1, rouge2, rougeL: arrays `(examples,)` in [0, 1].
+        An array `(examples,)` in [0, 1] of each kind.
 
     Raises:
         BlobError: No examples, unequal lengths, an example without a reference, or (when asked) unequal numbers.
@@ -50,13 +65,13 @@ def rouge_per_example(
     counts = {len(texts) for texts in references}
     if require_equal_references and len(counts) > 1:
         raise BlobError(f"every example must have the same number of references, got {sorted(counts)}")
-    scorer = RougeScorer(list(ROUGE_TYPES), use_stemmer=True)
-    values: dict[str, list[float]] = {name: [] for name in ROUGE_TYPES}
+    scorer = RougeScorer(list(kinds), tokenizer=_TOKENIZER)
+    values: dict[str, list[float]] = {name: [] for name in kinds}
     for index, (prediction, texts) in enumerate(zip(predictions, references, strict=True)):
         if isinstance(texts, str) or len(texts) == 0:
             raise BlobError(f"example {index} must have a list of one or more references, got {texts!r}")
         scores = [scorer.score(text, prediction) for text in texts]
-        for name in ROUGE_TYPES:
+        for name in kinds:
             values[name].append(_AGGREGATES[aggregate]([score[name].fmeasure for score in scores]))
     return {name: np.asarray(column) for name, column in values.items()}
 

@@ -1,0 +1,92 @@
+"""What the texts of several networks have in common: utility, minimum Bayes risk, dissimilarity, clusters."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.cluster import AgglomerativeClustering
+
+from blob_hf.errors import BlobError
+from blob_hf.metrics.summarization import ROUGE_TYPES, rouge_per_example
+
+# Scores `(pairs,)` in which higher is more alike, of candidates against references; symmetric in the two.
+Utility = Callable[[Sequence[str], Sequence[str]], NDArray[np.float64]]
+
+
+def rouge_utility(name: str = "rougeL") -> Utility:
+    """ROUGE F1 of one kind as a utility.
+
+    Raises:
+        BlobError: Not one of rouge1, rouge2, rougeL.
+    """
+    if name not in ROUGE_TYPES:
+        raise BlobError(f"utility must be one of {', '.join(ROUGE_TYPES)}, bertscore, got {name!r}")
+    return lambda texts, references: rouge_per_example(texts, [[text] for text in references], kinds=(name,))[name]
+
+
+def pairwise(texts: Sequence[str], utility: Utility) -> NDArray[np.float64]:
+    """Utility between all texts of one input, `(samples, samples)`; every distinct pair is scored once.
+
+    The diagonal is 1: a text says what it says.
+    """
+    distinct = list(dict.fromkeys(texts))
+    index = [distinct.index(text) for text in texts]
+    matrix = np.ones((len(distinct), len(distinct)))
+    pairs = list(combinations(range(len(distinct)), 2))
+    if pairs:
+        scores = utility([distinct[i] for i, _ in pairs], [distinct[j] for _, j in pairs])
+        for (i, j), score in zip(pairs, scores, strict=True):
+            matrix[i, j] = matrix[j, i] = score
+    return matrix[np.ix_(index, index)]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What minimum Bayes risk chose: the index of a text, and each text's expected utility `(samples,)`."""
+
+    index: int
+    expected_utility: NDArray[np.float64]
+
+
+def minimum_bayes_risk(similarities: NDArray[np.float64]) -> Choice:
+    """The text with the highest expected utility against the others (Kumar & Byrne, 2004; Eikema & Aziz, 2022).
+
+    Args:
+        similarities: From `pairwise`, `(samples, samples)`.
+
+    Returns:
+        The choice; of equal ones the first. A single text has expected utility 1.
+    """
+    count = len(similarities)
+    if count == 0:
+        raise BlobError("minimum Bayes risk needs at least one text")
+    if count == 1:
+        return Choice(0, np.ones(1))
+    expected = (similarities.sum(axis=1) - similarities.diagonal()) / (count - 1)
+    return Choice(int(np.argmax(expected)), expected)
+
+
+def dissimilarity(similarities: NDArray[np.float64]) -> float:
+    """Mean over all pairs of 1 - similarity: 0 if all samples say the same."""
+    count = len(similarities)
+    if count < 2:
+        return 0.0
+    return float((1 - similarities)[np.triu_indices(count, k=1)].mean())
+
+
+def cluster_entropy(similarities: NDArray[np.float64], threshold: float = 0.5) -> float:
+    """Entropy in nats of the clusters that the samples fall into: 0 if they all say nearly the same.
+
+    A lexical relative of semantic entropy (Kuhn et al., 2023): clusters are made by average linkage of texts whose
+    similarity is at least `threshold`.
+    """
+    count = len(similarities)
+    if count < 2:
+        return 0.0
+    clustering = AgglomerativeClustering(
+        n_clusters=None, metric="precomputed", linkage="average", distance_threshold=1 - threshold
+    )
+    shares = np.bincount(clustering.fit_predict(1 - similarities)) / count
+    return float(-(shares * np.log(shares)).sum())
