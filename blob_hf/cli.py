@@ -136,8 +136,24 @@ def claim_output_dir(training_args: Any, *others: Any) -> None:
     settings = {name: getattr(training_args, name) for name in DEFINING}
     for arguments in others:
         settings.update(dataclasses.asdict(arguments))
-    settings = json.loads(json.dumps(settings, default=str))
     folder = Path(training_args.output_dir)
+    known = (folder / SETTINGS_FILE).is_file()
+    if not known and (
+        (folder / "adapter_config.json").is_file() or (folder.is_dir() and get_last_checkpoint(str(folder)))
+    ):
+        raise BlobError(
+            f"{folder} holds a run whose settings are unknown (no {SETTINGS_FILE}); choose another --output_dir"
+        )
+    claim_folder(folder, settings, training_args.should_save)
+
+
+def claim_folder(folder: Path, settings: Mapping[str, Any], write: bool = True) -> None:
+    """Write settings into a folder, unless it has others.
+
+    Raises:
+        BlobError: naming the settings that differ. Nothing in the folder is touched.
+    """
+    settings = json.loads(json.dumps(settings, default=str))
     path = folder / SETTINGS_FILE
     if path.is_file():
         old = json.loads(path.read_text(encoding="utf-8"))
@@ -145,11 +161,7 @@ def claim_output_dir(training_args: Any, *others: Any) -> None:
         if changed:
             shown = ", ".join(f"{name} {old.get(name)!r} -> {settings[name]!r}" for name in changed[:5])
             raise BlobError(f"{folder} holds a run of different settings ({shown}); choose another --output_dir")
-    elif (folder / "adapter_config.json").is_file() or (folder.is_dir() and get_last_checkpoint(str(folder))):
-        raise BlobError(
-            f"{folder} holds a run whose settings are unknown (no {SETTINGS_FILE}); choose another --output_dir"
-        )
-    if training_args.should_save:
+    if write:
         files.write_text(path, json.dumps(settings, indent=2) + "\n")
 
 

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -33,21 +33,33 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
         for file in sorted(staging.iterdir()):
             os.replace(file, folder / file.name)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise BlobError(f"cannot write to {folder} ({reason}); choose another folder or make room in it") from error
+        raise _cannot_write(folder, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file (UTF-8), whole or not at all; its folder is made if needed.
+    """Write a text file (UTF-8), whole or not at all; its folder is made if needed. Several processes may share it.
 
     Raises:
         BlobError: It cannot be written.
     """
     path = Path(path)
-    with staged(path.parent) as staging:
-        (staging / path.name).write_text(text, encoding="utf-8")
+    temporary = path.with_name(f"_{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        _flush(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise _cannot_write(path.parent, error) from error
+
+
+def _cannot_write(folder: Path, error: Exception) -> BlobError:
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return BlobError(f"cannot write to {folder} ({reason}); choose another folder or make room in it")
 
 
 def _flush(file: Path) -> None:

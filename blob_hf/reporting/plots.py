@@ -26,7 +26,8 @@ _KL_COLUMNS = ("step", "kl", "kl_weight", "posterior_std")
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def plot_style() -> Iterator[None]:
+    """The look of all plots: legible in print and on a dark page."""
     # From matplotlib's defaults: a plot saved by a program with a dark style would have pale text on white.
     with mpl.rc_context():
         mpl.rcdefaults()
@@ -51,7 +52,7 @@ def plot_kl(history: pd.DataFrame | str | PathLike[str], path: str | PathLike[st
     missing = [column for column in _KL_COLUMNS if column not in table]
     if missing:
         raise BlobError(f"the KL history lacks {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
-    with _style():
+    with plot_style():
         figure = Figure(figsize=(7, 6.5), layout="constrained", facecolor="white")
         kl_axis, weight_axis, std_axis = figure.subplots(3, 1, sharex=True)
         _line(kl_axis, table, "kl", "KL(q || p) [nats]", _BLUE)
@@ -112,7 +113,7 @@ def plot_reliability(
     """
     if not log_probs:
         raise BlobError("there are no log-probabilities to plot; give one array or more by title")
-    with _style():
+    with plot_style():
         figure = Figure(figsize=(max(5.0, 4 * len(log_probs)), 5.4), layout=ConstrainedLayoutEngine(wspace=0.06))
         axes = figure.subplots(2, len(log_probs), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 1])
         for (upper, lower), (name, scores) in zip(axes.T, log_probs.items(), strict=True):

@@ -1,0 +1,22 @@
+"""Run an experiment: `python -m blob_hf.experiments mean --blob ADAPTER --lora ADAPTER`, or `sampling`."""
+
+import sys
+
+from blob_hf import cli
+from blob_hf.errors import BlobError
+from blob_hf.experiments import mean, sampling
+
+EXPERIMENTS = {"mean": mean.main, "sampling": sampling.main}
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    with cli.user_errors():
+        if not argv or argv[0] not in EXPERIMENTS:
+            found = argv[0] if argv else "nothing"
+            raise BlobError(f"name an experiment, one of {', '.join(EXPERIMENTS)}; got {found}")
+        EXPERIMENTS[argv[0]](argv[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Intervals, paired tests and the decomposition of spread, over dialogues: they are what a result generalises to."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+
+
+def mean_interval(values: ArrayLike, seed: int = 0) -> Interval:
+    """Mean over dialogues with its percentile bootstrap interval (scipy)."""
+    data = np.asarray(values, dtype=float)
+    if len(data) < 2 or np.ptp(data) == 0:
+        return Interval(float(data.mean()), float(data.mean()), float(data.mean()))
+    found = stats.bootstrap(
+        (data,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed)
+    ).confidence_interval
+    return Interval(float(data.mean()), float(found.low), float(found.high))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A paired comparison: mean difference with its bootstrap interval, and the p-value of the paired t-test."""
+
+    difference: Interval
+    p_value: float
+
+    def __str__(self) -> str:
+        return f"{self.difference}, paired t-test p = {self.p_value:.3g}"
+
+    @property
+    def verdict(self) -> str:
+        """ "higher", "lower", or "not shown to differ" where the interval contains 0."""
+        if self.difference.low > 0:
+            return "higher"
+        return "lower" if self.difference.high < 0 else "not shown to differ"
+
+
+def compare(first: ArrayLike, second: ArrayLike, seed: int = 0) -> Comparison:
+    """Compare two methods on the same dialogues: `first` - `second`."""
+    a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    differences = np.where(np.isclose(a, b, rtol=0, atol=1e-12), 0.0, a - b)  # means of equal scores differ by rounding
+    same = len(a) < 2 or np.ptp(differences) == 0
+    p_value = float("nan") if same else float(stats.ttest_rel(a, b).pvalue)
+    return Comparison(mean_interval(differences, seed), p_value)
+
+
+# ----- where the spread of scores comes from ---------------------------------------------------------------------
+
+
+def within_variance(scores: pd.Series, dialogues: pd.Series) -> NDArray[np.float64]:
+    """Variance of the scores of each dialogue's samples, `(dialogues,)`, unbiased; 0 for a single text."""
+    return scores.groupby(dialogues, sort=False).var(ddof=1).fillna(0.0).to_numpy()
+
+
+def between_variance(scores: pd.Series, dialogues: pd.Series) -> float:
+    """Variance of the dialogues' true means: that of their sample means, less what sampling adds to it."""
+    groups = scores.groupby(dialogues, sort=False)
+    noise = (groups.var(ddof=1).fillna(0.0) / groups.size()).mean()
+    return max(0.0, float(groups.mean().var(ddof=1) - noise)) if groups.ngroups > 1 else 0.0
+
+
+def decompose(table: pd.DataFrame, column: str, seed: int = 0) -> pd.DataFrame | None:
+    """Variance of a score by source, from the cross {mean, sample} x {greedy, sampling} of BLoB.
+
+    weights: between posterior samples that decode greedily. decoding: between token samples of the posterior mean.
+    both: when both vary; interaction is what `both` has beyond their sum. dialogues: between the dialogues' means where
+    both vary.
+
+    Returns:
+        Rows by source with variance, its 95 % bootstrap interval over dialogues and its share of the total (dialogues +
+        both); None if an arm is missing.
+    """
+    arms = {"weights": "blob-sample-greedy", "decoding": "blob-mean-sampling", "both": "blob-sample-sampling"}
+    parts = {source: table[table["arm"] == arm] for source, arm in arms.items()}
+    if any(part.empty for part in parts.values()):
+        return None
+    within = {source: within_variance(part[column], part["dialogue"]) for source, part in parts.items()}
+    within["interaction"] = within["both"] - within["weights"] - within["decoding"]
+    rows = {source: mean_interval(values, seed) for source, values in within.items()}
+    joint = parts["both"]
+    total = between_variance(joint[column], joint["dialogue"]) + rows["both"].value
+    dialogues = total - rows["both"].value
+    result = pd.DataFrame(
+        [{"source": source, "variance": row.value, "low": row.low, "high": row.high} for source, row in rows.items()]
+        + [{"source": "dialogues", "variance": dialogues, "low": np.nan, "high": np.nan}]
+    ).set_index("source")
+    result["share"] = result["variance"] / total if total > 0 else np.nan
+    return result
+
+
+# ----- what more samples buy --------------------------------------------------------------------------------------
+
+
+def best_of(scores: ArrayLike, size: int) -> float:
+    """Expected maximum of `size` scores drawn without replacement from a dialogue's samples: exact, no simulation."""
+    ordered = np.sort(np.asarray(scores, dtype=float))
+    total = len(ordered)
+    ranks = np.arange(1, total + 1)
+    # P(the maximum is the k-th smallest) = C(k-1, size-1) / C(total, size)
+    weights = stats.hypergeom.pmf(size - 1, total - 1, ranks - 1, size - 1) * size / total
+    return float((weights * ordered).sum())
+
+
+def sizes_up_to(count: int) -> list[int]:
+    """1, 2, 4, ... and the count itself."""
+    sizes = [2**k for k in range(count.bit_length()) if 2**k < count]
+    return [*sizes, count]
