@@ -25,8 +25,9 @@ from blob_hf.data.summarization import (
     scoring_rows,
     single_references,
 )
-from blob_hf.evaluation import rouge_compute_metrics, summaries_report
+from blob_hf.evaluation import rouge_compute_metrics, selective_summarization, summaries_report
 from blob_hf.hub import fetching
+from blob_hf.reporting.generation_plots import plot_risk_coverage
 from blob_hf.reporting.run_summary import DataSource
 
 METRICS = ["rouge1", "rouge2", "rougeL", "nll"]
@@ -155,8 +156,9 @@ def main() -> None:
         """Scores and ROUGE of one split; the references' NLL is per token, over all references."""
         group = dialogues[split]
         rows = generation_rows(group, tokenizer, prompt, data_args.max_source_length)
-        mean_tokens, sample_tokens = trainer.predict(rows, metric_key_prefix=prefix, **decoding).predictions
-        metrics, predictions = summaries_report(mean_tokens, sample_tokens, group, tokenizer)
+        tokens = trainer.predict(rows, metric_key_prefix=prefix, **decoding).predictions
+        chosen = training_args.decoding
+        metrics, predictions = summaries_report(*tokens[:2], group, tokenizer, chosen, tokens[2:] or None)
         scores = trainer.score(scored[split], metric_key_prefix=prefix)
         return scores | {f"{prefix}_{name}": value for name, value in metrics.items()}, predictions
 
@@ -179,6 +181,12 @@ def main() -> None:
             run.add_results(prefix, metrics, split, f"{len(predictions)} dialogues")
             name = "generated_predictions.jsonl" if prefix == "predict" else "eval_generated_predictions.jsonl"
             run.write_rows(name, predictions)
+            if training_args.decoding != "mean" and trainer.num_eval_samples and len(predictions) > 1:
+                curves, ratios = selective_summarization(predictions)
+                run.add_plot(
+                    f"risk_coverage_{split}", lambda path, c=curves: plot_risk_coverage(c, "1 - ROUGE-L", path)
+                )
+                run.add_note("prediction-rejection ratios", split, ratios)
     run.finish()
 
 

@@ -1,12 +1,15 @@
 """The numbers that the scripts report: the same metrics for the posterior mean (N=0) and for N posterior samples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from blob_hf.data.summarization import Dialogue
+from blob_hf.generation import SEQUENCE_SCORES
 from blob_hf.metrics.calibration import calibration_metrics
+from blob_hf.metrics.selective import RiskCoverage, prediction_rejection_ratio, risk_coverage
+from blob_hf.metrics.similarity import cluster_entropy, dissimilarity, minimum_bayes_risk, pairwise, rouge_utility
 from blob_hf.metrics.summarization import rouge, rouge_per_example
 from blob_hf.metrics.uncertainty import uncertainty_metrics
 from blob_hf.prediction import IGNORED_LABEL
@@ -42,42 +45,99 @@ def decode(tokens: np.ndarray, tokenizer: Any) -> list[str]:
 
 
 def summaries_report(
-    mean_tokens: np.ndarray, sample_tokens: np.ndarray, dialogues: Sequence[Dialogue], tokenizer: Any
+    mean_tokens: np.ndarray,
+    sample_tokens: np.ndarray,
+    dialogues: Sequence[Dialogue],
+    tokenizer: Any,
+    decoding: str = "samples",
+    predictive: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """ROUGE of generated summaries against all references of each dialogue (the best of them counts).
 
     Args:
         mean_tokens: `(dialogues, length)` of the posterior mean.
         sample_tokens: `(dialogues, samples, length)` of the posterior samples.
+        decoding: As in `BlobSeq2SeqTrainingArguments`.
+        predictive: For decoding "predictive": `(dialogues, length)` of the predictive, and `(dialogues, 4)` scores.
 
     Returns:
-        Metrics: rouge1/2/L averaged over samples and dialogues, `mean_rouge*` of the posterior mean, and
-        `rouge*_sample_std`, the std over samples of the corpus ROUGE. Rows for generated_predictions.jsonl.
+        Metrics: rouge1/2/L averaged over samples and dialogues, `mean_rouge*` of the posterior mean,
+        `rouge*_sample_std`, the std over samples of the corpus ROUGE, and `{decoding}_rouge*` of the chosen summaries.
+        Rows for generated_predictions.jsonl: texts, ROUGE and the uncertainty of each dialogue.
     """
     references = [dialogue.references for dialogue in dialogues]
-    num_samples = sample_tokens.shape[1]
     mean = decode(mean_tokens, tokenizer)
-    samples = [decode(sample_tokens[:, s], tokenizer) for s in range(num_samples)]
     mean_scores = rouge_per_example(mean, references)
-    scores = [rouge_per_example(texts, references) for texts in samples]
-    metrics: dict[str, float] = {}
-    for name in ROUGE_NAMES:
-        corpus = [float(one[name].mean()) for one in scores]
-        metrics[name] = float(np.mean(corpus))
-        metrics[MEAN + name] = float(mean_scores[name].mean())
-        metrics[name + STD] = float(np.std(corpus))
-    rows = [
+    metrics = {MEAN + name: float(mean_scores[name].mean()) for name in ROUGE_NAMES}
+    rows: list[dict[str, Any]] = [
         {
             "id": dialogue.id,
             "references": dialogue.references,
+            "summary": mean[i],  # unless `decoding` makes another choice
             "mean_summary": mean[i],
-            "samples": [texts[i] for texts in samples],
             "mean_scores": {name: float(mean_scores[name][i]) for name in ROUGE_NAMES},
-            "sample_scores": {name: [float(one[name][i]) for one in scores] for name in ROUGE_NAMES},
         }
         for i, dialogue in enumerate(dialogues)
     ]
+    if decoding == "mean":
+        return metrics, rows
+    samples = [decode(tokens, tokenizer) for tokens in sample_tokens.swapaxes(0, 1)]
+    _add_samples(rows, metrics, samples, references, decoding)
+    if decoding == "predictive" and predictive is not None:
+        texts = decode(predictive[0], tokenizer)
+        for row, text, scores in zip(rows, texts, predictive[1], strict=True):
+            row["summary"] = text
+            row["uncertainty"] |= dict(zip(SEQUENCE_SCORES, map(float, scores), strict=True))
+    if decoding in ("predictive", "mbr"):
+        chosen = rouge_per_example([row["summary"] for row in rows], references)
+        for i, row in enumerate(rows):
+            row["summary_scores"] = {name: float(chosen[name][i]) for name in ROUGE_NAMES}
+        metrics |= {f"{decoding}_{name}": float(chosen[name].mean()) for name in ROUGE_NAMES}
     return metrics, rows
+
+
+def _add_samples(
+    rows: list[dict[str, Any]],
+    metrics: dict[str, float],
+    samples: list[list[str]],
+    references: list[list[str]],
+    decoding: str,
+) -> None:
+    """Add the texts of each sample `(samples, dialogues)`, their scores, how they differ, and the choice among them."""
+    scores = [rouge_per_example(texts, references) for texts in samples]
+    for name in ROUGE_NAMES:
+        corpus = [float(one[name].mean()) for one in scores]
+        metrics[name] = float(np.mean(corpus))
+        metrics[name + STD] = float(np.std(corpus))
+    for i, row in enumerate(rows):
+        texts = [one[i] for one in samples]
+        similarities = pairwise(texts, rouge_utility())
+        choice = minimum_bayes_risk(similarities)
+        row["samples"] = texts
+        row["sample_scores"] = {name: [float(one[name][i]) for one in scores] for name in ROUGE_NAMES}
+        row["sample_utilities"] = choice.expected_utility.tolist()
+        if decoding == "mbr":
+            row["summary"] = texts[choice.index]
+        row["uncertainty"] = {
+            "dissimilarity": dissimilarity(similarities),
+            "cluster_entropy": cluster_entropy(similarities),
+        }
+
+
+def selective_summarization(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, RiskCoverage], dict[str, float]]:
+    """Does the uncertainty of a summary tell how good it is? Risk is 1 - ROUGE-L of the summary.
+
+    Args:
+        rows: From `summaries_report`, with `uncertainty` and the scores of the chosen summary or the posterior mean's.
+
+    Returns:
+        Risk-coverage curves by uncertainty score, with "random" and "oracle", and the prediction-rejection ratios.
+    """
+    risk = np.array([1 - row.get("summary_scores", row["mean_scores"])["rougeL"] for row in rows])
+    scores = {name: np.array([row["uncertainty"][name] for row in rows]) for name in rows[0]["uncertainty"]}
+    curves = {name: risk_coverage(values, risk) for name, values in scores.items()}
+    curves |= {"random": risk_coverage(np.zeros(len(risk)), risk), "oracle": risk_coverage(risk, risk)}
+    return curves, {name: prediction_rejection_ratio(values, risk) for name, values in scores.items()}
 
 
 def rouge_compute_metrics(dialogues: Sequence[Dialogue], tokenizer: Any) -> Callable[[Any], dict[str, float]]:

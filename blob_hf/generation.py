@@ -16,6 +16,9 @@ from blob_hf.errors import BlobError
 from blob_hf.posterior import posterior_mean, posterior_samples
 from blob_hf.prediction import IGNORED_LABEL, TokenUncertainty, log_mean_exp, repeat_rows, token_uncertainty
 
+# Of a whole text: its negative length-normalised log predictive, and the means of its tokens' uncertainties.
+SEQUENCE_SCORES = ("token_nll", "token_entropy", "token_aleatoric", "mutual_information")
+
 # What generate() offers that needs a single network, or would hand out tensors in block order.
 _ONE_NETWORK = {
     "assistant_model": "assisted decoding",
@@ -213,6 +216,14 @@ class PredictiveText:
     sequences: Tensor
     tokens: Tensor
     uncertainty: TokenUncertainty
+
+    @property
+    def scores(self) -> Tensor:
+        """`SEQUENCE_SCORES` of each text, means over its tokens in nats, `(batch, 4)`: higher is less certain."""
+        count = (self.tokens != IGNORED_LABEL).sum(-1).clamp(min=1)
+        parts = self.uncertainty
+        values = (-parts.log_probs, parts.total, parts.aleatoric, parts.epistemic)
+        return torch.stack([value.sum(-1) / count for value in values], dim=-1)
 
 
 @torch.no_grad()

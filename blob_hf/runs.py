@@ -171,6 +171,7 @@ class Run:
         self.trained = False
         self.results: list[Results] = []
         self.plots: list[str] = []
+        self.notes: list[str] = []
         self._facts: dict[str, Any] = {"base_model": base_model, "task": task, "settings": settings, "license": license}
         trainer.card_from_run = True
 
@@ -204,6 +205,11 @@ class Run:
         title = title if of_adapter else f"before training: {title}"
         self.results.append(Results(title, split, table, of_adapter))
 
+    def add_note(self, what: str, split: str, values: Mapping[str, float]) -> None:
+        """Keep some numbers by name for report.md."""
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+        self.notes.append(f"{what} ({split}): {shown}")
+
     def add_plot(self, name: str, draw: Callable[[Path], object]) -> None:
         """Draw plots/{name}.png."""
         if self.writes:
@@ -222,7 +228,7 @@ class Run:
         if self.writes:
             if self.trained:  # an evaluation does not know how the adapter was trained
                 summary = summarize(self.trainer, self.data, **self._facts)
-                summary.results, summary.plots = self.results, self.plots
+                summary.results, summary.plots, summary.notes = self.results, self.plots, self.notes
                 write_report(self.folder, summary)
                 write_model_card(self.folder, summary)
             for results in self.results:

@@ -17,7 +17,7 @@ from blob_hf import files
 from blob_hf.callback import BlobCallback
 from blob_hf.checkpoints import CheckpointMixin, newest_complete
 from blob_hf.errors import BlobError, NonFiniteLossError
-from blob_hf.generation import generate_mean, generate_samples, pad_to
+from blob_hf.generation import generate_mean, generate_predictive, generate_samples, pad_to
 from blob_hf.history import COLUMNS, FILE_NAME, KLHistory
 from blob_hf.kl import KLDiagnosis, KLSchedule
 from blob_hf.model import BlobModel
@@ -312,7 +312,8 @@ class BlobSeq2SeqTrainer(BlobTrainerMixin, Seq2SeqTrainer):
 
     Rows with labels are scored; rows without labels are generated from; with `predict_with_generate` rows with labels
     get both. Generation gives `(batch, length)` token ids of the posterior mean and `(batch, samples, length)` of
-    the posterior samples, appended to the predictions in this order and padded with the pad token.
+    the posterior samples, appended to the predictions in this order and padded with the pad token; with
+    `decoding="predictive"` also `(batch, length)` of the posterior predictive and its `PredictiveText.scores`.
     """
 
     def prediction_step(
@@ -339,7 +340,7 @@ class BlobSeq2SeqTrainer(BlobTrainerMixin, Seq2SeqTrainer):
         finally:
             self.args.predict_with_generate, self.compute_metrics = kept
 
-    def _generate(self, inputs: dict[str, Any], gen_kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _generate(self, inputs: dict[str, Any], gen_kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         inputs = self._prepare_inputs(dict(inputs))
         inputs = {
             name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask", "inputs_embeds")
@@ -347,19 +348,22 @@ class BlobSeq2SeqTrainer(BlobTrainerMixin, Seq2SeqTrainer):
         gen_kwargs = {**getattr(self, "_gen_kwargs", {}), **gen_kwargs}
         gen_kwargs = {name: value for name, value in gen_kwargs.items() if value is not None}
         gen_kwargs.setdefault("synced_gpus", is_deepspeed_zero3_enabled())
-        pad = self.model.config.pad_token_id or 0
-        mean = generate_mean(self._posterior, inputs, **gen_kwargs)
-        samples = mean.unsqueeze(1)
-        if self.num_eval_samples:
-            samples = generate_samples(
-                self._posterior,
-                inputs,
-                self.num_eval_samples,
-                self.args.eval_seed,
-                self.args.posterior_batch_size,
-                **gen_kwargs,
-            )
+        num_samples, seed, together = self.num_eval_samples, self.args.eval_seed, self.args.posterior_batch_size
+        model, pad = self._posterior, self.model.config.pad_token_id or 0
         # every batch of every process must come back with the same length to be concatenated
         longest = gen_kwargs["max_new_tokens"] + 1 if "max_new_tokens" in gen_kwargs else gen_kwargs.get("max_length")
-        longest = max(longest or self.model.generation_config.max_length or 20, mean.shape[-1], samples.shape[-1])
-        return pad_to(mean, longest, pad), pad_to(samples, longest, pad)
+        longest = longest or self.model.generation_config.max_length or 20
+        mean = generate_mean(model, inputs, **gen_kwargs)
+        samples = mean.unsqueeze(1)
+        if num_samples and self.args.decoding != "mean":
+            samples = generate_samples(model, inputs, num_samples, seed, together, **gen_kwargs)
+        texts = [mean, samples]
+        if self.args.decoding != "predictive":
+            return tuple(_padded(text, longest, pad) for text in texts)
+        predictive = generate_predictive(model, inputs, num_samples, seed, together or 1, **gen_kwargs)
+        texts.append(predictive.sequences)
+        return (*(_padded(text, longest, pad) for text in texts), predictive.scores)
+
+
+def _padded(tokens: Tensor, length: int, pad: int) -> Tensor:
+    return pad_to(tokens, max(length, tokens.shape[-1]), pad)

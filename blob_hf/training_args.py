@@ -9,6 +9,7 @@ from blob_hf.kl import KL_SCHEDULES
 
 METHODS = ("blob", "lora")
 KL_GRADIENTS = ("decoupled", "loss")
+DECODINGS = ("mean", "samples", "predictive", "mbr")
 
 # Training arguments that make two runs different runs (the others only change what is shown or where it goes).
 DEFINING = [
@@ -151,8 +152,30 @@ class BlobTrainingArguments(BlobArguments, TrainingArguments):
 
 @dataclass
 class BlobSeq2SeqTrainingArguments(BlobArguments, Seq2SeqTrainingArguments):
-    """`transformers.Seq2SeqTrainingArguments` with `BlobArguments`."""
+    """`transformers.Seq2SeqTrainingArguments` with `BlobArguments`.
+
+    Parameters:
+        decoding (`str`): which text is the answer: the posterior `mean`'s alone; besides, those of the posterior
+            `samples` (no single answer); the posterior `predictive`'s; or of the samples the one of minimum Bayes risk
+            (`mbr`).
+    """
+
+    decoding: str = field(
+        default="samples",
+        metadata={
+            "help": "mean: the posterior mean's text alone; samples: also one of each posterior sample; predictive: "
+            "also one decoded from the samples' averaged probabilities; mbr: also picks the sample of least Bayes risk.",
+            "choices": list(DECODINGS),
+        },
+    )
 
     def __post_init__(self) -> None:
         self._validate_blob()
+        if self.decoding not in DECODINGS:
+            raise BlobError(f"decoding must be one of {', '.join(DECODINGS)}, got {self.decoding!r}")
+        if self.decoding in ("predictive", "mbr") and (self.method != "blob" or self.eval_samples == 0):
+            raise BlobError(
+                f"decoding={self.decoding!r} needs posterior samples, but method is {self.method!r} with eval_samples="
+                f"{self.eval_samples if self.method == 'blob' else 0}; use decoding='mean'"
+            )
         super().__post_init__()

@@ -15,6 +15,7 @@ def write_report(folder: Path, run: RunSummary) -> None:
         f"Base model: `{run.base_model}`.",
         *(f"## {results.title}\n\n{to_markdown(results.table)}" for results in run.results),
         *(["## KL\n\n" + "\n".join(f"- {note}" for note in run.kl_notes)] if run.kl_notes else []),
+        *(["\n".join(f"- {note}" for note in run.notes)] if run.notes else []),
         *(f"![{Path(plot).stem}]({plot})" for plot in run.plots),
         "## Settings\n\n" + settings_table(run.settings),
     ]

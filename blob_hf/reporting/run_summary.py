@@ -40,6 +40,7 @@ class RunSummary:
         arguments: All training arguments that define the run, by name.
         kl_notes: The KL diagnosis, its warnings after it.
         plots: Paths relative to the run folder.
+        notes: Further findings, a line each, for the report.
         repo: Hub repo or folder of the adapter, for the examples.
         task: Its tag on the Hub, for example "text-classification".
         auto_class: The class with which plain PEFT loads the adapter.
@@ -54,6 +55,7 @@ class RunSummary:
     results: list[Results] = field(default_factory=list)
     kl_notes: list[str] = field(default_factory=list)
     plots: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     license: str | None = None
     repo: str = "PATH_OR_REPO"
     task: str | None = None

@@ -7,6 +7,7 @@ import pandas as pd
 
 MEAN, STD = "mean_", "_sample_std"  # a metric of the posterior mean, and the std of a metric over samples
 STD_COLUMN = "std over samples"
+CHOICES = ("predictive", "mbr")  # ways to one text from the samples, each with metrics of its own
 
 
 def results_table(metrics: dict[str, float], prefix: str, names: list[str], num_samples: int) -> pd.DataFrame:
@@ -22,6 +23,10 @@ def results_table(metrics: dict[str, float], prefix: str, names: list[str], num_
     if num_samples:
         columns[f"N={num_samples} (samples)"] = [metrics.get(f"{prefix}_{name}") for name in names]
         columns[STD_COLUMN] = [metrics.get(f"{prefix}_{name}{STD}") for name in names]
+        for choice in CHOICES:
+            values = [metrics.get(f"{prefix}_{choice}_{name}") for name in names]
+            if any(value is not None for value in values):
+                columns[choice] = values
     return pd.DataFrame(columns, index=names)
 
 
