@@ -164,7 +164,7 @@ class BlobSeq2SeqTrainingArguments(BlobArguments, Seq2SeqTrainingArguments):
         default="samples",
         metadata={
             "help": "mean: the posterior mean's text alone; samples: also one of each posterior sample; predictive: "
-            "also one decoded from the samples' averaged probabilities; mbr: also picks the sample of least Bayes risk.",
+            "also one decoded from the samples' averaged probabilities; mbr: also the sample of least Bayes risk.",
             "choices": list(DECODINGS),
         },
     )

@@ -1,0 +1,72 @@
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from blob_hf.experiments.statistics import best_of, compare, decompose, mean_interval, sizes_up_to
+
+
+def test_best_of_n_is_the_mean_over_all_subsets():
+    scores = np.random.default_rng(0).random(7)
+    for size in range(1, 8):
+        expected = np.mean([max(subset) for subset in itertools.combinations(scores, size)])
+        assert best_of(scores, size) == pytest.approx(expected)
+    assert [sizes_up_to(n) for n in (1, 2, 5, 8)] == [[1], [1, 2], [1, 2, 4, 5], [1, 2, 4, 8]]
+
+
+def test_comparison_is_the_paired_t_test_and_says_what_the_interval_says():
+    rng = np.random.default_rng(1)
+    first = rng.normal(size=80)
+    second = first + rng.normal(0.5, 0.1, size=80)
+    found = compare(first, second)
+    assert found.p_value == pytest.approx(stats.ttest_rel(first, second).pvalue)
+    assert found.difference.value == pytest.approx((first - second).mean()) and found.verdict == "lower"
+    assert compare(second, first).verdict == "higher"
+    same = compare(first, first)
+    assert same.verdict == "not shown to differ" and np.isnan(same.p_value)
+    # a 95 % bootstrap interval of a mean is close to the normal one: 1.96 standard errors
+    interval, error = mean_interval(first), first.std(ddof=1) / 80**0.5
+    assert interval.low == pytest.approx(first.mean() - 1.96 * error, abs=0.3 * error)
+    assert interval.high == pytest.approx(first.mean() + 1.96 * error, abs=0.3 * error)
+
+
+def simulated(weights, decoding, dialogues=400, samples=30, spread=0.5, seed=0):
+    """Scores y = dialogue + weights + decoding with known, independent stds."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    level = rng.normal(0, spread, dialogues)
+    for arm, (w, t) in {
+        "blob-sample-greedy": (weights, 0), "blob-mean-sampling": (0, decoding), "blob-sample-sampling": (weights, decoding),
+    }.items():  # fmt: skip
+        noise = rng.normal(size=(dialogues, samples)) * w + rng.normal(size=(dialogues, samples)) * t
+        rows += [
+            {"arm": arm, "dialogue": str(d), "score": level[d] + noise[d, s]}
+            for d in range(dialogues)
+            for s in range(samples)
+        ]
+    return pd.DataFrame(rows)
+
+
+def test_decomposition_finds_the_variances_that_were_put_in():
+    """400 x 30 draws: the relative standard error of a pooled variance is below 2 %, that of 400 dialogues 7 %."""
+    found = decompose(simulated(weights=0.2, decoding=0.4), "score")
+    assert found.loc["weights", "variance"] == pytest.approx(0.04, rel=0.06)
+    assert found.loc["decoding", "variance"] == pytest.approx(0.16, rel=0.06)
+    assert found.loc["both", "variance"] == pytest.approx(0.20, rel=0.06)
+    assert found.loc["dialogues", "variance"] == pytest.approx(0.25, rel=0.25)
+    assert found.loc["interaction", "low"] < 0 < found.loc["interaction", "high"]
+    assert found.loc[["both", "dialogues"], "share"].sum() == pytest.approx(1)
+    assert found.loc["weights", "low"] < 0.04 < found.loc["weights", "high"]
+
+
+def test_dialogue_variance_is_not_inflated_by_few_samples():
+    """Two samples a dialogue: the plain variance of the means would say 0.5 * 0.16 too much."""
+    found = decompose(simulated(weights=0.0, decoding=0.4, samples=2, dialogues=2000, spread=0.2), "score")
+    assert found.loc["dialogues", "variance"] == pytest.approx(0.04, rel=0.2)
+
+
+def test_decomposition_needs_the_whole_cross():
+    table = simulated(0.1, 0.1, dialogues=3, samples=2)
+    assert decompose(table[table["arm"] != "blob-mean-sampling"], "score") is None
