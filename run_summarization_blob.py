@@ -128,7 +128,9 @@ def main() -> None:
     model = runs.make_model(base, model_args, training_args, targets, "SEQ_2_SEQ_LM", adapter)
 
     # ----- rows: one per reference to train on and to score, one per dialogue to generate from -----
-    lengths = (data_args.max_source_length, data_args.max_target_length)
+    positions = getattr(base.config, "max_position_embeddings", None) or data_args.max_source_length
+    max_source_length = min(data_args.max_source_length, positions)
+    lengths = (max_source_length, data_args.max_target_length)
     limits = {"validation": data_args.max_eval_samples, "test": data_args.max_predict_samples}
     dialogues = {name: group_dialogues(splits[name], limits[name]) for name in limits if name in splits}
     train_rows = None
@@ -155,7 +157,7 @@ def main() -> None:
     def evaluate(split: str, prefix: str) -> tuple[dict[str, float], list[dict]]:
         """Scores and ROUGE of one split; the references' NLL is per token, over all references."""
         group = dialogues[split]
-        rows = generation_rows(group, tokenizer, prompt, data_args.max_source_length)
+        rows = generation_rows(group, tokenizer, prompt, max_source_length)
         tokens = trainer.predict(rows, metric_key_prefix=prefix, **decoding).predictions
         chosen = training_args.decoding
         metrics, predictions = summaries_report(*tokens[:2], group, tokenizer, chosen, tokens[2:] or None)

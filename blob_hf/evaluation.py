@@ -1,6 +1,7 @@
 """The numbers that the scripts report: the same metrics for the posterior mean (N=0) and for N posterior samples."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from blob_hf.metrics.selective import RiskCoverage, prediction_rejection_ratio, 
 from blob_hf.metrics.similarity import cluster_entropy, dissimilarity, minimum_bayes_risk, pairwise, rouge_utility
 from blob_hf.metrics.summarization import rouge, rouge_per_example
 from blob_hf.metrics.uncertainty import uncertainty_metrics
-from blob_hf.prediction import IGNORED_LABEL
+from blob_hf.prediction import IGNORED_LABEL, TokenScores
 from blob_hf.reporting.tables import MEAN, STD
 
 ROUGE_NAMES = ("rouge1", "rouge2", "rougeL")
@@ -145,7 +146,7 @@ def rouge_compute_metrics(dialogues: Sequence[Dialogue], tokenizer: Any) -> Call
     references = [dialogue.references for dialogue in dialogues for _ in dialogue.references]
 
     def compute(prediction: Any) -> dict[str, float]:
-        *_, mean_tokens, _samples = prediction.predictions
+        mean_tokens = prediction.predictions[len(fields(TokenScores))]  # behind the scores
         scores = rouge(decode(mean_tokens, tokenizer), references)
         return {MEAN + name: scores[name] for name in ROUGE_NAMES}
 

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from blob_hf.errors import BlobError
 from blob_hf.posterior import posterior_mean, posterior_samples
-from blob_hf.prediction import IGNORED_LABEL, TokenUncertainty, log_mean_exp, repeat_rows, token_uncertainty
+from blob_hf.prediction import IGNORED_LABEL, log_mean_exp, repeat_rows
 
 # Of a whole text: its negative length-normalised log predictive, and the means of its tokens' uncertainties.
 SEQUENCE_SCORES = ("token_nll", "token_entropy", "token_aleatoric", "mutual_information")
@@ -186,21 +186,68 @@ def pad_to(tokens: Tensor, length: int, pad_token_id: int) -> Tensor:
 # ----- the posterior predictive ----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class TokenUncertainty:
+    """How sure the predictive is of each token of given texts, nats, 0 where the label is -100; all `(batch, length)`.
+
+    Attributes:
+        log_probs: log mean_s p(y_t | y_<t, x, A_s) of the token itself.
+        total: Entropy of the predictive over the next token, H[mean_s p].
+        aleatoric: mean_s H[p(. | A_s)]: what every network is unsure of.
+        epistemic: total - aleatoric >= 0: the mutual information of token and weights.
+    """
+
+    log_probs: Tensor
+    total: Tensor
+    aleatoric: Tensor
+    epistemic: Tensor
+
+
 class PredictiveProcessor(LogitsProcessor):
     """Gives every block the predictive log mean_s p(y_t | y_<t, x, A_s), so that all blocks choose the same token.
+
+    It also keeps what `uncertainty` needs of each step: entropies, and the log-probabilities of the tokens that may be
+    chosen.
 
     Args:
         num_samples: Blocks S of the batch.
         normalized: Whether the scores that arrive are log-probabilities (beam search) or logits (greedy).
+        candidates: How many of a row's likeliest tokens decoding may choose from.
     """
 
-    def __init__(self, num_samples: int, normalized: bool) -> None:
-        self.num_samples, self.normalized = num_samples, normalized
+    def __init__(self, num_samples: int, normalized: bool, candidates: int = 1) -> None:
+        self.num_samples, self.normalized, self.candidates = num_samples, normalized, candidates
+        self._steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         log_probs = scores if self.normalized else scores.log_softmax(-1)
-        predictive = log_mean_exp(log_probs.view(self.num_samples, -1, scores.shape[-1]), dim=0)
+        blocks = log_probs.view(self.num_samples, -1, scores.shape[-1])
+        probs = blocks.exp()
+        mean = probs.mean(0)
+        # where a probability underflows, its logarithm is still known
+        predictive = torch.where(mean > 0, mean.log(), log_mean_exp(blocks, dim=0) if (mean == 0).any() else mean)
+        aleatoric = -torch.where(probs > 0, probs * blocks, 0.0).sum(-1).mean(0)
+        top, token = predictive.topk(min(self.candidates, scores.shape[-1]), dim=-1)
+        self._steps.append((torch.special.entr(mean).sum(-1), aleatoric, top, token))
         return predictive.repeat(self.num_samples, 1)
+
+    def uncertainty(self, tokens: Tensor, rows: Tensor) -> TokenUncertainty:
+        """Of the tokens that were chosen.
+
+        Args:
+            tokens: `(batch, length)`, -100 behind the end.
+            rows: `(batch, length)`: the row of the first block that each token was chosen from.
+        """
+        kept = tokens != IGNORED_LABEL
+        steps = range(tokens.shape[1])
+        rows = rows.masked_fill(~kept, 0)
+        at = [self._steps[t] for t in steps]
+        total = torch.stack([at[t][0][rows[:, t]] for t in steps], dim=1)
+        aleatoric = torch.stack([at[t][1][rows[:, t]] for t in steps], dim=1)
+        chosen = [at[t][3][rows[:, t]] == tokens[:, t : t + 1] for t in steps]
+        own = torch.stack([torch.where(chosen[t], at[t][2][rows[:, t]], 0.0).sum(-1) for t in steps], dim=1)
+        epistemic = (total - aleatoric).clamp(min=0.0)  # below 0 by rounding alone (Jensen)
+        return TokenUncertainty(*(value.masked_fill(~kept, 0.0) for value in (own, total, aleatoric, epistemic)))
 
 
 @dataclass(frozen=True)
@@ -228,21 +275,15 @@ class PredictiveText:
 
 @torch.no_grad()
 def generate_predictive(
-    model: Any,
-    inputs: dict[str, Any],
-    num_samples: int,
-    seed: int = 0,
-    samples_per_forward: int = 1,
-    **gen_kwargs: Any,
+    model: Any, inputs: dict[str, Any], num_samples: int, seed: int = 0, **gen_kwargs: Any
 ) -> PredictiveText:
     """Decode one text per input from p(y_t | y_<t, x) = 1/S sum_s p(y_t | y_<t, x, A_s), greedily or with beams.
 
-    Eq. (5) of Wang et al. (NeurIPS 2024) at each token. All S networks read the same prefix; the uncertainties come
-    from one more pass over the finished texts.
+    Eq. (5) of Wang et al. (NeurIPS 2024) at each token; all S networks read the same prefix. Where other processors
+    rule tokens out (`no_repeat_ngram_size`, `min_new_tokens`, ...), the uncertainty is that of what remains.
 
     Args:
         num_samples: S >= 1; the S networks decode in one batch.
-        samples_per_forward: Samples per forward of that last pass.
         gen_kwargs: For `generate`.
 
     Raises:
@@ -254,42 +295,34 @@ def generate_predictive(
     config = gen_kwargs.get("generation_config") or model.generation_config
     if gen_kwargs.get("do_sample", config.do_sample) or gen_kwargs.get("num_return_sequences", 1) != 1:
         raise BlobError("predictive decoding gives one text per input, greedily or with beams; leave out do_sample")
-    beams = gen_kwargs.get("num_beams", config.num_beams) or 1
+    beams, ends = gen_kwargs.get("num_beams", config.num_beams) or 1, _end_tokens(model, gen_kwargs)
+    # a row's continuations that beam search looks at (transformers' beams_to_keep)
+    candidates = max(2, 1 + len(ends)) * beams if beams > 1 else 1
+    processor = PredictiveProcessor(num_samples, normalized=beams > 1, candidates=candidates)
     own = gen_kwargs.pop("logits_processor", None) or []
-    processors = LogitsProcessorList([*own, PredictiveProcessor(num_samples, normalized=beams > 1)])
+    gen_kwargs |= {"logits_processor": LogitsProcessorList([*own, processor]), "return_dict_in_generate": True}
     batch = _batch_size(inputs)
     with posterior_samples(model, num_samples, seed):
-        output = model.generate(**repeat_rows(inputs, num_samples), **gen_kwargs, logits_processor=processors)
-    sequences = (output if isinstance(output, Tensor) else output.sequences)[:batch]
-    scored, labels = teacher_forcing(model, inputs, sequences, gen_kwargs)
-    uncertainty = token_uncertainty(model, scored, labels, num_samples, seed, samples_per_forward)
-    new = slice(None) if model.config.is_encoder_decoder else slice(inputs["input_ids"].shape[1] - 1, None)
-    return PredictiveText(sequences, labels[:, new], uncertainty.at(new))
+        output = model.generate(**repeat_rows(inputs, num_samples), **gen_kwargs)
+    sequences = output.sequences[:batch]
+    tokens = _until_end(sequences[:, _prompt_length(model, inputs) :], ends)
+    rows = output.get("beam_indices")
+    rows = torch.arange(batch, device=tokens.device).unsqueeze(1).expand_as(tokens) if rows is None else rows[:batch]
+    return PredictiveText(sequences, tokens, processor.uncertainty(tokens, pad_to(rows, tokens.shape[1], 0)))
 
 
-def teacher_forcing(
-    model: Any, inputs: dict[str, Any], sequences: Tensor, gen_kwargs: dict[str, Any]
-) -> tuple[dict[str, Any], Tensor]:
-    """Inputs and labels that score generated sequences: logits line up with labels, -100 behind the end of a text.
-
-    Args:
-        sequences: `(batch, length)` from `generate`: decoder ids from the start token on, or prompt and continuation.
-    """
+def _end_tokens(model: Any, gen_kwargs: dict[str, Any]) -> list[int]:
     config = gen_kwargs.get("generation_config") or model.generation_config
     ends = gen_kwargs.get("eos_token_id", config.eos_token_id)
-    ends = torch.tensor(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
-    labels = sequences[:, 1:].clone()
-    if model.config.is_encoder_decoder:
-        scored, start = {**inputs, "decoder_input_ids": sequences[:, :-1]}, 0
-    else:
-        start = inputs["input_ids"].shape[1] - 1
-        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-        mask = pad_to(mask, sequences.shape[1] - 1, 1)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # as generate() counts them behind left padding
-        scored = {**inputs, "input_ids": sequences[:, :-1], "attention_mask": mask, "position_ids": positions}
-    is_end = torch.isin(labels, ends.to(labels.device))
-    is_end[:, :start] = False
-    behind = is_end.cumsum(-1) - is_end.long() > 0
-    labels[behind] = IGNORED_LABEL
-    labels[:, :start] = IGNORED_LABEL
-    return scored, labels
+    return list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [int(ends)]
+
+
+def _prompt_length(model: Any, inputs: dict[str, Any]) -> int:
+    """Tokens at the start of a sequence that were not chosen: the start token of a decoder, or the prompt."""
+    return 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+
+
+def _until_end(tokens: Tensor, ends: list[int]) -> Tensor:
+    """The tokens up to and with the first end token, -100 behind it."""
+    is_end = torch.isin(tokens, torch.tensor(ends, dtype=tokens.dtype, device=tokens.device))
+    return tokens.masked_fill(is_end.cumsum(-1) - is_end.long() > 0, IGNORED_LABEL)

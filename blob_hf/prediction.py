@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,27 +42,6 @@ class TokenScores:
     log_probs: Tensor
     mean_log_probs: Tensor
     sample_log_probs: Tensor
-
-
-@dataclass(frozen=True)
-class TokenUncertainty:
-    """How sure the predictive is of each token of given texts, nats, 0 where the label is -100; all `(batch, length)`.
-
-    Attributes:
-        log_probs: log mean_s p(y_t | y_<t, x, A_s) of the token itself.
-        total: Entropy of the predictive over the next token, H[mean_s p].
-        aleatoric: mean_s H[p(. | A_s)]: what every network is unsure of.
-        epistemic: total - aleatoric >= 0: the mutual information of token and weights.
-    """
-
-    log_probs: Tensor
-    total: Tensor
-    aleatoric: Tensor
-    epistemic: Tensor
-
-    def at(self, positions: slice) -> "TokenUncertainty":
-        """The same for some positions alone."""
-        return TokenUncertainty(*(getattr(self, item.name)[:, positions] for item in fields(self)))
 
 
 def repeat_rows(inputs: dict[str, Any], times: int) -> dict[str, Any]:
@@ -119,39 +98,6 @@ def score_targets(
         return TokenScores(mean, mean, mean.sum(dim=1, keepdim=True))
     predictive = (total - math.log(num_samples)).masked_fill(labels == IGNORED_LABEL, 0.0)
     return TokenScores(predictive, mean, torch.stack(sums, dim=1))
-
-
-@torch.no_grad()
-def token_uncertainty(
-    model: nn.Module,
-    inputs: dict[str, Any],
-    labels: Tensor,
-    num_samples: int,
-    seed: int = 0,
-    samples_per_forward: int = 1,
-) -> TokenUncertainty:
-    """Entropies of the predictive of `num_samples` samples at every position of given texts.
-
-    Args:
-        inputs, labels: As for `score_targets`.
-    """
-    mean, entropies = None, torch.zeros(labels.shape, device=labels.device)
-    for output in _sample_outputs(model, inputs, num_samples, seed, samples_per_forward):
-        for logits in output.logits.split(len(labels)):
-            log_probs = logits.float().log_softmax(-1)
-            entropies += _entropy(log_probs)
-            mean = log_probs if mean is None else torch.logaddexp(mean, log_probs)
-    assert mean is not None
-    mean = mean - math.log(num_samples)
-    total, aleatoric = _entropy(mean), entropies / num_samples
-    own = mean.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    values = (own, total, aleatoric, (total - aleatoric).clamp(min=0.0))  # below 0 by rounding alone (Jensen)
-    return TokenUncertainty(*(value.masked_fill(labels == IGNORED_LABEL, 0.0) for value in values))
-
-
-def _entropy(log_probs: Tensor) -> Tensor:
-    """Over the last dimension, nats; impossible classes (log p = -inf) count 0."""
-    return torch.special.entr(log_probs.exp()).sum(-1)
 
 
 def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:

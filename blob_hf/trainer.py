@@ -360,7 +360,7 @@ class BlobSeq2SeqTrainer(BlobTrainerMixin, Seq2SeqTrainer):
         texts = [mean, samples]
         if self.args.decoding != "predictive":
             return tuple(_padded(text, longest, pad) for text in texts)
-        predictive = generate_predictive(model, inputs, num_samples, seed, together or 1, **gen_kwargs)
+        predictive = generate_predictive(model, inputs, num_samples, seed, **gen_kwargs)
         texts.append(predictive.sequences)
         return (*(_padded(text, longest, pad) for text in texts), predictive.scores)
 

@@ -5,7 +5,13 @@ import pytest
 from scipy.special import log_softmax, logsumexp
 
 from blob_hf.data.summarization import Dialogue
-from blob_hf.evaluation import classification_metrics, decode, rouge_compute_metrics, summaries_report
+from blob_hf.evaluation import (
+    classification_metrics,
+    decode,
+    rouge_compute_metrics,
+    selective_summarization,
+    summaries_report,
+)
 from blob_hf.metrics import calibration_metrics, mutual_information, rouge
 
 WORDS = ["<pad>", "</s>", "anna", "pays", "leaves", "early"]
@@ -52,3 +58,35 @@ def test_summaries_are_scored_against_all_references():
     compute = rouge_compute_metrics(dialogues, Tokenizer())
     repeated = SimpleNamespace(predictions=(None, None, None, mean.repeat(2, axis=0), None))  # a row per reference
     assert compute(repeated)["mean_rouge1"] == 1
+
+
+DIALOGUES = [Dialogue("a", "...", ["anna pays", "anna leaves early"]), Dialogue("b", "...", ["early", "anna"])]
+MEAN = np.array([[2, 4, 5, 1], [2, 1, -100, -100]])
+SAMPLES = np.array([[[2, 3, 1, 0], [4, 1, 0, 0], [2, 3, 1, 0]], [[5, 1, 0, 0], [3, 1, 0, 0], [2, 5, 1, 0]]])
+
+
+def test_what_each_decoding_answers():
+    metrics, rows = summaries_report(MEAN, SAMPLES, DIALOGUES, Tokenizer(), "mean")
+    assert set(metrics) == {"mean_rouge1", "mean_rouge2", "mean_rougeL"} and "samples" not in rows[0]
+    assert rows[0]["summary"] == "anna leaves early"
+    metrics, rows = summaries_report(MEAN, SAMPLES, DIALOGUES, Tokenizer(), "samples")
+    assert rows[0]["summary"] == rows[0]["mean_summary"] and not any(name.startswith("mbr") for name in metrics)
+    metrics, rows = summaries_report(MEAN, SAMPLES, DIALOGUES, Tokenizer(), "mbr")
+    assert [row["summary"] for row in rows] == ["anna pays", "early"]  # what two of three say; of equals the first
+    assert rows[0]["sample_utilities"] == pytest.approx([0.5, 0.0, 0.5])
+    references = [dialogue.references for dialogue in DIALOGUES]
+    assert metrics["mbr_rougeL"] == pytest.approx(rouge(["anna pays", "early"], references)["rougeL"])
+    assert rows[0]["uncertainty"]["dissimilarity"] == pytest.approx(2 / 3)
+    predictive = (np.array([[4, 1], [2, 1]]), np.array([[1.0, 2.0, 1.5, 0.5], [0.1, 0.2, 0.1, 0.1]]))
+    metrics, rows = summaries_report(MEAN, SAMPLES, DIALOGUES, Tokenizer(), "predictive", predictive)
+    assert [row["summary"] for row in rows] == ["leaves", "anna"]
+    assert rows[0]["uncertainty"]["token_nll"] == 1.0 and rows[0]["uncertainty"]["mutual_information"] == 0.5
+    assert metrics["predictive_rouge1"] == pytest.approx(rouge(["leaves", "anna"], references)["rouge1"])
+
+
+def test_an_uncertainty_that_finds_the_bad_summary_has_the_best_ratio():
+    predictive = (np.array([[4, 1], [2, 1]]), np.array([[1.0, 2.0, 1.5, 0.5], [0.1, 0.2, 0.1, 0.9]]))
+    _, rows = summaries_report(MEAN, SAMPLES, DIALOGUES, Tokenizer(), "predictive", predictive)
+    curves, ratios = selective_summarization(rows)
+    assert ratios["token_nll"] == pytest.approx(1) and ratios["mutual_information"] == pytest.approx(-1)
+    assert curves["oracle"].area == curves["token_nll"].area < curves["random"].area

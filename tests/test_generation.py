@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from blob_hf import BlobConfig, get_blob_model
 from blob_hf.errors import BlobError
-from blob_hf.generation import generate_mean, generate_predictive, generate_samples
+from blob_hf.generation import PredictiveProcessor, generate_mean, generate_predictive, generate_samples
 from blob_hf.model import get_lora_model
 from blob_hf.posterior import gaussian_layers
 
@@ -241,24 +241,15 @@ def test_bad_numbers_of_samples():
         lora.generate(**inputs, num_posterior_samples=2)
 
 
-def test_entropies_of_a_two_token_case_by_hand():
-    """Two networks that say (0.9, 0.1) and (0.3, 0.7): the predictive is (0.6, 0.4)."""
-    from blob_hf.prediction import token_uncertainty
-
-    class TwoNetworks(torch.nn.Module):
-        def forward(self, sample):
-            probs = torch.tensor([[0.9, 0.1], [0.3, 0.7]])[sample]
-            return type("Output", (), {"logits": probs.log().unsqueeze(1)})
-
-    networks, labels = TwoNetworks(), torch.tensor([[1]])
-    import blob_hf.prediction as prediction
-
-    outputs = prediction._sample_outputs
-    try:
-        prediction._sample_outputs = lambda *args: (networks(torch.tensor([s])) for s in range(2))
-        found = token_uncertainty(networks, {}, labels, 2)
-    finally:
-        prediction._sample_outputs = outputs
+@pytest.mark.parametrize("normalized", [True, False])
+def test_entropies_of_a_two_token_case_by_hand(normalized):
+    """Two networks that say (0.9, 0.1) and (0.3, 0.7): the predictive is (0.6, 0.4). A third token is impossible."""
+    processor = PredictiveProcessor(2, normalized, candidates=2)
+    scores = torch.tensor([[0.9, 0.1, 0.0], [0.3, 0.7, 0.0]]).log()
+    predictive = processor(None, scores if normalized else scores + torch.tensor([[5.0], [-3.0]]))
+    for row in predictive:
+        assert row.exp().tolist() == pytest.approx([0.6, 0.4, 0.0])
+    found = processor.uncertainty(torch.tensor([[1]]), torch.tensor([[0]]))
 
     def entropy(p):
         return -p * math.log(p) - (1 - p) * math.log(1 - p)
@@ -267,3 +258,9 @@ def test_entropies_of_a_two_token_case_by_hand():
     assert found.total.item() == pytest.approx(entropy(0.4), rel=1e-5)
     assert found.aleatoric.item() == pytest.approx((entropy(0.1) + entropy(0.3)) / 2, rel=1e-5)
     assert found.epistemic.item() == pytest.approx(entropy(0.4) - (entropy(0.1) + entropy(0.3)) / 2, rel=1e-4)
+
+
+def test_probabilities_that_underflow_keep_their_order():
+    processor = PredictiveProcessor(2, normalized=True)
+    scores = torch.tensor([[-0.0, -200.0, -300.0], [-0.0, -210.0, -310.0]])
+    assert processor(None, scores)[0].tolist() == pytest.approx([0.0, -200 - math.log(2), -300 - math.log(2)], abs=1e-3)

@@ -1,5 +1,6 @@
 """Dialogues and their summaries: one prompt for training, scoring and generation; references grouped by dialogue."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from datasets import Dataset, DatasetDict
 from blob_hf.data.loading import check_limit, load_files, load_hub, require_columns
 from blob_hf.errors import BlobError
 from blob_hf.metrics.summarization import group_references
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_PROMPT = "Dialogue:\n{dialogue}\n\nSummary:"
 _TEXT, _SUMMARY, _ID = "dialogue", "summary", "id"
@@ -34,6 +37,9 @@ class Prompt:
         if kept + opening >= max_length:
             raise BlobError(f"max_source_length {max_length} leaves no room for a dialogue in the prompt")
         ids = tokenizer([before + dialogue + after for dialogue in dialogues]).input_ids
+        cut = sum(len(row) > max_length for row in ids)
+        if cut:
+            logger.warning("%d of %d dialogues are longer than %d tokens and were cut", cut, len(ids), max_length)
         ids = [row if len(row) <= max_length else row[: max_length - kept] + row[len(row) - kept :] for row in ids]
         return {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
 

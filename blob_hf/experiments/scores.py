@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ from blob_hf.metrics.summarization import ROUGE_TYPES, rouge_per_example
 
 METRIC_NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "bertscore": "BERTScore F1"}
 AGGREGATES = ("mean", "max", "min")
-_WORTH_PROCESSES = 5_000  # pairs; below, starting processes takes longer than scoring
+_WORTH_PROCESSES = 10_000  # pairs; below, starting processes is not worth it
 
 
 def rouge_of_pairs(
@@ -32,7 +32,9 @@ def rouge_of_pairs(
         scores = _rouge(pairs)
     else:
         parts = [pairs[len(pairs) * i // workers : len(pairs) * (i + 1) // workers] for i in range(workers)]
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        # forked where possible: a new interpreter would import torch first, which takes longer than 10,000 pairs
+        context = get_context("fork" if "fork" in get_all_start_methods() else "spawn")
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
             scores = np.concatenate(list(pool.map(_rouge, parts)))
     known = dict(zip(pairs, scores, strict=True))
     table = np.array([known[pair] for pair in zip(candidates, references, strict=True)])

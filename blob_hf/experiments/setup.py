@@ -166,12 +166,8 @@ class Summarizers:
     def _encode(self, summarizer: Summarizer) -> list[list[int]]:
         positions = getattr(summarizer.model.config, "max_position_embeddings", None)
         longest = min(self.args.max_source_length, positions or self.args.max_source_length)
-        texts, prompt = [dialogue.text for dialogue in self.dialogues], Prompt(self.args.prompt)
-        whole = prompt.encode(texts, summarizer.tokenizer, 10**9)["input_ids"]
-        cut = sum(len(row) > longest for row in whole)
-        if cut:
-            logger.warning("%d of %d dialogues are longer than %d tokens and were cut", cut, len(texts), longest)
-        return prompt.encode(texts, summarizer.tokenizer, longest)["input_ids"]
+        texts = [dialogue.text for dialogue in self.dialogues]
+        return Prompt(self.args.prompt).encode(texts, summarizer.tokenizer, longest)["input_ids"]
 
 
 def make_scorer(args: ExperimentArguments, folder: Path) -> BertScorer | None:
@@ -181,7 +177,7 @@ def make_scorer(args: ExperimentArguments, folder: Path) -> BertScorer | None:
     return BertScorer(args.bertscore_model, cache=folder / "bertscore.sqlite", device=PartialState().device)
 
 
-def _train_demo(method: str, folder: Path) -> str:
+def _train_demo(method: str, folder: Path, max_steps: int = 100) -> str:
     """A small adapter trained on the embedded dialogues in some seconds."""
     if (folder / "adapter_model.safetensors").is_file():
         return str(folder)
@@ -193,7 +189,7 @@ def _train_demo(method: str, folder: Path) -> str:
     model = get_blob_model(base, config) if method == "blob" else get_lora_model(base, config.to_lora())
     train = load_summaries(None, None, {"train": str(demo.SUMMARIZATION_FILES["train"])})["train"]
     training_args = BlobSeq2SeqTrainingArguments(
-        str(folder), method=method, max_steps=100, learning_rate=3e-3, per_device_train_batch_size=16,
+        str(folder), method=method, max_steps=max_steps, learning_rate=3e-3, per_device_train_batch_size=16,
         warmup_steps=6, save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=100,
         dataloader_pin_memory=False, kl_cycle_steps=50,
     )  # fmt: skip

@@ -20,9 +20,10 @@ SMALL = ["--demo", "--num_dialogues", "3", "--max_new_tokens", "10"]
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    """Both demo adapters, trained once."""
+    """Both demo adapters, trained for a few steps."""
     folder = tmp_path_factory.mktemp("adapters")
-    return ["--blob", setup._train_demo("blob", folder / "blob"), "--lora", setup._train_demo("lora", folder / "lora")]
+    blob, lora = (setup._train_demo(method, folder / method, max_steps=5) for method in ("blob", "lora"))
+    return ["--blob", blob, "--lora", lora]
 
 
 def sampling(folder, adapters, *more):

@@ -37,12 +37,11 @@ def simulated(weights, decoding, dialogues=400, samples=30, spread=0.5, seed=0):
     rng = np.random.default_rng(seed)
     rows = []
     level = rng.normal(0, spread, dialogues)
-    for arm, (w, t) in {
-        "blob-sample-greedy": (weights, 0), "blob-mean-sampling": (0, decoding), "blob-sample-sampling": (weights, decoding),
-    }.items():  # fmt: skip
+    arms = {"sample-greedy": (weights, 0), "mean-sampling": (0, decoding), "sample-sampling": (weights, decoding)}
+    for arm, (w, t) in arms.items():
         noise = rng.normal(size=(dialogues, samples)) * w + rng.normal(size=(dialogues, samples)) * t
         rows += [
-            {"arm": arm, "dialogue": str(d), "score": level[d] + noise[d, s]}
+            {"arm": f"blob-{arm}", "dialogue": str(d), "score": level[d] + noise[d, s]}
             for d in range(dialogues)
             for s in range(samples)
         ]

@@ -127,6 +127,23 @@ def test_a_saved_adapter_knows_its_beta_and_its_card_stays(monkeypatch, tmp_path
     assert BlobModel.from_pretrained(tmp_path).blob_config.prior_std == 0.1
 
 
+@pytest.mark.parametrize("decoding", ["mean", "mbr", "predictive"])
+def test_decoding(monkeypatch, tmp_path, capsys, decoding):
+    options = [*QUICK_SUMMARIZATION, "--decoding", decoding, "--num_beams", "2", "--output_dir", tmp_path]
+    assert run(monkeypatch, SUMMARIZATION, *options) == 0
+    results = read(tmp_path / "predict_results.json")
+    rows = [json.loads(line) for line in (tmp_path / "generated_predictions.jsonl").read_text().splitlines()]
+    assert all(row["summary"] for row in rows) and results["predict_mean_rouge1"] >= 0
+    if decoding == "mean":
+        assert "predict_rouge1" not in results and "samples" not in rows[0]
+        return
+    assert decoding in capsys.readouterr().out and results[f"predict_{decoding}_rouge1"] >= 0
+    assert all(len(row["samples"]) == len(row["sample_utilities"]) == 2 for row in rows)
+    assert ("mutual_information" in rows[0]["uncertainty"]) == (decoding == "predictive")
+    assert (tmp_path / "plots" / "risk_coverage_test.png").stat().st_size > 0
+    assert "prediction-rejection ratios (test)" in (tmp_path / "report.md").read_text()
+
+
 def test_rouge_during_training_and_a_test_set_of_another_size(monkeypatch, tmp_path):
     options = [
         "--predict_with_generate",
@@ -212,6 +229,8 @@ def test_help_explains_beta_and_gamma(monkeypatch, capsys):
         (SUMMARIZATION, ["--demo", "--config_name", "bart"], "--tokenizer_name"),
         (SUMMARIZATION, ["--demo", "--config_name", "bart", "--tokenizer_name", str(demo.BACKBONE_DIR),
                          "--config_overrides", "d_modell=3"], "d_modell"),
+        (SUMMARIZATION, ["--demo", "--decoding", "mbr", "--method", "lora"], "decoding='mbr' needs posterior samples"),
+        (SUMMARIZATION, ["--demo", "--decoding", "predictive", "--eval_samples", "0"], "needs posterior samples"),
         (SUMMARIZATION, ["--demo", "--prompt", "Sum up:"], "must contain {dialogue}"),
         (SUMMARIZATION, ["--demo", "--no_such_flag", "1"], "no_such_flag"),
     ],

@@ -5,11 +5,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.special import log_softmax
+from scipy.stats import gaussian_kde
 
 from blob_hf.errors import BlobError
 from blob_hf.history import COLUMNS
 from blob_hf.kl import KLSchedule
 from blob_hf.metrics import reliability_bins
+from blob_hf.metrics.selective import risk_coverage
+from blob_hf.reporting.generation_plots import plot_curves, plot_densities, plot_risk_coverage
 from blob_hf.reporting.plots import plot_kl, plot_reliability
 
 
@@ -82,3 +85,33 @@ def test_reliability_plot_shows_the_bins(tmp_path, scale):
         assert "ECE" in axis.get_title()
     counts = [sum(bar.get_height() for bar in axis.patches) for axis in figure.axes[2:]]
     assert counts == [200, 200]
+
+
+def test_plots_of_generated_texts(tmp_path):
+    rng = np.random.default_rng(0)
+    arms = ["blob-mean-greedy", "blob-sample-greedy", "lora-sampling"]
+    table = pd.DataFrame({"arm": np.repeat(arms, 20), "rouge1_max": rng.random(60), "rougeL_max": rng.random(60)})
+    table.loc[table["arm"] == arms[0], "rouge1_max"] = 0.5  # no spread, no density
+    figure = plot_densities(table, {"rouge1_max": "ROUGE-1", "rougeL_max": "ROUGE-L"}, "note", tmp_path / "d.png")
+    assert is_png(tmp_path / "d.png") and [axis.get_xlabel() for axis in figure.axes] == ["ROUGE-1", "ROUGE-L"]
+    # a density (but for the arm without spread) and the mean of each arm
+    assert [len(axis.lines) for axis in figure.axes] == [5, 6]
+    grid, density = figure.axes[1].lines[0].get_data()
+    values = table.loc[table["arm"] == arms[0], "rougeL_max"]
+    np.testing.assert_allclose(density, gaussian_kde(values)(grid), rtol=1e-6)
+    curves = pd.DataFrame(
+        [
+            {"arm": arm, "kind": kind, "samples": n, "value": n / 10}
+            for arm in arms
+            for kind in ("best", "mbr")
+            for n in (1, 2)
+        ]
+    )
+    figure = plot_curves(curves, "ROUGE-L", tmp_path / "c.png")
+    assert is_png(tmp_path / "c.png") and all(len(axis.lines) == 3 for axis in figure.axes)
+    risk = rng.random(30)
+    shown = {"entropy": risk_coverage(rng.random(30), risk), "oracle": risk_coverage(risk, risk)}
+    figure = plot_risk_coverage(shown, "1 - ROUGE-L", tmp_path / "r.png")
+    np.testing.assert_allclose(figure.axes[0].lines[1].get_ydata(), np.cumsum(np.sort(risk)) / np.arange(1, 31))
+    with pytest.raises(BlobError, match="no scores"):
+        plot_densities(table[:0], {"rouge1_max": "ROUGE-1"}, "note", tmp_path / "e.png")
