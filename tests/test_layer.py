@@ -15,6 +15,7 @@ from blob_hf.layer import (
     _random_bits,
     rho_from_std,
     std_from_rho,
+    std_to_save,
 )
 
 ROWS, TOKENS, IN, RANK = 2, 3, 37, 4
@@ -211,3 +212,13 @@ def test_activation_recomputation_sees_the_same_noise(noise):
     plain = gradient(layer)
     recomputed = gradient(lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False))
     assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("parameterization", ["square", "softplus"])
+def test_rho_survives_a_save_to_the_last_bit(parameterization):
+    """Over all sizes that training may bring it to, from a std far below the prior to one far above."""
+    generator = torch.Generator().manual_seed(0)
+    rho = torch.cat([torch.empty(20_000).uniform_(-scale, scale, generator=generator) for scale in (1e-3, 0.1, 1, 20)])
+    rho = rho.abs() if parameterization == "square" else rho  # the trainer keeps G positive
+    saved = std_to_save(rho, parameterization)
+    assert torch.equal(rho_from_std(saved, parameterization).float(), rho)

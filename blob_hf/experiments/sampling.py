@@ -184,8 +184,8 @@ def _comparisons(means: pd.DataFrame, metrics: Sequence[str], seed: int) -> list
     for first, second, what in _COMPARED:
         if {first, second} <= arms:
             for name in metrics:
-                column = f"{name}_max"
-                found = compare(means.loc[first, column], means.loc[second, column], seed)
+                scores = means[f"{name}_max"]
+                found = compare(scores.xs(first), scores.xs(second), seed)
                 lines.append(
                     f"- {what}: {METRIC_NAMES[name]} of {first} is {found.verdict} than that of {second}: {found}"
                 )
@@ -222,8 +222,8 @@ def _curves_table(curves: pd.DataFrame) -> str:
         "| arm | choice | " + " | ".join(f"n={n}" for n in wide.columns) + " |",
         "| --- | --- |" + " --- |" * len(wide.columns),
     ]
-    for (arm, kind), values in wide.iterrows():  # type: ignore[misc]
-        lines.append(f"| {arm} | {kind} | " + " | ".join("" if np.isnan(v) else f"{v:.4f}" for v in values) + " |")
+    for key, values in zip(wide.index, wide.to_numpy(), strict=True):
+        lines.append(f"| {key[0]} | {key[1]} | " + " | ".join("" if np.isnan(v) else f"{v:.4f}" for v in values) + " |")
     return "ROUGE-L, best of the references; `best` knows them, `mbr` (minimum Bayes risk) does not.\n\n" + "\n".join(
         lines
     )

@@ -65,7 +65,7 @@ def compare(first: ArrayLike, second: ArrayLike, seed: int = 0) -> Comparison:
 
 def within_variance(scores: pd.Series, dialogues: pd.Series) -> NDArray[np.float64]:
     """Variance of the scores of each dialogue's samples, `(dialogues,)`, unbiased; 0 for a single text."""
-    return scores.groupby(dialogues, sort=False).var(ddof=1).fillna(0.0).to_numpy()
+    return np.asarray(scores.groupby(dialogues, sort=False).var(ddof=1).fillna(0.0), dtype=np.float64)
 
 
 def between_variance(scores: pd.Series, dialogues: pd.Series) -> float:
