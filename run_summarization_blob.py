@@ -27,6 +27,8 @@ from blob_hf.data.summarization import (
 )
 from blob_hf.evaluation import rouge_compute_metrics, selective_summarization, summaries_report
 from blob_hf.hub import fetching
+from blob_hf.metrics.bertscore import PUBLISHED_MODEL, BertScorer
+from blob_hf.metrics.similarity import rouge_utility
 from blob_hf.reporting.generation_plots import plot_risk_coverage
 from blob_hf.reporting.run_summary import DataSource
 
@@ -82,6 +84,11 @@ class DataArguments:
     max_new_tokens: int | None = field(default=None, metadata={"help": "Longest summary. Default: max_target_length."})
     num_beams: int = field(default=1, metadata={"help": "Beams (published: 4 for the posterior mean, 1 for samples)."})
     length_penalty: float = field(default=1.0, metadata={"help": "Length penalty of beam search."})
+    mbr_utility: str = field(
+        default="rougeL",
+        metadata={"help": "What --decoding mbr maximises.", "choices": ["rouge1", "rouge2", "rougeL", "bertscore"]},
+    )
+    bertscore_model: str = field(default=PUBLISHED_MODEL, metadata={"help": "Encoder for --mbr_utility bertscore."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first rows for training."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first dialogues to evaluate."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first dialogues to predict."})
@@ -150,6 +157,10 @@ def main() -> None:
         if training_args.predict_with_generate and "validation" in dialogues
         else None,
     )
+    utility = None
+    if training_args.decoding == "mbr":
+        is_bertscore = data_args.mbr_utility == "bertscore"
+        utility = BertScorer(data_args.bertscore_model) if is_bertscore else rouge_utility(data_args.mbr_utility)
     decoding = {"num_beams": data_args.num_beams, "max_new_tokens": data_args.max_new_tokens or lengths[1]}
     if data_args.num_beams > 1:
         decoding["length_penalty"] = data_args.length_penalty
@@ -160,7 +171,7 @@ def main() -> None:
         rows = generation_rows(group, tokenizer, prompt, max_source_length)
         tokens = trainer.predict(rows, metric_key_prefix=prefix, **decoding).predictions
         chosen = training_args.decoding
-        metrics, predictions = summaries_report(*tokens[:2], group, tokenizer, chosen, tokens[2:] or None)
+        metrics, predictions = summaries_report(*tokens[:2], group, tokenizer, chosen, tokens[2:] or None, utility)
         scores = trainer.score(scored[split], metric_key_prefix=prefix)
         return scores | {f"{prefix}_{name}": value for name, value in metrics.items()}, predictions
 

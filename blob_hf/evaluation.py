@@ -10,7 +10,14 @@ from blob_hf.data.summarization import Dialogue
 from blob_hf.generation import SEQUENCE_SCORES
 from blob_hf.metrics.calibration import calibration_metrics
 from blob_hf.metrics.selective import RiskCoverage, prediction_rejection_ratio, risk_coverage
-from blob_hf.metrics.similarity import cluster_entropy, dissimilarity, minimum_bayes_risk, pairwise, rouge_utility
+from blob_hf.metrics.similarity import (
+    Utility,
+    cluster_entropy,
+    dissimilarity,
+    minimum_bayes_risk,
+    pairwise,
+    rouge_utility,
+)
 from blob_hf.metrics.summarization import rouge, rouge_per_example
 from blob_hf.metrics.uncertainty import uncertainty_metrics
 from blob_hf.prediction import IGNORED_LABEL, TokenScores
@@ -52,6 +59,7 @@ def summaries_report(
     tokenizer: Any,
     decoding: str = "samples",
     predictive: tuple[np.ndarray, np.ndarray] | None = None,
+    utility: Utility | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """ROUGE of generated summaries against all references of each dialogue (the best of them counts).
 
@@ -59,6 +67,7 @@ def summaries_report(
         mean_tokens: `(dialogues, length)` of the posterior mean.
         sample_tokens: `(dialogues, samples, length)` of the posterior samples.
         decoding: As in `BlobSeq2SeqTrainingArguments`.
+        utility: What minimum Bayes risk expects; default ROUGE-L.
         predictive: For decoding "predictive": `(dialogues, length)` of the predictive, and `(dialogues, 4)` scores.
 
     Returns:
@@ -83,7 +92,7 @@ def summaries_report(
     if decoding == "mean":
         return metrics, rows
     samples = [decode(tokens, tokenizer) for tokens in sample_tokens.swapaxes(0, 1)]
-    _add_samples(rows, metrics, samples, references, decoding)
+    _add_samples(rows, metrics, samples, references, decoding, utility)
     if decoding == "predictive" and predictive is not None:
         texts = decode(predictive[0], tokenizer)
         for row, text, scores in zip(rows, texts, predictive[1], strict=True):
@@ -103,6 +112,7 @@ def _add_samples(
     samples: list[list[str]],
     references: list[list[str]],
     decoding: str,
+    utility: Utility | None,
 ) -> None:
     """Add the texts of each sample `(samples, dialogues)`, their scores, how they differ, and the choice among them."""
     scores = [rouge_per_example(texts, references) for texts in samples]
@@ -113,7 +123,7 @@ def _add_samples(
     for i, row in enumerate(rows):
         texts = [one[i] for one in samples]
         similarities = pairwise(texts, rouge_utility())
-        choice = minimum_bayes_risk(similarities)
+        choice = minimum_bayes_risk(similarities if utility is None else pairwise(texts, utility))
         row["samples"] = texts
         row["sample_scores"] = {name: [float(one[name][i]) for one in scores] for name in ROUGE_NAMES}
         row["sample_utilities"] = choice.expected_utility.tolist()

@@ -233,6 +233,8 @@ class Run:
                 write_model_card(self.folder, summary)
             for results in self.results:
                 print(to_text(results.table, f"{self.args.method}: {results.title}"))
+            for note in self.notes:
+                print(note)
             print(f"Everything is in {self.folder}")
         if self.args.push_to_hub:
             self.trainer.push_to_hub()

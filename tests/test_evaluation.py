@@ -74,6 +74,14 @@ def test_what_each_decoding_answers():
     metrics, rows = summaries_report(MEAN, SAMPLES, DIALOGUES, Tokenizer(), "mbr")
     assert [row["summary"] for row in rows] == ["anna pays", "early"]  # what two of three say; of equals the first
     assert rows[0]["sample_utilities"] == pytest.approx([0.5, 0.0, 0.5])
+
+    def shortest(texts, references):
+        return np.array([1 - len(text + reference) / 100 for text, reference in zip(texts, references, strict=True)])
+
+    _, other = summaries_report(MEAN, SAMPLES, DIALOGUES, Tokenizer(), "mbr", utility=shortest)
+    assert [row["summary"] for row in other] == ["anna pays", "pays"] and other[1]["uncertainty"] == rows[1][
+        "uncertainty"
+    ]
     references = [dialogue.references for dialogue in DIALOGUES]
     assert metrics["mbr_rougeL"] == pytest.approx(rouge(["anna pays", "early"], references)["rougeL"])
     assert rows[0]["uncertainty"]["dissimilarity"] == pytest.approx(2 / 3)

@@ -89,4 +89,4 @@ def cluster_entropy(similarities: NDArray[np.float64], threshold: float = 0.5) -
         n_clusters=None, metric="precomputed", linkage="average", distance_threshold=1 - threshold
     )
     shares = np.bincount(clustering.fit_predict(1 - similarities)) / count
-    return float(-(shares * np.log(shares)).sum())
+    return max(0.0, float(-(shares * np.log(shares)).sum()))  # not -0.0
