@@ -25,11 +25,10 @@ from blob_hf.data.summarization import (
     scoring_rows,
     single_references,
 )
-from blob_hf.evaluation import rouge_compute_metrics, selective_summarization, summaries_report
+from blob_hf.evaluation import rouge_compute_metrics, summaries_report
 from blob_hf.hub import fetching
 from blob_hf.metrics.bertscore import PUBLISHED_MODEL, BertScorer
 from blob_hf.metrics.similarity import rouge_utility
-from blob_hf.reporting.generation_plots import plot_risk_coverage
 from blob_hf.reporting.run_summary import DataSource
 
 METRICS = ["rouge1", "rouge2", "rougeL", "nll"]
@@ -194,12 +193,7 @@ def main() -> None:
             run.add_results(prefix, metrics, split, f"{len(predictions)} dialogues")
             name = "generated_predictions.jsonl" if prefix == "predict" else "eval_generated_predictions.jsonl"
             run.write_rows(name, predictions)
-            if training_args.decoding != "mean" and trainer.num_eval_samples and len(predictions) > 1:
-                curves, ratios = selective_summarization(predictions)
-                run.add_plot(
-                    f"risk_coverage_{split}", lambda path, c=curves: plot_risk_coverage(c, "1 - ROUGE-L", path)
-                )
-                run.add_note("prediction-rejection ratios", split, ratios)
+            run.add_selective(predictions, split)
     run.finish()
 
 

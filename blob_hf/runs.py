@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from transformers import (
 from blob_hf import adapter_files, files
 from blob_hf.config import NOISES, STD_PARAMETERIZATIONS, BlobConfig
 from blob_hf.errors import BlobError
+from blob_hf.evaluation import selective_summarization
 from blob_hf.history import FILE_NAME
 from blob_hf.hub import fetching
 from blob_hf.model import BlobModel, as_blob_model, get_blob_model, get_lora_model
+from blob_hf.reporting.generation_plots import plot_risk_coverage
 from blob_hf.reporting.model_card import write_model_card
 from blob_hf.reporting.plots import plot_kl
 from blob_hf.reporting.report import write_report
@@ -205,10 +207,13 @@ class Run:
         title = title if of_adapter else f"before training: {title}"
         self.results.append(Results(title, split, table, of_adapter))
 
-    def add_note(self, what: str, split: str, values: Mapping[str, float]) -> None:
-        """Keep some numbers by name for report.md."""
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-        self.notes.append(f"{what} ({split}): {shown}")
+    def add_selective(self, rows: Sequence[Mapping[str, Any]], split: str) -> None:
+        """Draw risk against coverage for each uncertainty score of generated summaries, and keep the ratios."""
+        if self.trainer.num_eval_samples and len(rows) > 1 and "uncertainty" in rows[0]:
+            curves, ratios = selective_summarization(rows)
+            self.add_plot(f"risk_coverage_{split}", lambda path: plot_risk_coverage(curves, "1 - ROUGE-L", path))
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in ratios.items())
+            self.notes.append(f"prediction-rejection ratios ({split}): {shown}")
 
     def add_plot(self, name: str, draw: Callable[[Path], object]) -> None:
         """Draw plots/{name}.png."""
