@@ -100,10 +100,9 @@ def start(args: ExperimentArguments, name: str, ignored: Sequence[str] = ()) -> 
     settings = {key: value for key, value in vars(args).items() if key not in ("output_dir", *ignored)}
     cli.claim_folder(folder, {"experiment": name, **settings}, write=state.is_main_process)
     if args.demo:
-        with state.main_process_first():
-            for method in METHODS:
-                if getattr(args, method) is None:
-                    setattr(args, method, _train_demo(method, folder / method))
+        for method in METHODS:
+            if getattr(args, method) is None:
+                setattr(args, method, _train_demo(method, folder / method))
     missing = [f"--{method}" for method in METHODS if getattr(args, method) is None]
     if missing:
         raise BlobError(
@@ -178,8 +177,10 @@ def make_scorer(args: ExperimentArguments, folder: Path) -> BertScorer | None:
 
 
 def _train_demo(method: str, folder: Path, max_steps: int = 100) -> str:
-    """A small adapter trained on the embedded dialogues in some seconds."""
-    if (folder / "adapter_model.safetensors").is_file():
+    """A small adapter trained on the embedded dialogues in some seconds, by all processes together."""
+    is_trained = (folder / "adapter_model.safetensors").is_file()
+    PartialState().wait_for_everyone()  # all have looked before anyone saves
+    if is_trained:
         return str(folder)
     transformers.set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(demo.BACKBONE_DIR)
@@ -202,4 +203,5 @@ def _train_demo(method: str, folder: Path, max_steps: int = 100) -> str:
     )
     trainer.train()
     trainer.save_model()
+    PartialState().wait_for_everyone()
     return str(folder)
