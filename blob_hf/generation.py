@@ -48,23 +48,29 @@ def generate_samples(
     num_samples: int,
     seed: int = 0,
     samples_per_batch: int | None = None,
+    antithetic: bool = False,
     **gen_kwargs: Any,
 ) -> Tensor:
     """Generate once per posterior sample: `(batch, num_samples, length)` token ids, padded on the right."""
-    tokens = generate_posterior(model, num_samples, seed, samples_per_batch, **inputs, **gen_kwargs)
+    tokens = generate_posterior(model, num_samples, seed, samples_per_batch, antithetic, **inputs, **gen_kwargs)
     return tokens.view(-1, num_samples, tokens.shape[-1])
 
 
 @torch.no_grad()
 def generate_posterior(
-    model: Any, num_samples: int, seed: int = 0, samples_per_batch: int | None = None, **kwargs: Any
+    model: Any,
+    num_samples: int,
+    seed: int = 0,
+    samples_per_batch: int | None = None,
+    antithetic: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """What `model.generate(..., num_posterior_samples=S)` does: a text from each of S sampled networks.
 
     Args:
         model: With a posterior; encoder-decoder or decoder-only.
         num_samples: S >= 1.
-        seed: Names the samples (see `posterior_samples`).
+        seed, antithetic: Name the samples (see `posterior_samples`).
         samples_per_batch: Samples decoded together, to bound memory; default all.
         kwargs: Inputs and settings of `generate`: greedy, beam search or token sampling, with its outputs
             `sequences`, `sequences_scores`, `scores`, `logits` and `beam_indices` when asked for.
@@ -83,7 +89,7 @@ def generate_posterior(
     parts = []
     for first in range(0, num_samples, step):
         count = min(step, num_samples - first)
-        with posterior_samples(model, count, seed, first):
+        with posterior_samples(model, count, seed, first, antithetic):
             output = model.generate(**_repeated(kwargs, batch, count))
         parts.append(_Part(output, first, count))
     return _merge(parts, batch, num_samples, _pad_token(model, kwargs))
@@ -275,7 +281,7 @@ class PredictiveText:
 
 @torch.no_grad()
 def generate_predictive(
-    model: Any, inputs: dict[str, Any], num_samples: int, seed: int = 0, **gen_kwargs: Any
+    model: Any, inputs: dict[str, Any], num_samples: int, seed: int = 0, antithetic: bool = False, **gen_kwargs: Any
 ) -> PredictiveText:
     """Decode one text per input from p(y_t | y_<t, x) = 1/S sum_s p(y_t | y_<t, x, A_s), greedily or with beams.
 
@@ -302,7 +308,7 @@ def generate_predictive(
     own = gen_kwargs.pop("logits_processor", None) or []
     gen_kwargs |= {"logits_processor": LogitsProcessorList([*own, processor]), "return_dict_in_generate": True}
     batch = _batch_size(inputs)
-    with posterior_samples(model, num_samples, seed):
+    with posterior_samples(model, num_samples, seed, antithetic=antithetic):
         output = model.generate(**repeat_rows(inputs, num_samples), **gen_kwargs)
     sequences = output.sequences[:batch]
     tokens = _until_end(sequences[:, _prompt_length(model, inputs) :], ends)

@@ -191,24 +191,25 @@ class GaussianA(nn.Linear):
         return NOISE_ESTIMATORS[self.noise](x, mean, std)
 
     @contextmanager
-    def frozen_samples(self, num_samples: int, seed: int, first: int = 0) -> Iterator[None]:
+    def frozen_samples(self, num_samples: int, seed: int, first: int = 0, antithetic: bool = False) -> Iterator[None]:
         """Use samples `first` ... `first + num_samples - 1` of seed `seed` inside the block (sample-major rows)."""
-        outer, self._samples = self._samples, self.draw(num_samples, seed, first)
+        outer, self._samples = self._samples, self.draw(num_samples, seed, first, antithetic)
         try:
             yield
         finally:
             self._samples = outer
 
     @torch.no_grad()
-    def draw(self, num_samples: int, seed: int, first: int = 0) -> Tensor:
+    def draw(self, num_samples: int, seed: int, first: int = 0, antithetic: bool = False) -> Tensor:
         """Posterior samples of A, shape (num_samples, rank, in_features).
 
         Sample s depends on (seed, s, layer name) alone: not on the number of samples, the device, the rank, the
-        batch or any global random state.
+        batch or any global random state. Antithetic samples 2k and 2k + 1 are M + Omega eps_k and M - Omega eps_k.
         """
         with gathered([self.weight, self.rho]):
             mean, std = full_tensor(self.weight).float(), full_tensor(self.std).float()
-            noise = torch.stack([_standard_normal(self.name, seed, first + s, mean.shape) for s in range(num_samples)])
+            draw = _antithetic_normal if antithetic else _standard_normal
+            noise = torch.stack([draw(self.name, seed, first + s, mean.shape) for s in range(num_samples)])
             return (mean + std * noise.to(mean.device)).to(self.weight.dtype)
 
     @torch.no_grad()
@@ -245,6 +246,11 @@ def _standard_normal(name: str, seed: int, index: int, shape: Sequence[int]) -> 
     key = hashlib.sha256(f"{seed}/{index}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
     return torch.randn(tuple(shape), generator=generator)
+
+
+def _antithetic_normal(name: str, seed: int, index: int, shape: Sequence[int]) -> Tensor:
+    noise = _standard_normal(name, seed, index // 2, shape)
+    return -noise if index % 2 else noise
 
 
 # ----- sharded parameters ----------------------------------------------------------------------------------------

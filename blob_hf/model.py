@@ -47,12 +47,14 @@ class BlobModel(SavingMixin):
         """Context in which the network is the posterior mean, also in train mode."""
         return posterior.posterior_mean(self)
 
-    def posterior_samples(self, num_samples: int, seed: int = 0, first: int = 0) -> AbstractContextManager[None]:
+    def posterior_samples(
+        self, num_samples: int, seed: int = 0, first: int = 0, antithetic: bool = False
+    ) -> AbstractContextManager[None]:
         """Context in which the network is `num_samples` frozen posterior samples over sample-major rows.
 
         See `blob_hf.posterior.posterior_samples`.
         """
-        return posterior.posterior_samples(self, num_samples, seed, first)
+        return posterior.posterior_samples(self, num_samples, seed, first, antithetic)
 
     def kl_divergence(self) -> Tensor:
         """KL(q || p) of the active adapters, nats (scalar, differentiable)."""
@@ -73,6 +75,7 @@ class BlobModel(SavingMixin):
         num_posterior_samples: int | None = None,
         posterior_seed: int = 0,
         posterior_batch_size: int | None = None,
+        posterior_antithetic: bool = False,
         **kwargs: Any,
     ) -> Any:
         """transformers' `generate`; with `num_posterior_samples` a text from each of so many posterior samples.
@@ -82,6 +85,7 @@ class BlobModel(SavingMixin):
                 `num_return_sequences` orders them. None generates with the network as it is (in eval mode the mean).
             posterior_seed: Names the samples.
             posterior_batch_size: Samples decoded together, to bound memory; default all.
+            posterior_antithetic: Samples in pairs (see `posterior_samples`).
 
         Raises:
             BlobError: See `blob_hf.generation.generate_posterior`.
@@ -90,7 +94,9 @@ class BlobModel(SavingMixin):
             return super().generate(*args, **kwargs)
         if args:
             kwargs["input_ids"] = args[0]
-        return generate_posterior(self, num_posterior_samples, posterior_seed, posterior_batch_size, **kwargs)
+        return generate_posterior(
+            self, num_posterior_samples, posterior_seed, posterior_batch_size, posterior_antithetic, **kwargs
+        )
 
     def merge_posterior_sample(self, seed: int = 0, index: int = 0) -> nn.Module:
         """Merge one posterior sample into the base weights, as `merge_and_unload` does the posterior mean.

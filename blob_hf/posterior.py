@@ -81,7 +81,9 @@ def posterior_mean(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def posterior_samples(model: nn.Module, num_samples: int, seed: int = 0, first: int = 0) -> Iterator[None]:
+def posterior_samples(
+    model: nn.Module, num_samples: int, seed: int = 0, first: int = 0, antithetic: bool = False
+) -> Iterator[None]:
     """Inside the block the network is `num_samples` coherent posterior samples.
 
     Inputs must be sample-major: `num_samples` equal blocks of rows (`tensor.repeat(num_samples, 1)`), block s for
@@ -92,6 +94,8 @@ def posterior_samples(model: nn.Module, num_samples: int, seed: int = 0, first: 
         num_samples: S >= 1.
         seed: Names the sequence of samples. No global random state is read or changed.
         first: Index of the first sample, to walk through a sequence in parts.
+        antithetic: Samples in pairs M + Omega eps, M - Omega eps (Hammersley & Morton, 1956): each is a draw of the
+            posterior, but what is odd in eps cancels in the average of a pair, so fewer samples are enough.
 
     Raises:
         BlobError: num_samples < 1, the model has no posterior, or its adapter is merged.
@@ -100,7 +104,7 @@ def posterior_samples(model: nn.Module, num_samples: int, seed: int = 0, first: 
         raise BlobError(f"num_samples must be >= 1, got {num_samples}; for no samples use posterior_mean()")
     with ExitStack() as stack:
         for layer in samplable_layers(model).values():
-            stack.enter_context(layer.frozen_samples(num_samples, seed, first))
+            stack.enter_context(layer.frozen_samples(num_samples, seed, first, antithetic))
         yield
 
 

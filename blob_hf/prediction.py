@@ -37,11 +37,13 @@ class TokenScores:
         log_probs: log mean_s p(y_t | y_<t, x, A_s), `(batch, length)`.
         mean_log_probs: The posterior mean's, `(batch, length)`.
         sample_log_probs: Sum over t of log p(y_t | y_<t, x, A_s), `(batch, samples)`.
+        prefix_log_probs: Sum over t of the log predictive of the first 1, 2, ... samples, `(batch, samples)`.
     """
 
     log_probs: Tensor
     mean_log_probs: Tensor
     sample_log_probs: Tensor
+    prefix_log_probs: Tensor
 
 
 def repeat_rows(inputs: dict[str, Any], times: int) -> dict[str, Any]:
@@ -56,13 +58,18 @@ def repeat_rows(inputs: dict[str, Any], times: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def predict_classes(
-    model: nn.Module, inputs: dict[str, Any], num_samples: int, seed: int = 0, samples_per_forward: int = 1
+    model: nn.Module,
+    inputs: dict[str, Any],
+    num_samples: int,
+    seed: int = 0,
+    samples_per_forward: int = 1,
+    antithetic: bool = False,
 ) -> ClassPrediction:
     """Predict classes with the posterior mean and with `num_samples` posterior samples (0: the mean alone)."""
     mean = _mean_output(model, inputs)
     samples = [
         block
-        for output in _sample_outputs(model, inputs, num_samples, seed, samples_per_forward)
+        for output in _sample_outputs(model, inputs, num_samples, seed, samples_per_forward, antithetic)
         for block in _log_softmax(output).split(len(mean.logits))
     ]
     mean_log_probs = _log_softmax(mean)
@@ -80,6 +87,7 @@ def score_targets(
     num_samples: int,
     seed: int = 0,
     samples_per_forward: int = 1,
+    antithetic: bool = False,
 ) -> TokenScores:
     """Score target tokens under the posterior mean and under the predictive of `num_samples` samples.
 
@@ -88,16 +96,20 @@ def score_targets(
         labels: Target ids, -100 where there is none.
     """
     mean = token_log_probs(_mean_output(model, inputs).logits, labels)
-    total, sums = None, []
-    for output in _sample_outputs(model, inputs, num_samples, seed, samples_per_forward):
+    total, predictive = None, mean
+    sums: list[Tensor] = []
+    prefixes: list[Tensor] = []
+    for output in _sample_outputs(model, inputs, num_samples, seed, samples_per_forward, antithetic):
         for logits in output.logits.split(len(labels)):
             scores = token_log_probs(logits, labels)
-            sums.append(scores.sum(dim=1))
             total = scores if total is None else torch.logaddexp(total, scores)
+            predictive = (total - math.log(len(sums) + 1)).masked_fill(labels == IGNORED_LABEL, 0.0)
+            sums.append(scores.sum(dim=1))
+            prefixes.append(predictive.sum(dim=1))
     if total is None:
-        return TokenScores(mean, mean, mean.sum(dim=1, keepdim=True))
-    predictive = (total - math.log(num_samples)).masked_fill(labels == IGNORED_LABEL, 0.0)
-    return TokenScores(predictive, mean, torch.stack(sums, dim=1))
+        only = mean.sum(dim=1, keepdim=True)
+        return TokenScores(mean, mean, only, only)
+    return TokenScores(predictive, mean, torch.stack(sums, dim=1), torch.stack(prefixes, dim=1))
 
 
 def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
@@ -121,10 +133,10 @@ def _mean_output(model: nn.Module, inputs: dict[str, Any]) -> Any:
 
 
 def _sample_outputs(
-    model: nn.Module, inputs: dict[str, Any], num_samples: int, seed: int, samples_per_forward: int
+    model: nn.Module, inputs: dict[str, Any], num_samples: int, seed: int, samples_per_forward: int, antithetic: bool
 ) -> Iterator[Any]:
     """Outputs for all posterior samples, a few at a time, sample-major."""
     for first in range(0, num_samples, samples_per_forward):
         count = min(samples_per_forward, num_samples - first)
-        with posterior_samples(model, count, seed, first):
+        with posterior_samples(model, count, seed, first, antithetic):
             yield model(**repeat_rows(inputs, count))

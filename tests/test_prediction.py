@@ -68,6 +68,20 @@ def test_token_scores_are_those_of_the_averaged_token_probabilities(summarizer, 
             for sample in probs
         ]
         assert found.sample_log_probs[row].tolist() == pytest.approx(each, rel=1e-4)
+    for count in (1, 2, 3):  # the first samples' predictive is that of fewer samples
+        fewer = score_targets(summarizer, inputs, labels, count, seed=1)
+        torch.testing.assert_close(found.prefix_log_probs[:, count - 1], fewer.log_probs.sum(1))
+
+
+def test_antithetic_samples_come_in_pairs(classifier, summarizer):
+    inputs, labels = {"input_ids": random_ids(5, 8)}, random_ids(3, 6)
+    found = predict_classes(classifier, inputs, 4, 2, antithetic=True).sample_log_probs
+    alone = predict_classes(classifier, inputs, 2, 2).sample_log_probs
+    torch.testing.assert_close(found[:, 0::2], alone)
+    assert not torch.allclose(found[:, 1], found[:, 0])
+    summaries = {"input_ids": random_ids(3, 8), "decoder_input_ids": labels}
+    scores = score_targets(summarizer, summaries, labels, 3, 2, antithetic=True).sample_log_probs
+    torch.testing.assert_close(scores[:, [0, 2]], score_targets(summarizer, summaries, labels, 2, 2).sample_log_probs)
 
 
 def test_log_mean_exp_does_not_underflow():

@@ -102,7 +102,7 @@ def summaries(
     """
     arm = ARMS[name]
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
-    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     if not arm.is_random:
         with posterior_mean(model):
             return model.generate(**inputs, **options)
