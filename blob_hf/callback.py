@@ -5,11 +5,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+import torch
+from transformers import TrainerCallback, get_scheduler
 from transformers.trainer_utils import has_length
 
 from blob_hf.dropout import no_base_dropout
 from blob_hf.kl import KLDiagnosis, KLSchedule, diagnose, kl_cycle_length
+from blob_hf.kl_target import TargetSchedule
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ class BlobCallback(TrainerCallback):
                 num_examples=_num_examples(self.trainer.train_dataset, state.max_steps * batch_size),
                 batch_size=batch_size,
                 total_steps=state.max_steps,
+                model=self.trainer.model,
             )
             _announce(self.trainer.kl_diagnosis, state.is_world_process_zero)
         self.trainer.resume_extra()
@@ -44,19 +47,53 @@ class BlobCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._dropout.close()
         self.on_save(args, state, control)
+        self.trainer.measure_kl()
+        if self.trainer.kl_verdict is not None and state.is_world_process_zero:
+            log = logger.info if self.trainer.kl_verdict.name == "healthy" else logger.warning
+            log("%s", self.trainer.kl_verdict)
 
 
-def plan_kl(args: Any, num_examples: int, batch_size: int, total_steps: int) -> tuple[KLSchedule, KLDiagnosis]:
+def plan_kl(
+    args: Any, num_examples: int, batch_size: int, total_steps: int, model: Any
+) -> tuple[KLSchedule | TargetSchedule, KLDiagnosis]:
     """The KL schedule that `BlobArguments` ask for, and what it will do.
 
     Args:
         num_examples: Training examples n.
         batch_size: Global batch size.
         total_steps: Optimizer steps of the run.
+        model: With a posterior; the `target` schedule looks at it.
     """
-    cycle = args.kl_cycle_steps or kl_cycle_length(num_examples, args.gamma, batch_size)
-    schedule = KLSchedule(args.kl_schedule, cycle, num_examples, total_steps, args.kl_weight)
-    return schedule, diagnose(schedule, batch_size, None if args.kl_cycle_steps else args.gamma)
+    schedule: KLSchedule | TargetSchedule
+    if args.kl_schedule == "target":
+        config = model.active_peft_config
+        schedule = TargetSchedule(
+            model, config.prior_std, config.std_parameterization, args.kl_target_nats_per_weight,
+            args.kl_learning_rate, args.kl_cycle_steps or max(1, total_steps // 10), total_steps,
+        )  # fmt: skip
+    else:
+        cycle = args.kl_cycle_steps or kl_cycle_length(num_examples, args.gamma, batch_size)
+        schedule = KLSchedule(args.kl_schedule, cycle, num_examples, total_steps, args.kl_weight)
+    gamma = None if args.kl_cycle_steps else args.gamma
+    return schedule, diagnose(schedule, batch_size, gamma, _lr_shape(args, total_steps))
+
+
+def _lr_shape(args: Any, total_steps: int) -> list[float]:
+    """lr_t / lr_0 of each step, from transformers' scheduler of this name; 1 where it depends on the run."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    try:
+        scheduler = get_scheduler(
+            args.lr_scheduler_type, optimizer, args.get_warmup_steps(total_steps), total_steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )  # fmt: skip
+        shape = []
+        for _ in range(total_steps):
+            shape.append(float(scheduler.get_last_lr()[0]))
+            optimizer.step()
+            scheduler.step()
+        return shape
+    except (TypeError, ValueError):  # reduce_lr_on_plateau, greedy: they follow the metrics
+        return [1.0] * total_steps
 
 
 def _num_examples(dataset: Any, seen_in_run: int) -> int:

@@ -1,4 +1,4 @@
-"""kl_history.csv: NLL, KL, its weight and the posterior std at every optimizer step."""
+"""kl_history.csv: NLL, KL, its weight, the posterior std and the learning rate's shape at every optimizer step."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from blob_hf import files
 
-COLUMNS = ("step", "nll", "kl", "kl_weight", "kl_loss", "elbo", "posterior_std")
+COLUMNS = ("step", "nll", "kl", "kl_weight", "kl_loss", "elbo", "posterior_std", "lr_scale")
+LOGGED = COLUMNS[1:-1]  # what the Trainer's log does not have by itself
 FILE_NAME = "kl_history.csv"
 
 
@@ -18,17 +19,17 @@ class KLHistory:
 
     Columns: step; nll (mean per example or token of the step's whole batch, nats); kl (nats); kl_weight (pi_t);
     kl_loss (pi_t * kl); elbo (nll + kl, the negative ELBO as the published tables print it); posterior_std (mean
-    of Omega over all weights).
+    of Omega over all weights); lr_scale (lr_t / lr_0, which the decoupled KL step follows).
     """
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
-        self._pending: dict[int, tuple[Tensor, Tensor, float, Tensor]] = {}
+        self._pending: dict[int, tuple[Tensor, Tensor, float, Tensor, float]] = {}
 
-    def add(self, step: int, nll: Tensor, kl: Tensor, weight: float, std: Tensor) -> None:
+    def add(self, step: int, nll: Tensor, kl: Tensor, weight: float, std: Tensor, lr_scale: float = 1.0) -> None:
         """Add the share of one micro-batch: its NLL counts towards the step, the rest is the same for all of them."""
         before = self._pending[step][0] if step in self._pending else 0.0
-        self._pending[step] = (before + nll.detach(), kl.detach(), weight, std.detach())
+        self._pending[step] = (before + nll.detach(), kl.detach(), weight, std.detach(), lr_scale)
 
     def drain(self, average: Callable[[Tensor], Tensor]) -> list[dict[str, float]]:
         """Read the rows added since the last call; `average` takes the mean of the NLLs over processes."""
@@ -37,10 +38,10 @@ class KLHistory:
         nlls = average(torch.stack([row[0] for row in self._pending.values()])).tolist()
         kls = torch.stack([row[1] for row in self._pending.values()]).tolist()
         stds = torch.stack([row[3] for row in self._pending.values()]).tolist()
-        weights = [row[2] for row in self._pending.values()]
+        fixed = [(row[2], row[4]) for row in self._pending.values()]
         new = [
-            dict(zip(COLUMNS, (step, nll, kl, weight, weight * kl, nll + kl, std), strict=True))
-            for step, nll, kl, weight, std in zip(self._pending, nlls, kls, weights, stds, strict=True)
+            dict(zip(COLUMNS, (step, nll, kl, weight, weight * kl, nll + kl, std, lr_scale), strict=True))
+            for step, nll, kl, (weight, lr_scale), std in zip(self._pending, nlls, kls, fixed, stds, strict=True)
         ]
         self._pending.clear()
         self.rows += new

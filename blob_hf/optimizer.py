@@ -45,6 +45,11 @@ class DecoupledKLStep:
         split_posterior_groups(optimizer, model)
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
+    @property
+    def lr_scale(self) -> float:
+        """lr_t / lr_0 of the coming step: the shape of the main schedule, which the KL's rate follows."""
+        return _lr_scale(next(group for group in self.optimizer.param_groups if group.get("blob_role")))
+
     def remove(self) -> None:
         """Detach from the optimizer."""
         self._handle.remove()
@@ -55,7 +60,7 @@ class DecoupledKLStep:
             role = group.get("blob_role")
             if role is None:
                 continue
-            rate = self.kl_learning_rate * self.weight * group["lr"] / (group.get("initial_lr", group["lr"]) or 1.0)
+            rate = self.kl_learning_rate * self.weight * _lr_scale(group)
             for parameter in group["params"]:
                 if rate:
                     self.apply(parameter, role, rate)
@@ -70,6 +75,10 @@ class DecoupledKLStep:
             stepped = parameter - rate * kl_gradient_rho(parameter, self.prior_std, self.parameterization)
             target = rho_from_std(torch.tensor(self.prior_std), self.parameterization).item()
             parameter.copy_(_step_towards_prior(parameter, stepped, target, self.parameterization))
+
+
+def _lr_scale(group: dict[str, Any]) -> float:
+    return group["lr"] / (group.get("initial_lr", group["lr"]) or 1.0)
 
 
 def _step_towards_prior(old: Tensor, new: Tensor, target: float, parameterization: str) -> Tensor:

@@ -2,12 +2,15 @@
 
 import json
 import logging
+from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -18,19 +21,22 @@ from blob_hf.callback import BlobCallback
 from blob_hf.checkpoints import CheckpointMixin, newest_complete
 from blob_hf.errors import BlobError, NonFiniteLossError
 from blob_hf.generation import generate_mean, generate_predictive, generate_samples, pad_to
-from blob_hf.history import COLUMNS, FILE_NAME, KLHistory
+from blob_hf.history import FILE_NAME, LOGGED, KLHistory
 from blob_hf.kl import KLDiagnosis, KLSchedule
+from blob_hf.kl_target import TargetSchedule
 from blob_hf.model import BlobModel
 from blob_hf.optimizer import DecoupledKLStep
 from blob_hf.posterior import gaussian_layers, kl_divergence, mean_posterior_std
-from blob_hf.prediction import IGNORED_LABEL, predict_classes, score_targets
+from blob_hf.prediction import IGNORED_LABEL, TokenScores, predict_classes, score_targets
 from blob_hf.reporting.model_card import write_model_card
 from blob_hf.reporting.run_summary import DataSource
 from blob_hf.reporting.summarize import last_evaluation, summarize
+from blob_hf.verdict import KLFigures, Verdict, initial_stds, judge, measure
 
 logger = logging.getLogger(__name__)
 
 LOG_STATE = "log_state.json"
+INITIAL_STDS = "initial_stds.safetensors"
 
 
 class BlobTrainerMixin(CheckpointMixin):
@@ -52,9 +58,13 @@ class BlobTrainerMixin(CheckpointMixin):
         base = unwrap_peft_model(self.model)
         self._loss_shifts_labels = base.can_generate() and not base.config.is_encoder_decoder
         self.kl_history = KLHistory()
-        self.kl_schedule = KLSchedule("none")
+        self.kl_schedule: KLSchedule | TargetSchedule = KLSchedule("none")
         self.kl_diagnosis: KLDiagnosis | None = None
-        self._kl_of_step: tuple[int, Tensor, Tensor] | None = None
+        self.kl_figures: KLFigures | None = None
+        self.sample_gap: float | None = None  # of the last evaluation, see KLFigures
+        self.nll_by_samples: np.ndarray | None = None  # of the last evaluation of a language model
+        self._initial_stds: dict[str, Tensor] = {}
+        self._kl_of_step: tuple[int, Tensor, Tensor, float] | None = None
         self.add_callback(BlobCallback(self))
         self._check_model()
 
@@ -164,17 +174,17 @@ class BlobTrainerMixin(CheckpointMixin):
     def _weighted_kl(self, nll: Tensor) -> Tensor:
         """This micro-batch's share of pi_t * KL; tells the KL step its weight and the history what happened."""
         step = self.state.global_step + 1
-        weight = self.kl_schedule(step)
-        prior_std = self._posterior.blob_config.prior_std
         through_loss = self.args.kl_gradient == "loss"
         if through_loss or self._kl_of_step is None or self._kl_of_step[0] != step:
             with torch.set_grad_enabled(through_loss):
-                kl = kl_divergence(self.model, prior_std)
-            self._kl_of_step = (step, kl, mean_posterior_std(self.model))
-        _, kl, std = self._kl_of_step
+                kl = kl_divergence(self.model, self._posterior.blob_config.prior_std)
+            self._kl_of_step = (step, kl, mean_posterior_std(self.model), self.kl_schedule(step))
+        _, kl, std, weight = self._kl_of_step
+        lr_scale = 1.0
         if self._kl_step is not None:
             self._kl_step.weight = weight
-        self.kl_history.add(step, nll, kl, weight, std)
+            lr_scale = self._kl_step.lr_scale
+        self.kl_history.add(step, nll, kl, weight, std, lr_scale)
         return weight * kl / getattr(self, "current_gradient_accumulation_steps", 1)
 
     def _non_finite(self, loss: Tensor) -> str:
@@ -186,27 +196,35 @@ class BlobTrainerMixin(CheckpointMixin):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of `COLUMNS` over the steps since the last log, evaluation or save."""
+        """Add the means of `LOGGED` over the steps since the last log, evaluation or save."""
         rows = self.kl_history.drain(self._mean_over_processes)
         if rows and "loss" in logs:
-            logs.update({name: fmean(row[name] for row in rows) for name in COLUMNS[1:]})
+            logs.update({name: fmean(row[name] for row in rows) for name in LOGGED})
         super().log(logs, start_time)
 
     def save_extra(self, folder: Path) -> None:
-        """Add the KL history to a checkpoint, and the loss that is not logged yet: a resumed run goes on with both."""
+        """Add to a checkpoint the KL history, the stds of the start and the loss that is not logged yet."""
         self.save_history(folder)
         loss = self._mean_over_processes(self._tr_loss).item()
         if self.args.should_save:
+            if self._initial_stds:
+                save_file(self._initial_stds, folder / INITIAL_STDS)
             state = {"loss_since_last_log": loss, "last_logged_step": self._globalstep_last_logged}
             files.write_text(folder / LOG_STATE, json.dumps(state) + "\n")
 
     def resume_extra(self) -> None:
         """Take over what `save_extra` added to the checkpoint that is resumed from."""
         self.kl_history = KLHistory()
+        self.kl_figures = self.sample_gap = None
+        self._initial_stds = initial_stds(self.model)
         if self.resumed_from is None:
             return
         folder = Path(self.resumed_from)
+        if (folder / INITIAL_STDS).is_file():
+            self._initial_stds = load_file(folder / INITIAL_STDS)
         self.kl_history.load(folder / FILE_NAME)
+        if isinstance(self.kl_schedule, TargetSchedule) and self.kl_history.rows:
+            self.kl_schedule.kl_start = self.kl_history.rows[0]["kl"]
         if (folder / LOG_STATE).is_file():
             state = json.loads((folder / LOG_STATE).read_text(encoding="utf-8"))
             self._tr_loss += state["loss_since_last_log"]
@@ -218,6 +236,22 @@ class BlobTrainerMixin(CheckpointMixin):
         self.kl_history.drain(self._mean_over_processes)
         if self.args.method == "blob" and self.args.should_save:
             self.kl_history.save(folder / FILE_NAME)
+
+    def measure_kl(self) -> None:
+        """Take the figures of the finished training, from which `kl_verdict` comes (called on every process)."""
+        self.kl_history.drain(self._mean_over_processes)
+        if self.args.method == "blob" and self.kl_history.rows:
+            config = self._posterior.blob_config
+            rate = self.args.kl_learning_rate if self.args.kl_gradient == "decoupled" else None
+            self.kl_figures = measure(
+                self.model, config.prior_std, config.std_parameterization, self.kl_schedule, self.kl_history.rows,
+                self._initial_stds, rate,
+            )  # fmt: skip
+
+    @property
+    def kl_verdict(self) -> Verdict | None:
+        """What the KL did in the last training, None before it and for plain LoRA."""
+        return None if self.kl_figures is None else judge(self.kl_figures, self.sample_gap)
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="mean")
@@ -255,17 +289,17 @@ class BlobTrainerMixin(CheckpointMixin):
         inputs = self._prepare_inputs(dict(inputs))
         labels = inputs.get("labels")
         num_samples, seed = self.num_eval_samples, self.args.eval_seed
-        per_forward = self.args.posterior_batch_size or 1
+        drawing = num_samples, seed, self.args.posterior_batch_size or 1, self.args.antithetic
         with self.compute_loss_context_manager():
             if labels is None or labels.dim() == 1:
                 inputs.pop("labels", None)
-                classes = predict_classes(model, inputs, num_samples, seed, per_forward)
+                classes = predict_classes(model, inputs, *drawing)
                 predictions = (classes.log_probs, classes.sample_log_probs, classes.mean_log_probs)
                 loss = None if labels is None else F.nll_loss(classes.log_probs, labels)
             else:
                 targets = self._aligned_labels(inputs)
-                scores = score_targets(model, inputs, targets, num_samples, seed, per_forward)
-                predictions = (scores.log_probs, scores.mean_log_probs, scores.sample_log_probs)
+                scores = score_targets(model, inputs, targets, *drawing)
+                predictions = tuple(getattr(scores, field.name) for field in fields(TokenScores))
                 labels = targets
                 loss = -scores.log_probs.sum() / (targets != IGNORED_LABEL).sum().clamp(min=1)
         return loss, None if prediction_loss_only else predictions, labels
@@ -279,7 +313,7 @@ class BlobTrainerMixin(CheckpointMixin):
         """transformers' loop, with an exact loss: a sum over examples or tokens, divided by their number.
 
         (The loop's own loss is the mean of batch means, in which a short last batch counts too much.) Adds `nll` of
-        the predictive and `mean_nll` of the posterior mean, in nats.
+        the predictive, `mean_nll` of the posterior mean, and `sample_nll`, the mean of the samples' own, in nats.
         """
         metric_key_prefix = kwargs.get("metric_key_prefix", "eval")
         kwargs["prediction_loss_only"] = False  # the predictions are small, and the exact loss needs them
@@ -293,13 +327,18 @@ class BlobTrainerMixin(CheckpointMixin):
         if labels.ndim == 1:
             rows = range(len(labels))
             nll, mean_nll = (-scores[rows, labels].sum() / count for scores in (predictions[0], predictions[2]))
+            sample_nll = -predictions[1][rows, :, labels].mean(axis=1).sum() / count
         else:
             kept = labels != IGNORED_LABEL
             nll, mean_nll = (-scores[kept].sum() / count for scores in predictions[:2])
-            spread = (-predictions[2].sum(axis=0) / count).std()
-            output.metrics[f"{metric_key_prefix}_nll_sample_std"] = float(spread)
-        for name, value in (("loss", nll), ("nll", nll), ("mean_nll", mean_nll)):
+            each = -predictions[2].sum(axis=0) / count
+            sample_nll = each.mean()
+            output.metrics[f"{metric_key_prefix}_nll_sample_std"] = float(each.std())
+            self.nll_by_samples = -predictions[3].sum(axis=0) / count
+        for name, value in (("loss", nll), ("nll", nll), ("mean_nll", mean_nll), ("sample_nll", sample_nll)):
             output.metrics[f"{metric_key_prefix}_{name}"] = float(value)
+        if self.num_eval_samples > 1 and nll > 0 and (metric_key_prefix == "eval" or self.sample_gap is None):
+            self.sample_gap = float(sample_nll / nll - 1)
         return output
 
 
@@ -349,6 +388,7 @@ class BlobSeq2SeqTrainer(BlobTrainerMixin, Seq2SeqTrainer):
         gen_kwargs = {name: value for name, value in gen_kwargs.items() if value is not None}
         gen_kwargs.setdefault("synced_gpus", is_deepspeed_zero3_enabled())
         num_samples, seed, together = self.num_eval_samples, self.args.eval_seed, self.args.posterior_batch_size
+        antithetic = self.args.antithetic
         model, pad = self._posterior, self.model.config.pad_token_id or 0
         # every batch of every process must come back with the same length to be concatenated
         longest = gen_kwargs["max_new_tokens"] + 1 if "max_new_tokens" in gen_kwargs else gen_kwargs.get("max_length")
@@ -356,11 +396,11 @@ class BlobSeq2SeqTrainer(BlobTrainerMixin, Seq2SeqTrainer):
         mean = generate_mean(model, inputs, **gen_kwargs)
         samples = mean.unsqueeze(1)
         if num_samples and self.args.decoding != "mean":
-            samples = generate_samples(model, inputs, num_samples, seed, together, **gen_kwargs)
+            samples = generate_samples(model, inputs, num_samples, seed, together, antithetic, **gen_kwargs)
         texts = [mean, samples]
         if self.args.decoding != "predictive":
             return tuple(_padded(text, longest, pad) for text in texts)
-        predictive = generate_predictive(model, inputs, num_samples, seed, **gen_kwargs)
+        predictive = generate_predictive(model, inputs, num_samples, seed, antithetic, **gen_kwargs)
         texts.append(predictive.sequences)
         return (*(_padded(text, longest, pad) for text in texts), predictive.scores)
 

@@ -8,6 +8,7 @@ from blob_hf.errors import BlobError
 from blob_hf.kl import KL_SCHEDULES
 
 METHODS = ("blob", "lora")
+SCHEDULES = (*KL_SCHEDULES, "target")
 KL_GRADIENTS = ("decoupled", "loss")
 DECODINGS = ("mean", "samples", "predictive", "mbr")
 
@@ -19,6 +20,7 @@ DEFINING = [
     "kl_schedule",
     "kl_cycle_steps",
     "kl_weight",
+    "kl_target_nats_per_weight",
     "kl_learning_rate",
     "kl_gradient",
     "train_samples",
@@ -53,9 +55,10 @@ class BlobArguments:
 
         beta (`float`, *optional*): std sigma_p of the prior on A. It is *not* a factor in front of the KL.
         gamma (`float`): sets the period M of the KL re-weighting cycle, int(100 * n**(pi/gamma) / global batch).
-        kl_schedule (`str`): a key of `blob_hf.kl.KL_SCHEDULES`.
+        kl_schedule (`str`): a key of `blob_hf.kl.KL_SCHEDULES`, or `target` (`blob_hf.kl_target`).
         kl_cycle_steps (`int`, *optional*): M itself, instead of through gamma.
         kl_weight (`float`): the weight of the `constant` schedule.
+        kl_target_nats_per_weight (`float`, *optional*): what the `target` schedule brings the KL down to.
         kl_learning_rate (`float`): rate of the KL's own SGD step.
         kl_gradient (`str`): `decoupled` (own SGD step after the optimizer's) or `loss` (through the loss).
         train_samples (`int`): posterior samples per training step; their NLLs are averaged.
@@ -65,6 +68,7 @@ class BlobArguments:
 
         eval_samples (`int`): posterior samples N of the predictive; 0 is the posterior mean.
         eval_seed (`int`): names the posterior samples.
+        antithetic (`bool`): draw them in pairs M + Omega eps, M - Omega eps.
         posterior_batch_size (`int`, *optional*): samples evaluated in one batch, to bound memory.
 
         > Method
@@ -87,10 +91,14 @@ class BlobArguments:
         },
     )
     kl_schedule: str = field(
-        default="geometric", metadata={"help": "How the KL is weighted over steps.", "choices": list(KL_SCHEDULES)}
+        default="geometric", metadata={"help": "How the KL is weighted over steps.", "choices": list(SCHEDULES)}
     )
     kl_cycle_steps: int | None = field(default=None, metadata={"help": "Cycle length M in steps, instead of gamma."})
     kl_weight: float = field(default=0.0, metadata={"help": "Weight of the KL for --kl_schedule constant."})
+    kl_target_nats_per_weight: float | None = field(
+        default=None,
+        metadata={"help": "KL per weight of A (nats) that --kl_schedule target brings the posterior down to."},
+    )
     kl_learning_rate: float = field(
         default=0.002, metadata={"help": "Rate of the KL's own SGD step; follows the main schedule in shape."}
     )
@@ -107,6 +115,10 @@ class BlobArguments:
         default=10, metadata={"help": "Posterior samples N for evaluation; 0 evaluates the posterior mean alone."}
     )
     eval_seed: int = field(default=0, metadata={"help": "Seed that names the posterior samples of evaluation."})
+    antithetic: bool = field(
+        default=False,
+        metadata={"help": "Draw the samples of evaluation in pairs eps, -eps: fewer are enough for the same NLL."},
+    )
     posterior_batch_size: int | None = field(
         default=None,
         metadata={
@@ -132,13 +144,31 @@ class BlobArguments:
             if value is not None and value < 1:
                 raise BlobError(f"{name} must be >= 1, got {value}")
         for name, allowed in (
-            ("kl_schedule", tuple(KL_SCHEDULES)),
+            ("kl_schedule", SCHEDULES),
             ("kl_gradient", KL_GRADIENTS),
             ("method", METHODS),
         ):
             value = getattr(self, name)
             if value not in allowed:
                 raise BlobError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        self._validate_target()
+
+    def _validate_target(self) -> None:
+        target = self.kl_target_nats_per_weight
+        if (self.kl_schedule == "target") != (target is not None):
+            raise BlobError(
+                "kl_schedule target and kl_target_nats_per_weight need each other, got kl_schedule "
+                f"{self.kl_schedule} and kl_target_nats_per_weight {target}; give both or neither"
+            )
+        if target is None:
+            return
+        if not target > 0:
+            raise BlobError(f"kl_target_nats_per_weight must be > 0, got {target}")
+        if self.kl_gradient != "decoupled" or self.kl_learning_rate == 0:
+            raise BlobError(
+                "kl_schedule target steers the decoupled KL step: it needs kl_gradient decoupled and kl_learning_rate "
+                f"> 0, got {self.kl_gradient} and {self.kl_learning_rate:g}"
+            )
 
 
 @dataclass

@@ -77,7 +77,7 @@ def test_geometric_is_blundells_ratio_of_big_integers(cycle):
 
 @pytest.mark.parametrize("cycle", [1, 5, 2000])
 def test_geometric_sums_to_one_less_the_missing_term_over_a_cycle(cycle):
-    total = KLSchedule("geometric", cycle_steps=cycle).cumulative(cycle)
+    total = math.fsum(map(KLSchedule("geometric", cycle_steps=cycle), range(1, cycle + 1)))
     assert total == pytest.approx(1 - 2.0 ** -(cycle + 1) / (1 - 2.0 ** -(cycle + 1)), rel=1e-12)
 
 
@@ -118,6 +118,19 @@ def test_diagnosis_of_a_run_that_completes_cycles_has_no_warning():
     assert found.warnings == []
     # 1500 = 5 * 253 + 235: five whole cycles and 2^-18 of a sixth
     assert found.total_weight == pytest.approx(math.floor(1500 / 253) + 2.0**-18, abs=1e-9)
+
+
+def test_the_diagnosis_weighs_pi_with_the_learning_rate():
+    schedule = KLSchedule("geometric", 50, 1000, 100)
+    shape = [1 - t / 100 for t in range(100)]
+    found = diagnose(schedule, batch_size=16, gamma=8, lr_scale=shape)
+    assert found.exposure == pytest.approx(sum(schedule(t + 1) * shape[t] for t in range(100)))
+    assert found.total_weight == pytest.approx(2.0) and found.warnings == []
+    assert f"({found.exposure:.4g} times" in str(found)
+    (warning,) = diagnose(
+        KLSchedule("geometric", 1000, 1000, 1000), 16, 8, [1 - t / 1000 for t in range(1000)]
+    ).warnings
+    assert "hardly be applied" in warning and "where the learning rate is nearly 0" in warning
 
 
 def test_no_gamma_fits_a_run_that_is_too_short():

@@ -21,7 +21,7 @@ from blob_hf import (
 )
 from blob_hf.dropout import no_base_dropout
 from blob_hf.errors import BlobError, NonFiniteLossError
-from blob_hf.history import COLUMNS
+from blob_hf.history import COLUMNS, LOGGED
 from blob_hf.kl import KLSchedule, kl_cycle_length
 from blob_hf.model import get_lora_model
 from blob_hf.posterior import gaussian_layers
@@ -41,7 +41,7 @@ def test_loss_is_nll_plus_weighted_kl_and_all_of_it_is_logged(tmp_path):
     assert table["kl"][0] == pytest.approx(kl_before, rel=1e-6)
     logs = [entry for entry in run.state.log_history if "loss" in entry]
     for row, entry in zip(table.to_dict("records"), logs, strict=True):
-        for name in COLUMNS[1:]:
+        for name in LOGGED:
             assert entry[name] == pytest.approx(row[name], rel=1e-6)
         assert entry["loss"] == pytest.approx(row["nll"] + row["kl_weight"] * row["kl"], rel=1e-5)
         assert row["elbo"] == pytest.approx(row["nll"] + row["kl"])
@@ -314,7 +314,7 @@ def test_predict_with_generate_gives_scores_and_summaries(tmp_path):
     run = seq2seq(tmp_path, blob_seq2seq("t5"), predict_with_generate=True, generation_max_length=6)
     run.compute_metrics = lambda prediction: {"count": len(prediction.predictions)}
     metrics = run.evaluate()
-    assert metrics["eval_count"] == 5 and np.isfinite(metrics["eval_nll"])
+    assert metrics["eval_count"] == 6 and np.isfinite(metrics["eval_nll"])
 
 
 def test_sequence_training_normalises_by_the_tokens_of_the_whole_batch(tmp_path):
