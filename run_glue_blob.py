@@ -18,16 +18,16 @@ from transformers import (
 )
 
 from blob_hf import BlobTrainer, BlobTrainingArguments, cli, runs
+from blob_hf.artifacts import CLASSIFICATION_METRICS, ClassifierRun
 from blob_hf.config import default_target_modules
 from blob_hf.data import demo
-from blob_hf.data.glue import TASKS, load_classification, tokenize_classification
+from blob_hf.data.glue import TASKS, load_classification, load_shifted, tokenize_classification
 from blob_hf.data.loading import first_rows
 from blob_hf.evaluation import classification_metrics
 from blob_hf.hub import fetching
-from blob_hf.reporting.plots import plot_reliability
 from blob_hf.reporting.run_summary import DataSource
+from blob_hf.search import SearchArguments, check_backend, search
 
-METRICS = ["accuracy", "ece", "nll", "brier"]
 DEMO = {
     "model_name_or_path": str(demo.BACKBONE_DIR),
     "train_file": str(demo.CLASSIFICATION_FILES["train"]),
@@ -64,6 +64,15 @@ class DataArguments:
     max_length: int = field(default=256, metadata={"help": "Longest input in tokens."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first rows for training."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first rows for evaluation."})
+    ood_tasks: list[str] | None = field(
+        default=None, metadata={"help": "Other tasks: does the uncertainty tell their inputs from the own ones?"}
+    )
+    ood_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The same for files: path, name=path, or task=path. Labels of a shifted own task are scored."
+        },
+    )
     compare_base: bool = field(default=False, metadata={"help": "Also evaluate the model as it was before training."})
     demo: bool = field(default=False, metadata={"help": "Run on embedded data and a tiny embedded model, no network."})
 
@@ -77,8 +86,9 @@ class TrainingArguments(runs.PublishedDefaults, BlobTrainingArguments):
 
 
 def main() -> None:
-    parsed = cli.parse_arguments((ModelArguments, DataArguments, TrainingArguments), DEMO, __doc__)
-    model_args, data_args, training_args = parsed
+    parsed = cli.parse_arguments((ModelArguments, DataArguments, TrainingArguments, SearchArguments), DEMO, __doc__)
+    model_args, data_args, training_args, search_args = parsed
+    check_backend(search_args)
     cli.setup_logging(training_args)
     cli.run_everything_by_default(training_args)
 
@@ -100,20 +110,34 @@ def main() -> None:
         limit = data_args.max_train_samples if split == "train" else data_args.max_eval_samples
         data.splits[split] = first_rows(data.splits[split], limit)
 
+    shifted = dict(
+        load_shifted(source, data, data_args.label_column)
+        for source in [*(data_args.ood_tasks or []), *(data_args.ood_file or [])]
+    )
+
     # ----- model -----
     set_seed(training_args.seed)
-    with fetching("model", model_args.model_name_or_path, "--model_name_or_path"):
-        config = AutoConfig.from_pretrained(model_args.model_name_or_path, num_labels=len(data.label_names))
-        tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
-        base = AutoModelForSequenceClassification.from_pretrained(
-            model_args.model_name_or_path, config=config, dtype=model_args.dtype
-        )
+    base_name = model_args.model_name_or_path
+    with fetching("model", base_name, "--model_name_or_path"):
+        config = AutoConfig.from_pretrained(base_name, num_labels=len(data.label_names))
+        tokenizer = AutoTokenizer.from_pretrained(base_name)
     tokenized = tokenize_classification(data, tokenizer, data_args.max_length)
+    shifted = {
+        name: first_rows(
+            tokenize_classification(other, tokenizer, data_args.max_length)["shifted"], data_args.max_eval_samples
+        )
+        for name, other in shifted.items()
+    }
     targets = model_args.target_modules or default_target_modules(config.model_type, "classification")
-    model = runs.make_model(base, model_args, training_args, targets, "SEQ_CLS", adapter)
+
+    def make_model(trial=None):
+        with fetching("model", base_name, "--model_name_or_path"):
+            base = AutoModelForSequenceClassification.from_pretrained(base_name, config=config, dtype=model_args.dtype)
+        return runs.make_model(base, model_args, training_args, targets, "SEQ_CLS", adapter)
 
     trainer = BlobTrainer(
-        model=model,
+        model=None if search_args.hp_search else make_model(),
+        model_init=make_model if search_args.hp_search else None,  # a fresh model for each trial
         args=training_args,
         data_collator=DataCollatorWithPadding(tokenizer),
         train_dataset=tokenized.get("train") if training_args.do_train else None,
@@ -122,13 +146,17 @@ def main() -> None:
         compute_metrics=classification_metrics,
     )
 
+    if search_args.hp_search:
+        search(trainer, search_args)
+        return
+
     # ----- train, evaluate, report -----
     settings = {"max length": data_args.max_length}
-    base_name, license = model_args.model_name_or_path, model_args.adapter_license
-    run = runs.Run(trainer, base_name, source, "text-classification", METRICS, settings, license)
+    license = model_args.adapter_license
+    run = ClassifierRun(trainer, base_name, source, "text-classification", CLASSIFICATION_METRICS, settings, license)
     if data_args.compare_base and training_args.do_train and "validation" in tokenized:
         metrics = trainer.predict(tokenized["validation"], metric_key_prefix="base").metrics
-        run.add_results("base", metrics, "validation", of_adapter=False)
+        run.add_results("base", metrics, "validation", before_training=True)
     if training_args.do_train:
         run.train()
     for prefix, split, wanted in (
@@ -137,20 +165,10 @@ def main() -> None:
     ):
         if wanted and split in tokenized:
             output = trainer.predict(tokenized[split], metric_key_prefix=prefix)
-            log_probs, _, mean = output.predictions
-            run.add_results(prefix, output.metrics, split, f"{len(mean)} examples")
-            shown = {"posterior mean (N=0)": mean}
-            if trainer.num_eval_samples:
-                shown[f"{trainer.num_eval_samples} samples"] = log_probs
-            plot = "reliability" if prefix == "eval" else f"reliability_{split}"
-            run.add_plot(plot, lambda path, s=shown, y=output.label_ids: plot_reliability(s, y, path))
-            run.write_rows(f"{split}_predictions.jsonl", _rows(log_probs, mean, output.label_ids))
+            run.add_predictions(prefix, split, output)
+            for name, rows in shifted.items() if split == "validation" else ():
+                run.add_shift(name, output, trainer.predict(rows, metric_key_prefix=f"ood_{name}"))
     run.finish()
-
-
-def _rows(log_probs, mean, labels):
-    for index, row in enumerate(zip(log_probs, mean, labels, strict=True)):
-        yield {"index": index, "log_probs": row[0].tolist(), "mean_log_probs": row[1].tolist(), "label": int(row[2])}
 
 
 if __name__ == "__main__":

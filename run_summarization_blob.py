@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 
 from blob_hf import BlobError, BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments, cli, runs
+from blob_hf.artifacts import SUMMARIZATION_METRICS, SummarizerRun
 from blob_hf.config import default_target_modules
 from blob_hf.data import demo
 from blob_hf.data.loading import first_rows
@@ -31,7 +32,6 @@ from blob_hf.metrics.bertscore import PUBLISHED_MODEL, BertScorer
 from blob_hf.metrics.similarity import rouge_utility
 from blob_hf.reporting.run_summary import DataSource
 
-METRICS = ["rouge1", "rouge2", "rougeL", "nll"]
 DEMO = {
     "model_name_or_path": str(demo.BACKBONE_DIR),
     "train_file": str(demo.SUMMARIZATION_FILES["train"]),
@@ -177,11 +177,13 @@ def main() -> None:
     # ----- train, evaluate, report -----
     base_name = model_args.config_name or model_args.model_name_or_path
     settings = {"prompt": repr(data_args.prompt), "max source, target": lengths, "decoding": decoding}
-    run = runs.Run(trainer, base_name, source, "summarization", METRICS, settings, model_args.adapter_license)
+    run = SummarizerRun(
+        trainer, base_name, source, "summarization", SUMMARIZATION_METRICS, settings, model_args.adapter_license
+    )
     first_split = "validation" if "validation" in dialogues else "test"
     if data_args.compare_base and training_args.do_train and dialogues:
         metrics, _ = evaluate(first_split, "base")
-        run.add_results("base", metrics, first_split, of_adapter=False)
+        run.add_results("base", metrics, first_split, before_training=True)
     if training_args.do_train:
         run.train()
     for prefix, split, wanted in (
@@ -194,6 +196,7 @@ def main() -> None:
             name = "generated_predictions.jsonl" if prefix == "predict" else "eval_generated_predictions.jsonl"
             run.write_rows(name, predictions)
             run.add_selective(predictions, split)
+            run.add_samples(metrics[f"{prefix}_mean_nll"], split)
     run.finish()
 
 

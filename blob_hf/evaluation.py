@@ -9,6 +9,7 @@ import numpy as np
 from blob_hf.data.summarization import Dialogue
 from blob_hf.generation import SEQUENCE_SCORES
 from blob_hf.metrics.calibration import calibration_metrics
+from blob_hf.metrics.detection import strangeness
 from blob_hf.metrics.selective import RiskCoverage, prediction_rejection_ratio, risk_coverage
 from blob_hf.metrics.similarity import (
     Utility,
@@ -19,7 +20,7 @@ from blob_hf.metrics.similarity import (
     rouge_utility,
 )
 from blob_hf.metrics.summarization import rouge, rouge_per_example
-from blob_hf.metrics.uncertainty import uncertainty_metrics
+from blob_hf.metrics.uncertainty import predictive_log_probs, uncertainty_metrics
 from blob_hf.prediction import IGNORED_LABEL, TokenScores
 from blob_hf.reporting.tables import MEAN, STD
 
@@ -33,7 +34,8 @@ def classification_metrics(prediction: Any) -> dict[str, float]:
         prediction: `EvalPrediction` whose predictions are (log_probs, sample_log_probs, mean_log_probs).
 
     Returns:
-        accuracy, ece, nll, brier of the predictive of the N samples; the same as `mean_*` for the posterior mean;
+        accuracy, ece, nll, brier of the predictive of the N samples, and rejection_area, its mean accuracy over all
+        shares of rejected inputs, least certain first; the same as `mean_*` for the posterior mean;
         `*_sample_std`, the std over samples of each sample's own metric; entropies in nats.
     """
     log_probs, samples, mean = prediction.predictions
@@ -43,7 +45,34 @@ def classification_metrics(prediction: Any) -> dict[str, float]:
     each = [calibration_metrics(samples[:, s], labels) for s in range(samples.shape[1])]
     metrics.update({name + STD: float(np.std([one[name] for one in each])) for name in each[0]})
     metrics.update(uncertainty_metrics(samples))
+    curves = rejection_curves(samples, mean, labels)
+    metrics["rejection_area"] = 1 - curves.get(SAMPLES_CURVE, curves[MEAN_CURVE]).area
+    metrics[f"{MEAN}rejection_area"] = 1 - curves[MEAN_CURVE].area
     return metrics
+
+
+MEAN_CURVE, SAMPLES_CURVE = "posterior mean, max. probability", "samples, max. probability"
+
+
+def rejection_curves(samples: np.ndarray, mean: np.ndarray, labels: np.ndarray) -> dict[str, RiskCoverage]:
+    """Error against coverage: of the posterior mean, of the samples' predictive, and if an oracle chose.
+
+    Args:
+        samples: Log-probabilities `(examples, samples, classes)`, nats.
+        mean: The posterior mean's, `(examples, classes)`.
+        labels: Class ids `(examples,)`.
+    """
+    curves = {}
+    scores = strangeness(mean[:, None])
+    wrong = (mean.argmax(-1) != labels).astype(float)
+    curves[MEAN_CURVE] = risk_coverage(scores["max_prob"], wrong)
+    if samples.shape[1] > 1:
+        scores = strangeness(samples)
+        wrong = (predictive_log_probs(samples).argmax(-1) != labels).astype(float)
+        curves[SAMPLES_CURVE] = risk_coverage(scores["max_prob"], wrong)
+        curves["samples, mutual information"] = risk_coverage(scores["mutual_information"], wrong)
+    curves["oracle"] = risk_coverage(wrong, wrong)
+    return curves
 
 
 def decode(tokens: np.ndarray, tokenizer: Any) -> list[str]:

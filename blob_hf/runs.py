@@ -1,10 +1,8 @@
-"""One run of a script: the adapter it trains, the artifacts it leaves, the table it prints."""
+"""What a run of a script starts from: its arguments, its base model, its adapter."""
 
-import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,20 +16,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from blob_hf import adapter_files, files
+from blob_hf import adapter_files
 from blob_hf.config import NOISES, STD_PARAMETERIZATIONS, BlobConfig
 from blob_hf.errors import BlobError
-from blob_hf.evaluation import selective_summarization
-from blob_hf.history import FILE_NAME
 from blob_hf.hub import fetching
 from blob_hf.model import BlobModel, as_blob_model, get_blob_model, get_lora_model
-from blob_hf.reporting.generation_plots import plot_risk_coverage
-from blob_hf.reporting.model_card import write_model_card
-from blob_hf.reporting.plots import plot_kl
-from blob_hf.reporting.report import write_report
-from blob_hf.reporting.run_summary import DataSource, Results
-from blob_hf.reporting.summarize import summarize
-from blob_hf.reporting.tables import results_table, to_text
 
 
 @dataclass
@@ -143,108 +132,6 @@ def _load_model(base: PreTrainedModel, adapter: str, training_args: Any, posteri
         model.blob_config.prior_std = training_args.beta
     training_args.beta = model.blob_config.prior_std
     return model
-
-
-class Run:
-    """Trains through a trainer and leaves the artifacts of a run in its output folder.
-
-    Args:
-        trainer: A `BlobTrainer` or `BlobSeq2SeqTrainer`.
-        base_model: Hub id or folder of the base model.
-        data: The data, for titles and the model card.
-        task: Its tag on the Hub, "text-classification" or "summarization".
-        metric_names: Metrics of the final table, in order.
-        settings: Hyperparameters for report and model card, beyond the training arguments'.
-    """
-
-    def __init__(
-        self,
-        trainer: Any,
-        base_model: str,
-        data: DataSource,
-        task: str,
-        metric_names: list[str],
-        settings: Mapping[str, Any],
-        license: str | None = None,
-    ) -> None:
-        self.trainer, self.args = trainer, trainer.args
-        self.folder = Path(trainer.args.output_dir)
-        self.data, self.metric_names = data, metric_names
-        self.trained = False
-        self.results: list[Results] = []
-        self.plots: list[str] = []
-        self.notes: list[str] = []
-        self._facts: dict[str, Any] = {"base_model": base_model, "task": task, "settings": settings, "license": license}
-        trainer.card_from_run = True
-
-    @property
-    def writes(self) -> bool:
-        """Whether this process writes files."""
-        return self.args.should_save
-
-    def train(self) -> None:
-        """Train, or resume if asked to; leave the adapter, train_results.json, kl_history.csv, plots/kl.png, state."""
-        self.trained = True
-        result = self.trainer.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
-        self.trainer.save_model()
-        self.trainer.save_metrics("train", result.metrics)
-        self.trainer.save_state()
-        if self.trainer.kl_diagnosis is not None:
-            self.add_plot("kl", lambda path: plot_kl(self.folder / FILE_NAME, path))
-
-    def add_results(
-        self, prefix: str, metrics: dict[str, float], split: str, rows: str = "", of_adapter: bool = True
-    ) -> None:
-        """Save {prefix}_results.json, and keep the table N=0 beside N=S for the end.
-
-        Args:
-            rows: What was evaluated, for the title, for example "408 examples".
-            of_adapter: False for the model before training.
-        """
-        self.trainer.save_metrics(prefix, metrics)
-        table = results_table(metrics, prefix, self.metric_names, self.trainer.num_eval_samples)
-        title = f"{self.data.name}, {split}" + (f" ({rows})" if rows else "")
-        title = title if of_adapter else f"before training: {title}"
-        self.results.append(Results(title, split, table, of_adapter))
-
-    def add_selective(self, rows: Sequence[Mapping[str, Any]], split: str) -> None:
-        """Draw risk against coverage for each uncertainty score of generated summaries, and keep the ratios."""
-        if self.trainer.num_eval_samples and len(rows) > 1 and "uncertainty" in rows[0]:
-            curves, ratios = selective_summarization(rows)
-            self.add_plot(f"risk_coverage_{split}", lambda path: plot_risk_coverage(curves, "1 - ROUGE-L", path))
-            shown = ", ".join(f"{name} {value:.3f}" for name, value in ratios.items())
-            self.notes.append(f"prediction-rejection ratios ({split}): {shown}")
-
-    def add_plot(self, name: str, draw: Callable[[Path], object]) -> None:
-        """Draw plots/{name}.png."""
-        if self.writes:
-            path = self.folder / "plots" / f"{name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draw(path)
-            self.plots.append(f"plots/{name}.png")
-
-    def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write a JSON Lines file, whole or not at all."""
-        if self.writes:
-            files.write_text(self.folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-    def finish(self) -> None:
-        """Write report.md and the model card of a run that trained, push if asked, print the tables."""
-        if self.writes:
-            if self.trained:  # an evaluation does not know how the adapter was trained
-                summary = summarize(self.trainer, self.data, **self._facts)
-                summary.results, summary.plots, summary.notes = self.results, self.plots, self.notes
-                write_report(self.folder, summary)
-                write_model_card(self.folder, summary)
-            for results in self.results:
-                print(to_text(results.table, f"{self.args.method}: {results.title}"))
-            for note in self.notes:
-                print(note)
-            print(f"Everything is in {self.folder}")
-        if self.args.push_to_hub:
-            self.trainer.push_to_hub()
-        self.trainer.accelerator.wait_for_everyone()
-        self.trainer.accelerator.end_training()  # a process that exits first would abort the others' connections
 
 
 def config_from_name(name: str, overrides: str | None, tokenizer: Any) -> PreTrainedConfig:

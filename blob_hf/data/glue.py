@@ -1,10 +1,12 @@
 """Classification tasks: the five of the paper by name, or the user's own files."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict
 
 from blob_hf.data.loading import load_files, load_hub, require_columns
 from blob_hf.errors import BlobError
@@ -83,6 +85,48 @@ def load_classification(
                 raise BlobError(f"row {missing[0]} of {split} has no text in column {column!r}")
     names = _label_names(data, label_column)
     return ClassificationData(_encode_labels(data, label_column, names), columns, names, word)
+
+
+def load_shifted(
+    specification: str, data: ClassificationData, label_column: str = "label"
+) -> tuple[str, ClassificationData]:
+    """Data from elsewhere, to see how a classifier takes it: a split `shifted`, with labels only if they mean the same.
+
+    Args:
+        specification: A task's name (its validation split from the Hub), `task=file`, `name=file` or a file. The labels
+            of a file that is not another task's, if it has any, are classes of `data`.
+        data: What the classifier was trained for.
+
+    Returns:
+        A name, and the data.
+
+    Raises:
+        BlobError: As `load_classification`.
+    """
+    name, _, path = specification.partition("=") if "=" in specification else ("", "", specification)
+    if not name and specification in TASKS:
+        other = load_classification(specification)
+        rows = other.splits["validation"]
+        return specification, _without_labels(other, rows)
+    if not name and "." not in Path(path).name:
+        raise BlobError(f"--ood_tasks must be among {', '.join(TASKS)}, got {path!r}; for own data use --ood_file")
+    name = name or Path(path).name.split(".")[0]
+    if name in TASKS:
+        other = load_classification(name, {"ood": path}, label_column=label_column)
+        return name, _without_labels(other, other.splits["ood"])
+    splits = DatasetDict(shifted=load_files({"ood": path})["ood"])
+    own = [*data.text_columns, *([data.word_column] if data.word_column else [])]
+    fits = set(own) <= set(splits["shifted"].column_names)
+    columns = data.text_columns if fits else _guess_columns(splits, label_column)
+    require_columns(splits, columns, "--text_columns")
+    word = data.word_column if fits else None
+    if label_column in splits["shifted"].column_names:
+        splits = _encode_labels(splits, label_column, data.label_names)
+    return name, ClassificationData(splits, columns, data.label_names, word)
+
+
+def _without_labels(other: ClassificationData, rows: Dataset) -> ClassificationData:
+    return dataclasses.replace(other, splits=DatasetDict(shifted=rows.remove_columns("label")))
 
 
 def _guess_columns(data: DatasetDict, label_column: str) -> tuple[str, ...]:

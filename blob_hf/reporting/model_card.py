@@ -83,7 +83,7 @@ def _eval_results(run: RunSummary) -> list[EvalResult]:
     rows = [
         (results, metric, column, value)
         for results in run.results
-        if results.of_adapter
+        if results.in_index
         for column in results.table.columns
         if column != STD_COLUMN
         for metric, value in results.table[column].items()

@@ -21,13 +21,14 @@ class Results:
     """A table of metrics (see `results_table`) on one split.
 
     Attributes:
-        of_adapter: Whether it describes the adapter that is saved (and not, say, the model before training).
+        in_index: Whether it goes into the card's model-index: it describes the adapter that is saved (and not the model
+            before training) on the data of the run (and not out of distribution).
     """
 
     title: str
     split: str
     table: pd.DataFrame
-    of_adapter: bool = True
+    in_index: bool = True
 
 
 @dataclass
@@ -38,7 +39,7 @@ class RunSummary:
         base_model: Hub id or folder.
         settings: The main hyperparameters by name.
         arguments: All training arguments that define the run, by name.
-        kl_notes: The KL diagnosis, its warnings after it.
+        kl_notes: The KL diagnosis before training, its warnings, the verdict after it.
         plots: Paths relative to the run folder.
         notes: Further findings, a line each, for the report.
         repo: Hub repo or folder of the adapter, for the examples.

@@ -26,7 +26,8 @@ def summarize(
         base_model: Default: the one that the adapter names.
         settings: Hyperparameters beside the training arguments', shown after them.
     """
-    args, config, diagnosis = trainer.args, trainer.model.active_peft_config, trainer.kl_diagnosis
+    args, config = trainer.args, trainer.model.active_peft_config
+    diagnosis, verdict = trainer.kl_diagnosis, trainer.kl_verdict
     auto_class, auto_arguments = peft_loading(trainer.model)
     shown = {**_settings(trainer, config), **(settings or {})}
     if diagnosis is not None:
@@ -37,7 +38,8 @@ def summarize(
         method=args.method,
         settings=shown,
         arguments={name: getattr(value := getattr(args, name), "value", value) for name in DEFINING},  # enums too
-        kl_notes=[] if diagnosis is None else [str(diagnosis), *diagnosis.warnings],
+        kl_notes=([] if diagnosis is None else [str(diagnosis), *diagnosis.warnings])
+        + ([] if verdict is None else [str(verdict)]),
         license=license,
         repo=getattr(trainer, "hub_model_id", None) or str(Path(args.output_dir)),
         task=task,

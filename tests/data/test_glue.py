@@ -119,3 +119,34 @@ def test_without_a_hub_one_line_names_what_is_missing_and_the_ways_on():
     with pytest.raises(BlobError, match=r"cannot get the dataset 'nyu-mll/glue'.*--demo.*--train_file") as error:
         load_classification("mrpc")
     assert "\n" not in str(error.value)
+
+
+OTHERS = [{"sentence": "rain falls", "label": 2}, {"sentence": "snow", "label": 0}]
+
+
+def test_shifted_data_of_the_same_task_keeps_its_labels_and_other_tasks_do_not(tmp_path):
+    own = load_classification(files={"train": write(tmp_path / "train.jsonl")})
+    shifted, other = write(tmp_path / "shifted.jsonl"), write(tmp_path / "other.jsonl", OTHERS)
+    unlabelled = write(tmp_path / "plain.jsonl", [{"text": "hello"}])
+    name, data = glue.load_shifted(shifted, own)
+    assert name == "shifted" and data.splits["shifted"]["label"] == [1, 0] and data.text_columns == own.text_columns
+    name, data = glue.load_shifted(f"noisy={shifted}", own)
+    assert name == "noisy" and "label" in data.splits["shifted"].column_names
+    name, data = glue.load_shifted(f"cola={other}", own)
+    assert name == "cola" and data.splits["shifted"].column_names == ["sentence"] and data.text_columns == ("sentence",)
+    name, data = glue.load_shifted(unlabelled, own)
+    assert name == "plain" and data.text_columns == ("text",) and "label" not in data.splits["shifted"].column_names
+    assert tokenize_classification(data, Words(), 10)["shifted"].column_names == ["input_ids"]
+    with pytest.raises(BlobError, match="label is outside the range: 2 in row 0 of shifted"):
+        glue.load_shifted(other, own)
+    with pytest.raises(BlobError, match="--ood_tasks must be among rte, .*got 'mnli'"):
+        glue.load_shifted("mnli", own)
+    with pytest.raises(BlobError, match=r"--ood_file nowhere.csv does not exist"):
+        glue.load_shifted("cola=nowhere.csv", own)
+
+
+def test_shifted_hub_tasks_are_their_validation_splits(monkeypatch, tmp_path):
+    rows = Dataset.from_list([{"sentence": "x", "label": 1}])
+    monkeypatch.setattr(glue, "load_hub", lambda *args: DatasetDict(train=rows, validation=rows))
+    name, data = glue.load_shifted("cola", load_classification(files={"train": write(tmp_path / "train.jsonl")}))
+    assert name == "cola" and data.splits["shifted"].column_names == ["sentence"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from huggingface_hub import ModelCard
 from peft import AutoPeftModel, AutoPeftModelForSeq2SeqLM
 from safetensors.torch import load_file
 
@@ -68,6 +69,33 @@ def test_classification_leaves_every_artifact(monkeypatch, tmp_path, capsys):
         AutoPeftModel.from_pretrained(str(tmp_path))
 
 
+def test_the_report_says_what_the_kl_did_and_tells_shifted_data_from_own(monkeypatch, tmp_path, capsys):
+    other = tmp_path / "letters.jsonl"
+    other.write_text("".join(json.dumps({"text": f"{c} {c} {c}"}) + "\n" for c in "abcdefgh"))
+    shifted = f"again={demo.CLASSIFICATION_FILES['validation']}"
+    code = run(
+        monkeypatch, GLUE, *QUICK_GLUE, "--ood_file", other, shifted, "--antithetic", "true", "--eval_samples", "4",
+        "--output_dir", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0
+    folder, printed = tmp_path / "run", capsys.readouterr().out
+    verdict = read(folder / "kl_verdict.json")
+    assert f"KL verdict: {verdict['verdict']}" in printed and verdict["steps"] == 6 and verdict["sample_gap"] >= 0
+    for text in (folder / "report.md", folder / "README.md"):
+        assert f"KL verdict: {verdict['verdict']}" in text.read_text()
+    for name in ("reliability", "confidence", "accuracy_rejection", "nll_by_samples", "posterior_std", "ood_letters"):
+        assert (folder / "plots" / f"{name}.png").stat().st_size > 0
+        assert f"plots/{name}.png" in (folder / "report.md").read_text()
+    strange, again = read(folder / "ood_letters_results.json"), read(folder / "ood_again_results.json")
+    assert 0 <= strange["ood_letters_mutual_information_auroc"] <= 1 and "ood_letters_accuracy" not in strange
+    # the same data: it cannot be told from itself, and its metrics are those of the evaluation
+    assert again["ood_again_mean_entropy_auroc"] == again["ood_again_entropy_auroc"] == pytest.approx(0.5)
+    results = read(folder / "eval_results.json")
+    assert again["ood_again_nll"] == pytest.approx(results["eval_nll"], rel=1e-5)
+    assert "out of distribution: letters (8 examples)" in printed
+    assert "letters" not in str(ModelCard.load(folder / "README.md").data.eval_results)
+
+
 def test_summarization_leaves_every_artifact(monkeypatch, tmp_path, capsys):
     assert run(monkeypatch, SUMMARIZATION, *QUICK_SUMMARIZATION, "--output_dir", tmp_path) == 0
     assert "rougeL" in capsys.readouterr().out
@@ -78,7 +106,9 @@ def test_summarization_leaves_every_artifact(monkeypatch, tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "generated_predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 4
     assert all(len(row["references"]) == 3 and len(row["samples"]) == 2 and row["mean_summary"] for row in rows)
-    assert (tmp_path / "plots" / "kl.png").stat().st_size > 0
+    for name in ("kl", "posterior_std", "nll_by_samples", "nll_by_samples_test"):
+        assert (tmp_path / "plots" / f"{name}.png").stat().st_size > 0
+    assert read(tmp_path / "kl_verdict.json")["verdict"] in (tmp_path / "report.md").read_text()
     BlobModel.from_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="prior_std"):
         AutoPeftModelForSeq2SeqLM.from_pretrained(str(tmp_path))
@@ -101,6 +131,26 @@ def test_lora_runs_in_the_same_script_and_can_be_bayesianized_afterwards(monkeyp
     start = ["--adapter_name_or_path", tmp_path / "lora", "--output_dir", tmp_path / "blob"]
     assert run(monkeypatch, SUMMARIZATION, *options, *start) == 0
     assert (tmp_path / "blob" / "posterior_std.safetensors").exists()
+
+
+def test_a_search_finds_the_best_of_its_trials(monkeypatch, tmp_path, capsys):
+    optuna = pytest.importorskip("optuna")
+    storage = f"sqlite:///{tmp_path}/search.db"
+    options = [*QUICK_GLUE, "--max_steps", "2", "--hp_search", "optuna", "--hp_trials", "3", "--hp_storage", storage]
+    space = ["--hp_space", "beta=0.05:0.5:log", "kl_cycle_steps=1:2", "kl_schedule=geometric,uniform"]
+    assert run(monkeypatch, GLUE, *options, *space, "--output_dir", tmp_path / "search") == 0
+    best = read(tmp_path / "search" / "best_run.json")
+    study = optuna.load_study(study_name="search", storage=storage)
+    assert len(study.trials) == 3 and best["eval_nll"] == min(trial.value for trial in study.trials)
+    assert best["hyperparameters"] == study.best_params and "train with --beta" in capsys.readouterr().out
+    for bad, message in (
+        (["--hp_search", "optuna"], "needs --hp_space"),
+        (["--hp_search", "optuna", "--hp_space", "colour=1:2"], "'colour' is no training argument"),
+        (["--hp_search", "optuna", "--hp_space", "beta=0:1:log"], "write name=low:high"),
+        (["--hp_storage", "sqlite:///x.db"], "--hp_storage is Optuna's"),
+    ):
+        assert run(monkeypatch, GLUE, *QUICK_GLUE, *bad, "--output_dir", tmp_path / "bad") == 2
+        assert message in capsys.readouterr().err
 
 
 def test_an_untrained_base_is_kept_with_its_adapter(monkeypatch, tmp_path):

@@ -11,15 +11,24 @@ from blob_hf.errors import BlobError
 from blob_hf.history import COLUMNS
 from blob_hf.kl import KLSchedule
 from blob_hf.metrics import reliability_bins
+from blob_hf.metrics.samples import NLLCurve
 from blob_hf.metrics.selective import risk_coverage
+from blob_hf.posterior import LayerStatistics
+from blob_hf.reporting.classification_plots import (
+    plot_confidence,
+    plot_nll_curve,
+    plot_rejection,
+    plot_reliability,
+    plot_shift,
+)
 from blob_hf.reporting.generation_plots import plot_curves, plot_densities, plot_risk_coverage
-from blob_hf.reporting.plots import plot_kl, plot_reliability
+from blob_hf.reporting.kl_plots import plot_kl, plot_posterior_std, plot_trajectories
 
 
 def history(weights):
     steps = np.arange(1, len(weights) + 1)
     kl = 1e5 / steps
-    columns = (steps, 1 / steps, kl, weights, weights * kl, kl, np.full(len(steps), 0.01))
+    columns = (steps, 1 / steps, kl, weights, weights * kl, kl, np.full(len(steps), 0.01), np.ones(len(steps)))
     return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
 
 
@@ -115,3 +124,64 @@ def test_plots_of_generated_texts(tmp_path):
     np.testing.assert_allclose(figure.axes[0].lines[1].get_ydata(), np.cumsum(np.sort(risk)) / np.arange(1, 31))
     with pytest.raises(BlobError, match="no scores"):
         plot_densities(table[:0], {"rouge1_max": "ROUGE-1"}, "note", tmp_path / "e.png")
+
+
+def test_confidence_plot_counts_right_and_wrong(tmp_path):
+    rng = np.random.default_rng(0)
+    log_probs, labels = log_softmax(3 * rng.normal(size=(200, 3)), axis=1), rng.integers(0, 3, 200)
+    figure = plot_confidence({"N=0": log_probs, "N=10": log_probs}, labels, tmp_path / "confidence.png")
+    assert is_png(tmp_path / "confidence.png")
+    right, wrong = (container for container in figure.axes[0].containers)
+    correct = (log_probs.argmax(1) == labels).sum()
+    assert sum(bar.get_height() for bar in right) == correct
+    assert sum(bar.get_height() for bar in wrong) == 200 - correct
+    confidence, accuracy = (line.get_xdata()[0] for line in figure.axes[0].lines)
+    assert confidence == pytest.approx(np.exp(log_probs.max(1)).mean()) and accuracy == pytest.approx(correct / 200)
+
+
+def test_rejection_plot_is_the_accuracy_of_what_remains(tmp_path):
+    rng = np.random.default_rng(0)
+    wrong, uncertainty = (rng.random(50) < 0.3).astype(float), rng.random(50)
+    curves = {"entropy": risk_coverage(uncertainty, wrong), "oracle": risk_coverage(wrong, wrong)}
+    figure = plot_rejection(curves, tmp_path / "rejection.png")
+    rejected, accuracy = figure.axes[0].lines[0].get_data()
+    kept = np.argsort(uncertainty)
+    np.testing.assert_allclose(accuracy, [1 - wrong[kept[:n]].mean() for n in range(1, 51)])
+    np.testing.assert_allclose(rejected, 1 - np.arange(1, 51) / 50)
+    assert f"area {accuracy.mean():.3f}" in figure.legends[0].get_texts()[0].get_text()
+
+
+def test_nll_curve_and_shift_plots_show_their_numbers(tmp_path):
+    curve = NLLCurve(np.array([1, 2, 3]), np.array([0.7, 0.601, 0.6]), np.array([0.01, 0.005, 0.0]))
+    figure = plot_nll_curve(curve, 0.65, tmp_path / "curve.png")
+    assert figure.axes[0].lines[0].get_ydata().tolist() == curve.nll.tolist()
+    assert figure.axes[0].lines[1].get_ydata()[0] == 0.65 and figure.axes[0].lines[2].get_xdata()[0] == 2
+    rng = np.random.default_rng(0)
+    figure = plot_shift({"N=0": rng.random(30)}, {"N=0": rng.random(20)}, ("own", "other"), tmp_path / "shift.png")
+    heights = [sum(bar.get_height() for bar in container) for container in figure.axes[0].containers]
+    assert heights == pytest.approx([1, 1]) and is_png(tmp_path / "shift.png") and is_png(tmp_path / "curve.png")
+
+
+def test_std_map_has_a_cell_for_each_layer(tmp_path):
+    names = [f"bert.encoder.layer.{i}.attention.self.{kind}" for i in range(3) for kind in ("query", "value")]
+    layers = {name: LayerStatistics(8, 0.01 * (i + 1), 0, 1, 1, 1) for i, name in enumerate([*names, "classifier"])}
+    figure = plot_posterior_std(layers, 0.2, tmp_path / "std.png")
+    axis = figure.axes[0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["self.query", "self.value", "classifier"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["0", "1", "2", "-"]
+    shown = sorted(float(text.get_text()) for text in axis.texts)
+    assert shown == pytest.approx([0.05 * (i + 1) for i in range(7)])
+    halves = {f"model.{half}.layers.0.self_attn.q_proj": layers[names[0]] for half in ("encoder", "decoder")}
+    axis = plot_posterior_std(halves, 0.2, tmp_path / "bart.png").axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["encoder 0", "decoder 0"]
+
+
+def test_trajectories_of_a_grid(tmp_path):
+    runs = {name: history(np.full(20, weight)) for name, weight in (("small", 0.0), ("large", 0.1))}
+    figure = plot_trajectories(runs, tmp_path / "grid.png", {"small": {"linestyle": "--"}})
+    kl, weight, total, elbo = figure.axes
+    np.testing.assert_allclose(kl.lines[1].get_ydata(), runs["large"]["kl"])
+    assert weight.lines[0].get_ydata().max() == 1e-12  # never applied: at the bottom of the log axis
+    assert total.lines[1].get_ydata()[-1] == pytest.approx(2.0) and elbo.lines[0].get_linestyle() == "--"
+    with pytest.raises(BlobError, match="no runs"):
+        plot_trajectories({}, tmp_path / "none.png")

@@ -29,7 +29,7 @@ def summary(method="blob", **changes):
         "settings": {"gamma": 8},
         "arguments": {"warmup_steps": 0.06},
         "results": [
-            Results("before training: dialogsum, test", "test", table * 2, of_adapter=False),
+            Results("before training: dialogsum, test", "test", table * 2, in_index=False),
             Results("dialogsum, test (500 dialogues)", "test", table),
         ],
         "kl_notes": ["KL schedule geometric: cycle M = 253"],

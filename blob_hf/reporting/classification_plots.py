@@ -1,0 +1,183 @@
+"""Plots of a classifier's predictions: is it as sure as it is right, and does it know when it is wrong?"""
+
+import textwrap
+from collections.abc import Mapping
+from os import PathLike
+
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
+
+from blob_hf.errors import BlobError
+from blob_hf.metrics.calibration import ReliabilityBins, check_predictions, ece, reliability_bins
+from blob_hf.metrics.samples import NLLCurve
+from blob_hf.metrics.selective import RiskCoverage
+from blob_hf.reporting.plots import BLUE, GREY, ORANGE, plot_style
+
+
+def plot_reliability(
+    log_probs: Mapping[str, ArrayLike], labels: ArrayLike, path: str | PathLike[str], num_bins: int = 15
+) -> Figure:
+    """Reliability diagrams side by side, with the number of examples per bin of confidence below.
+
+    Args:
+        log_probs: Log-probabilities `(examples, classes)`, nats, by title, for example of N=0 and of N=10.
+        labels: Class ids `(examples,)`.
+        path: PNG to write.
+        num_bins: Equal-width bins of confidence, those of the ECE in the title.
+
+    Returns:
+        The figure; its axes are the diagrams from left to right, then the histograms.
+
+    Raises:
+        BlobError: No panels, or predictions that `ece` rejects.
+    """
+    if not log_probs:
+        raise BlobError("there are no log-probabilities to plot; give one array or more by title")
+    with plot_style():
+        figure = Figure(figsize=(max(5.0, 4 * len(log_probs)), 5.4), layout=ConstrainedLayoutEngine(wspace=0.06))
+        axes = figure.subplots(2, len(log_probs), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 1])
+        for (upper, lower), (name, scores) in zip(axes.T, log_probs.items(), strict=True):
+            _reliability(upper, lower, reliability_bins(scores, labels, num_bins))
+            upper.set_title(f"{textwrap.fill(name, 40)}\nECE = {100 * ece(scores, labels, num_bins):.1f} %")
+        axes[0, 0].set_ylabel("accuracy in bin")
+        axes[1, 0].set_ylabel("examples")
+        handles, names = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+        figure.savefig(path, dpi=150, format="png")
+    return figure
+
+
+def _reliability(upper: Axes, lower: Axes, bins: ReliabilityBins) -> None:
+    width, centres = bins.edges[1], (bins.edges[:-1] + bins.edges[1:]) / 2
+    filled = bins.count > 0
+    confidence, accuracy = bins.confidence[filled], bins.accuracy[filled]
+    upper.bar(centres[filled], accuracy, width, color=BLUE, edgecolor="white", label="accuracy")
+    # A bin of accuracy 0 has no bar; the point at its mean confidence still shows it.
+    upper.plot(confidence, accuracy, "o", color="black", markersize=4, clip_on=False, label="at mean confidence")
+    upper.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="perfectly calibrated")
+    upper.set(xlim=(0, 1), ylim=(0, 1))
+    lower.bar(centres[filled], bins.count[filled], width, color=GREY, edgecolor="white")
+    lower.set_xlabel("confidence")
+    lower.set_xticks(np.linspace(0, 1, 6))
+    lower.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    for axis in (upper, lower):
+        sns.despine(ax=axis)
+
+
+def plot_confidence(log_probs: Mapping[str, ArrayLike], labels: ArrayLike, path: str | PathLike[str]) -> Figure:
+    """Histograms of the confidence, right and wrong predictions stacked, with the mean confidence and the accuracy.
+
+    Arguments and errors are those of `plot_reliability`.
+    """
+    if not log_probs:
+        raise BlobError("there are no log-probabilities to plot; give one array or more by title")
+    with plot_style():
+        figure = Figure(figsize=(max(5.0, 4 * len(log_probs)), 4.0), layout="constrained", facecolor="white")
+        axes = figure.subplots(1, len(log_probs), sharex=True, sharey=True, squeeze=False)[0]
+        for axis, (name, scores) in zip(axes, log_probs.items(), strict=True):
+            values, targets = check_predictions(scores, labels)
+            confidence, correct = np.exp(values.max(axis=1)), values.argmax(axis=1) == targets
+            parts = [confidence[correct], confidence[~correct]]
+            edges = np.linspace(1 / values.shape[1], 1, 21)
+            axis.hist(
+                parts, bins=edges, stacked=True, color=[BLUE, ORANGE], edgecolor="white", label=["right", "wrong"]
+            )
+            axis.axvline(confidence.mean(), color="black", linewidth=1.2, label="mean confidence")
+            axis.axvline(correct.mean(), color="black", linewidth=1.2, linestyle="--", label="accuracy")
+            axis.set_title(textwrap.fill(name, 40))
+            axis.set_xlabel("confidence: largest probability")
+            axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+            sns.despine(ax=axis)
+        axes[0].set_ylabel("examples")
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        figure.savefig(path, dpi=150, format="png")
+    return figure
+
+
+def plot_rejection(curves: Mapping[str, RiskCoverage], path: str | PathLike[str]) -> Figure:
+    """Accuracy of what remains when the least certain inputs are rejected.
+
+    Args:
+        curves: Risk-coverage curves of the error (risk 1 where the prediction is wrong), by name of the score.
+        path: PNG to write.
+    """
+    with plot_style():
+        figure = Figure(figsize=(6.5, 4.8), layout="constrained", facecolor="white")
+        axis = figure.subplots()
+        for (name, curve), colour in zip(curves.items(), sns.color_palette("colorblind", len(curves)), strict=True):
+            look = {"color": GREY, "linestyle": ":"} if name == "oracle" else {"color": colour}
+            label = f"{name} (area {1 - curve.area:.3f})"
+            axis.plot(1 - curve.coverage, 1 - curve.risk, label=label, linewidth=1.4, **look)
+        axis.set_xlabel("share of the inputs rejected, least certain first")
+        axis.set_ylabel("accuracy of the rest")
+        axis.set_xlim(0, 1)
+        axis.set_ylim(top=1.01)
+        handles, labels = axis.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+        sns.despine(ax=axis)
+        figure.savefig(path, dpi=150, format="png")
+    return figure
+
+
+def plot_nll_curve(curve: NLLCurve, mean_nll: float, path: str | PathLike[str], unit: str = "example") -> Figure:
+    """NLL of the predictive over the number of samples, beside that of the posterior mean (N=0).
+
+    Args:
+        curve: From `nll_curve`.
+        mean_nll: NLL of the posterior mean, nats.
+        path: PNG to write.
+        unit: What the NLL is the mean over.
+    """
+    with plot_style():
+        figure = Figure(figsize=(6.5, 4.0), layout="constrained", facecolor="white")
+        axis = figure.subplots()
+        axis.plot(curve.samples, curve.nll, "o-", color=BLUE, markersize=4, label="average of n posterior samples")
+        if (curve.spread > 0).any():
+            band = curve.nll - curve.spread, curve.nll + curve.spread
+            axis.fill_between(curve.samples, *band, color=BLUE, alpha=0.2, linewidth=0, label="std over choices of n")
+        axis.axhline(mean_nll, color=ORANGE, linestyle="--", linewidth=1.4, label="posterior mean (N=0)")
+        axis.axvline(
+            curve.enough, color=GREY, linestyle=":", linewidth=1.2, label=f"within 1 % from n = {curve.enough}"
+        )
+        axis.set_xlabel("posterior samples n")
+        axis.set_ylabel(f"NLL [nats per {unit}]")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.legend(frameon=False, fontsize=9)
+        sns.despine(ax=axis)
+        figure.savefig(path, dpi=150, format="png")
+    return figure
+
+
+def plot_shift(
+    inside: Mapping[str, ArrayLike], outside: Mapping[str, ArrayLike], names: tuple[str, str], path: str | PathLike[str]
+) -> Figure:
+    """Histograms of an uncertainty in nats, of in- and of out-of-distribution inputs.
+
+    Args:
+        inside, outside: Entropies `(n,)` and `(m,)` by title.
+        names: What the two sets are called.
+        path: PNG to write.
+    """
+    with plot_style():
+        figure = Figure(figsize=(max(5.0, 4 * len(inside)), 3.8), layout="constrained", facecolor="white")
+        axes = figure.subplots(1, len(inside), sharey=True, squeeze=False)[0]
+        for axis, (title, values) in zip(axes, inside.items(), strict=True):
+            sets = np.asarray(values), np.asarray(outside[title])
+            edges = np.histogram_bin_edges(np.concatenate(sets), bins=25)
+            for one, name, colour in zip(sets, names, (BLUE, ORANGE), strict=True):
+                weights = np.full(len(one), 1 / len(one))
+                axis.hist(one, bins=edges, weights=weights, color=colour, alpha=0.55, label=f"{name} ({len(one)})")
+            axis.set_title(textwrap.fill(title, 40))
+            axis.set_xlabel("entropy of the predictive [nats]")
+            sns.despine(ax=axis)
+        axes[0].set_ylabel("share of the inputs")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+        figure.savefig(path, dpi=150, format="png")
+    return figure
