@@ -45,25 +45,30 @@ def user_errors() -> Iterator[None]:
 
 
 def parse_arguments(
-    types: Sequence[Any], demo: Mapping[str, Any], description: str, argv: Sequence[str] | None = None
+    types: Sequence[Any],
+    demo: Mapping[str, Any],
+    description: str,
+    argv: Sequence[str] | None = None,
+    pass_on: bool = False,
 ) -> tuple[Any, ...]:
     """Parse the command line, or a .json/.yaml file as the only argument, into dataclasses.
 
     Args:
         types: Argument dataclasses; one of them has a flag `demo`.
         demo: Defaults that take effect with `--demo` (anything given explicitly wins).
+        pass_on: Return the arguments that no dataclass knows as a list at the end, instead of refusing them.
 
     Raises:
         BlobError: A value or a configuration key that the dataclasses refuse.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(list(types), description=description)
+    parser = _Parser(list(types), description=description, allow_abbrev=not pass_on)
     try:
         if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
             argv = _as_argv(_read_config(argv[0]))
         if "--demo" in argv:
             parser.set_defaults(**demo)
-        return parser.parse_args_into_dataclasses(args=argv)
+        return parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=pass_on)
     except BlobError:
         raise
     except ValueError as error:

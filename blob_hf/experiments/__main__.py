@@ -1,12 +1,12 @@
-"""Run an experiment: `python -m blob_hf.experiments mean --blob ADAPTER --lora ADAPTER`, or `sampling`."""
+"""Run an experiment of the report: `python -m blob_hf.experiments {glue,sensitivity,mean,sampling} ...`."""
 
 import sys
 
 from blob_hf import cli
 from blob_hf.errors import BlobError
-from blob_hf.experiments import mean, sampling
+from blob_hf.experiments import glue, mean, sampling, sensitivity
 
-EXPERIMENTS = {"mean": mean.main, "sampling": sampling.main}
+EXPERIMENTS = {"glue": glue.main, "sensitivity": sensitivity.main, "mean": mean.main, "sampling": sampling.main}
 
 
 def main(argv: list[str] | None = None) -> None:

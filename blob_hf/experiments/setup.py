@@ -91,11 +91,7 @@ def start(args: ExperimentArguments, name: str, ignored: Sequence[str] = ()) -> 
         BlobError: The folder holds an experiment of other settings, or no adapters were given.
     """
     state = PartialState()
-    level = logging.INFO if state.is_main_process else logging.ERROR
-    logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr, level=logging.WARNING)
-    logging.getLogger("blob_hf").setLevel(level)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    setup_logging()
     folder = Path(args.output_dir or f"runs/experiment-{name}")
     settings = {key: value for key, value in vars(args).items() if key not in ("output_dir", *ignored)}
     cli.claim_folder(folder, {"experiment": name, **settings}, write=state.is_main_process)
@@ -110,6 +106,15 @@ def start(args: ExperimentArguments, name: str, ignored: Sequence[str] = ()) -> 
             "or use --demo"
         )
     return folder
+
+
+def setup_logging() -> None:
+    """Show the package's log on the main process, of the libraries only errors."""
+    level = logging.INFO if PartialState().is_main_process else logging.ERROR
+    logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.getLogger("blob_hf").setLevel(level)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def load_dialogues(args: ExperimentArguments) -> list[Dialogue]:

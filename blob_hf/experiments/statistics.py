@@ -121,3 +121,41 @@ def sizes_up_to(count: int) -> list[int]:
     """1, 2, 4, ... and the count itself."""
     sizes = [2**k for k in range(count.bit_length()) if 2**k < count]
     return [*sizes, count]
+
+
+# ----- over seeds -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample std (ddof = 1) over seeds; the std of one seed is NaN."""
+
+    mean: float
+    std: float
+    count: int
+
+    def show(self, scale: float = 1.0, digits: int = 2) -> str:
+        """`mean +- std`, without a std when there is one seed."""
+        std = "" if np.isnan(self.std) else f" +- {scale * self.std:.{digits}f}"
+        return f"{scale * self.mean:.{digits}f}{std}"
+
+    def distance(self, other: "Spread") -> float:
+        """self - other in units of their joint std, sqrt(std^2 + other.std^2); unknown stds count as 0."""
+        joint = np.sqrt(np.nan_to_num(self.std) ** 2 + np.nan_to_num(other.std) ** 2)
+        return float((self.mean - other.mean) / joint) if joint > 0 else float("nan")
+
+
+def spread(values: ArrayLike) -> Spread:
+    """Mean +- std over seeds."""
+    data = np.asarray(values, dtype=float)
+    return Spread(float(data.mean()), float(data.std(ddof=1)) if len(data) > 1 else float("nan"), len(data))
+
+
+def paired_interval(first: ArrayLike, second: ArrayLike) -> Interval:
+    """Mean over seeds of `first` - `second` with its 95 % t-interval; it is infinite for one seed."""
+    differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    mean = float(differences.mean())
+    if len(differences) < 2:
+        return Interval(mean, -np.inf, np.inf)
+    half = float(stats.t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / np.sqrt(len(differences)))
+    return Interval(mean, mean - half, mean + half)

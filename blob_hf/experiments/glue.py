@@ -1,0 +1,85 @@
+"""Experiment I: classifiers on the tasks of the paper, BLoB against LoRA, mean +- std over seeds.
+
+Every flag that is not listed here goes to run_glue_blob.py, `{task}` filled in; its defaults are the published setting.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blob_hf import cli
+from blob_hf.data.glue import TASKS
+from blob_hf.errors import BlobError
+from blob_hf.experiments import glue_report
+from blob_hf.experiments.grid import GridArguments, GridRun, check_passed_on, complete_runs
+from blob_hf.experiments.setup import setup_logging
+from blob_hf.training_args import METHODS
+
+
+@dataclass
+class GlueArguments(GridArguments):
+    """The grid: tasks x methods x seeds."""
+
+    tasks: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "Tasks."})
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Seeds of each task and method."})
+    methods: list[str] = field(
+        default_factory=lambda: ["blob", "lora"],
+        metadata={
+            "help": "blob, lora, or one of them with settings of run_glue_blob.py: blob:kl_schedule=elbo,beta=0.1"
+        },
+    )
+    output_dir: str = field(default="runs/experiment-glue", metadata={"help": "Folder of the runs and the report."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for task in self.tasks:
+            if task not in TASKS:
+                raise BlobError(f"--tasks must be among {', '.join(TASKS)}, got {task!r}")
+        self.check_distinct("tasks", "seeds", "methods")
+        for method in self.methods:
+            method_arguments(method)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Complete the runs, report on those that there are."""
+    args, rest = cli.parse_arguments((GlueArguments,), {}, __doc__ or "", argv, pass_on=True)
+    setup_logging()
+    folder = Path(args.output_dir)
+    check_passed_on(rest, ("task_name", "seed", "method"))
+    runs = {key: _run(folder, rest, *key) for key in _keys(args)}
+    cli.claim_folder(folder, {"experiment": "glue", "arguments": rest})
+    failed = complete_runs(list(runs.values()), "run_glue_blob", args)
+    glue_report.write(folder, {key: run.folder for key, run in runs.items() if run.is_complete}, rest)
+    if failed:
+        names = ", ".join(run.name for run in failed)
+        raise BlobError(f"{len(failed)} of {len(runs)} runs failed ({names}); the report has the others")
+
+
+def _keys(args: GlueArguments) -> list[tuple[str, str, int]]:
+    return [(task, method, seed) for task in args.tasks for method in args.methods for seed in args.seeds]
+
+
+def _run(folder: Path, rest: Sequence[str], task: str, method: str, seed: int) -> GridRun:
+    name = f"{task}/{re.sub(r'[^A-Za-z0-9.]+', '-', method)}/seed{seed}"
+    own = ("--task_name", task, "--seed", str(seed), *method_arguments(method))
+    passed = tuple(part.replace("{task}", task) for part in rest)
+    return GridRun(name, folder / "runs" / name, (*own, *passed))
+
+
+def method_arguments(method: str) -> tuple[str, ...]:
+    """Flags of `blob:kl_schedule=elbo,beta=0.1`.
+
+    Raises:
+        BlobError: Unknown method, or a setting without a value.
+    """
+    base, _, settings = method.partition(":")
+    if base not in METHODS:
+        raise BlobError(f"--methods must be among {', '.join(METHODS)}, with settings after a colon; got {method!r}")
+    flags = ["--method", base]
+    for setting in settings.split(",") if settings else []:
+        name, sign, value = setting.partition("=")
+        if not (name and sign and value):
+            raise BlobError(f"settings of a method are name=value with commas between, got {method!r}")
+        flags += [f"--{name}", value]
+    return tuple(flags)

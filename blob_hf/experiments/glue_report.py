@@ -1,0 +1,272 @@
+"""The report of experiment I: one table beside the published ones, paired comparisons, verdicts, plots."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from blob_hf import files
+from blob_hf.artifacts import CLASSIFICATION_METRICS, VERDICT_FILE
+from blob_hf.evaluation import MEAN_CURVE, rejection_curves
+from blob_hf.experiments.statistics import Spread, paired_interval, spread
+from blob_hf.history import FILE_NAME
+from blob_hf.metrics.selective import RiskCoverage
+from blob_hf.reporting.classification_plots import plot_rejection, plot_reliability
+from blob_hf.reporting.grid_plots import plot_methods
+from blob_hf.reporting.kl_plots import plot_trajectories
+from blob_hf.reporting.tables import MEAN
+
+Key = tuple[str, str, int]  # task, method, seed
+
+# Name, factor and digits of each metric in the tables; and whether more is better.
+SHOWN = {
+    "accuracy": ("ACC [%]", 100, 2, True),
+    "ece": ("ECE [%]", 100, 2, False),
+    "nll": ("NLL", 1, 3, False),
+    "brier": ("Brier", 1, 3, False),
+}
+DETECTION = ("mean_entropy_auroc", "entropy_auroc", "mutual_information_auroc", "entropy_aupr", "entropy_fpr95")
+
+
+def _published(*rows: tuple[str, str]) -> dict[str, dict[str, Spread]]:
+    tasks = ("rte", "mrpc", "wic", "cola", "boolq")
+    table: dict[str, dict[str, Spread]] = {task: {} for task in tasks}
+    for metric, values in rows:
+        scale = 100 if metric in ("accuracy", "ece") else 1
+        for task, cell in zip(tasks, values.split("|"), strict=True):
+            mean, std = (float(part) / scale for part in cell.split())
+            table[task][metric] = Spread(mean, std, 3)
+    return table
+
+
+# BLoB, N=10, RoBERTa-base, 5,000 steps, 3 seeds. [W] Wang et al. (2024); [K] the KTH re-implementation (2025).
+PUBLISHED = {
+    "K": _published(
+        ("accuracy", "75.81 1.81|87.66 1.44|67.19 2.10|83.32 0.72|78.92 0.29"),
+        ("ece", "10.97 2.45|5.03 1.67|13.02 1.21|3.68 1.14|2.67 0.66"),
+        ("nll", "0.56 0.05|0.32 0.02|0.69 0.01|0.37 0.01|0.46 0.01"),
+    ),
+    "W": _published(
+        ("accuracy", "75.45 0.51|88.73 0.35|64.26 1.00|80.89 0.24|75.49 1.60"),
+        ("ece", "8.97 0.98|3.30 0.19|13.03 0.85|7.83 0.27|2.90 0.12"),
+        ("nll", "0.48 0.01|0.26 0.00|0.67 0.01|0.46 0.01|0.51 0.01"),
+    ),
+}
+
+
+def write(folder: Path, runs: Mapping[Key, Path], arguments: Sequence[str]) -> None:
+    """Write report.md, results.csv and the plots of the complete runs, and print the report."""
+    if not runs:
+        return
+    results = read_results(runs)
+    files.write_text(folder / "results.csv", results.to_csv(index=False))
+    verdicts = _read_verdicts(runs)
+    detection = _read_detection(runs)
+    plots = draw(folder, runs, results)
+    parts = [
+        "# Experiment I: classifiers, mean +- std over seeds",
+        f"{len(runs)} runs of run_glue_blob.py {' '.join(arguments)}",
+        results_text(results),
+        comparisons_text(results),
+        *([f"## What the KL did\n\n{_table(verdicts)}"] if len(verdicts) else []),
+        *([f"## Out of distribution\n\n{_detection_text(detection)}"] if len(detection) else []),
+        "## Plots\n\nPooled over the seeds.\n\n" + "\n\n".join(f"![{Path(plot).stem}]({plot})" for plot in plots),
+    ]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    files.write_text(folder / "report.md", text)
+    print(text)
+    print(f"Everything is in {folder}")
+
+
+# ----- reading the runs -------------------------------------------------------------------------------------------
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_results(runs: Mapping[Key, Path]) -> pd.DataFrame:
+    """Rows of task, method, seed, N (posterior samples; 0 is the posterior mean) and the metrics."""
+    rows = []
+    for (task, method, seed), folder in runs.items():
+        found = _json(folder / "eval_results.json")
+        samples = int(found["eval_num_samples"])
+        for count, prefix in [(0, f"eval_{MEAN}"), *([(samples, "eval_")] if samples else [])]:
+            values = {name: found[prefix + name] for name in (*CLASSIFICATION_METRICS, "rejection_area")}
+            rows.append({"task": task, "method": method, "seed": seed, "N": count, **values})
+    return pd.DataFrame(rows)
+
+
+def _read_verdicts(runs: Mapping[Key, Path]) -> pd.DataFrame:
+    rows = []
+    for (task, method, seed), folder in runs.items():
+        if (folder / VERDICT_FILE).is_file():
+            found = _json(folder / VERDICT_FILE)
+            weights, prior = found["num_weights"], found["prior_std"]
+            rows.append(
+                {
+                    "task": task,
+                    "method": method,
+                    "seed": str(seed),
+                    "verdict": found["verdict"],
+                    "cycle M": f"{found['cycle_steps']}",
+                    "sum of pi_t": f"{found['total_weight']:.2f}",
+                    "KL per weight": f"{found['kl_start'] / weights:.2f} -> {found['kl_end'] / weights:.2f}",
+                    "std / prior": f"{found['std_start'] / prior:.3f} -> {found['std_end'] / prior:.3f}",
+                    "sample gap [%]": "-" if found["sample_gap"] is None else f"{100 * found['sample_gap']:.2f}",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _read_detection(runs: Mapping[Key, Path]) -> pd.DataFrame:
+    rows = []
+    for (task, method, seed), folder in runs.items():
+        for path in sorted(folder.glob("ood_*_results.json")):
+            name = path.name.removesuffix("_results.json")
+            found = {key.removeprefix(f"{name}_"): value for key, value in _json(path).items()}
+            values = {key: found.get(key, np.nan) for key in DETECTION}
+            rows.append({"task": task, "other": name.removeprefix("ood_"), "method": method, "seed": seed, **values})
+    return pd.DataFrame(rows)
+
+
+# ----- text -------------------------------------------------------------------------------------------------------
+
+
+def _table(rows: pd.DataFrame) -> str:
+    lines = [list(rows.columns), ["---"] * len(rows.columns), *rows.astype(str).to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _label(method: str, count: int) -> str:
+    return f"{method}, N={count}"
+
+
+def results_text(results: pd.DataFrame) -> str:
+    """One table: each task's methods with N=0 and N=S, then the published rows with our distance from them."""
+    rows = []
+    for task, part in results.groupby("task", sort=False):
+        ours: dict[str, dict[str, Spread]] = {}
+        for (method, count), group in part.groupby(["method", "N"], sort=False):
+            ours[_label(str(method), int(str(count)))] = {name: spread(group[name]) for name in SHOWN}
+        for label, cells in ours.items():
+            shown = [cells[name].show(scale, digits) for name, (_, scale, digits, _) in SHOWN.items()]
+            rows.append([str(task), label, str(next(iter(cells.values())).count), *shown])
+        best = (
+            _label("blob", int(part.loc[part["method"] == "blob", "N"].max())) if "blob" in set(part["method"]) else ""
+        )
+        for source, published in PUBLISHED.items():
+            cells = published[str(task)]
+            shown = []
+            for name, (_, scale, digits, _) in SHOWN.items():
+                if name not in cells:
+                    shown.append("-")
+                    continue
+                distance = ours[best][name].distance(cells[name]) if best else float("nan")
+                away = "" if np.isnan(distance) else f" ({distance:+.1f} std)"
+                shown.append(cells[name].show(scale, digits) + away)
+            rows.append([str(task), f"published blob, N=10 [{source}]", "3", *shown])
+    table = pd.DataFrame(rows, columns=["task", "method", "seeds", *(name for name, *_ in SHOWN.values())])
+    return (
+        _table(table)
+        + "\n\nStd over seeds with ddof = 1. In brackets: our blob (largest N) minus the published mean, in units of "
+        "sqrt(our std^2 + their std^2). The published setting is RoBERTa-base, 5,000 steps of batch 32."
+    )
+
+
+def comparisons_text(results: pd.DataFrame) -> str:
+    """Each method against plain LoRA, and each variant of BLoB against `blob`, seed by seed."""
+    methods = list(dict.fromkeys(results["method"]))
+    pairs = [(method, "lora") for method in methods if method != "lora" and "lora" in methods]
+    pairs += [(method, "blob") for method in methods if method.startswith("blob:") and "blob" in methods]
+    rows = []
+    for task in dict.fromkeys(results["task"]):
+        for method, other in pairs:
+            first, second = (_of(results, task, name) for name in (method, other))
+            seeds = first.index.intersection(second.index)
+            if len(seeds):
+                cells = []
+                for name, (_, scale, digits, more) in SHOWN.items():
+                    found = paired_interval(first.loc[seeds, name], second.loc[seeds, name])
+                    better = found.low > 0 if more else found.high < 0
+                    worse = found.high < 0 if more else found.low > 0
+                    word = " better" if better else " worse" if worse else ""
+                    low, high = (f"{scale * end:+.{digits}f}" for end in (found.low, found.high))
+                    cells.append(f"{scale * found.value:+.{digits}f} [{low}, {high}]{word}")
+                rows.append([task, f"{method} - {other}", str(len(seeds)), *cells])
+    if not rows:
+        return ""
+    table = pd.DataFrame(rows, columns=["task", "difference", "seeds", *(name for name, *_ in SHOWN.values())])
+    return (
+        "## Differences on the same seeds\n\n"
+        + _table(table)
+        + "\n\nMean with its 95 % t-interval over seeds, each method with its largest N; *better* or *worse* where the "
+        "interval is without 0. Few seeds make wide intervals."
+    )
+
+
+def _of(results: pd.DataFrame, task: str, method: str) -> pd.DataFrame:
+    """A method's rows with its largest N, by seed."""
+    part = results[(results["task"] == task) & (results["method"] == method)]
+    return part[part["N"] == part["N"].max()].set_index("seed")
+
+
+def _detection_text(detection: pd.DataFrame) -> str:
+    rows = []
+    for (task, other, method), group in detection.groupby(["task", "other", "method"], sort=False):
+        shown = [spread(group[key]).show(1, 3) if group[key].notna().all() else "-" for key in DETECTION]
+        rows.append([task, other, method, str(len(group)), *shown])
+    names = ("AUROC entropy, N=0", "AUROC entropy", "AUROC mutual information", "AUPR entropy", "FPR95 entropy")
+    table = pd.DataFrame(rows, columns=["task", "other data", "method", "seeds", *names])
+    return _table(table) + "\n\nThe other data is the positive class; N=S where no N is named (plain LoRA: N=0 alone)."
+
+
+# ----- plots ------------------------------------------------------------------------------------------------------
+
+
+def draw(folder: Path, runs: Mapping[Key, Path], results: pd.DataFrame) -> list[str]:
+    """Plots of the grid, as paths relative to its folder."""
+    target = folder / "plots"
+    target.mkdir(parents=True, exist_ok=True)
+    plot_methods(results, {name: label for name, (label, *_) in SHOWN.items()}, target / "methods.png")
+    plots = ["plots/methods.png"]
+    for task in dict.fromkeys(results["task"]):
+        scores, curves, labels = _pooled(runs, task)
+        plot_reliability(scores, labels, target / f"reliability_{task}.png")
+        plot_rejection(curves, target / f"accuracy_rejection_{task}.png")
+        plots += [f"plots/reliability_{task}.png", f"plots/accuracy_rejection_{task}.png"]
+        histories = {
+            f"{method}, seed {seed}": pd.read_csv(path / FILE_NAME)
+            for (one, method, seed), path in runs.items()
+            if one == task and (path / FILE_NAME).is_file() and seed == min(key[2] for key in runs)
+        }
+        if histories:
+            plot_trajectories(histories, target / f"kl_{task}.png")
+            plots.append(f"plots/kl_{task}.png")
+    return plots
+
+
+def _pooled(runs: Mapping[Key, Path], task: str) -> tuple[dict[str, np.ndarray], dict[str, RiskCoverage], np.ndarray]:
+    """Predictions of all seeds one after another: log-probabilities and rejection curves by method, and the labels.
+
+    Only seeds that every method has: one set of labels serves all.
+    """
+    methods = list(dict.fromkeys(method for one, method, _ in runs if one == task))
+    seeds = [seed for seed in dict.fromkeys(key[2] for key in runs) if all((task, m, seed) in runs for m in methods)]
+    scores: dict[str, np.ndarray] = {}
+    curves: dict[str, RiskCoverage] = {}
+    labels = np.zeros(0, dtype=int)
+    for method in methods:
+        tables = [pd.read_json(runs[task, method, s] / "validation_predictions.jsonl", lines=True) for s in seeds]
+        table = pd.concat(tables)
+        labels = table["label"].to_numpy()
+        mean, log_probs = (np.array(table[name].tolist()) for name in ("mean_log_probs", "log_probs"))
+        count = int(_json(runs[task, method, seeds[0]] / "eval_results.json")["eval_num_samples"])
+        shown = log_probs if count else mean
+        scores[_label(method, count)] = shown
+        found = rejection_curves(shown[:, None], shown, labels)
+        curves[_label(method, count)] = found[MEAN_CURVE]
+    return scores, curves, labels
