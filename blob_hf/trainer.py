@@ -2,12 +2,10 @@
 
 import json
 import logging
-from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -20,6 +18,7 @@ from blob_hf import files
 from blob_hf.callback import BlobCallback
 from blob_hf.checkpoints import CheckpointMixin, newest_complete
 from blob_hf.errors import BlobError, NonFiniteLossError
+from blob_hf.evaluation_loop import EvaluationMixin
 from blob_hf.generation import generate_mean, generate_predictive, generate_samples, pad_to
 from blob_hf.history import FILE_NAME, LOGGED, KLHistory
 from blob_hf.kl import KLDiagnosis, KLSchedule
@@ -27,7 +26,7 @@ from blob_hf.kl_target import TargetSchedule
 from blob_hf.model import BlobModel
 from blob_hf.optimizer import DecoupledKLStep
 from blob_hf.posterior import gaussian_layers, kl_divergence, mean_posterior_std
-from blob_hf.prediction import IGNORED_LABEL, TokenScores, predict_classes, score_targets
+from blob_hf.prediction import IGNORED_LABEL
 from blob_hf.reporting.model_card import write_model_card
 from blob_hf.reporting.run_summary import DataSource
 from blob_hf.reporting.summarize import last_evaluation, summarize
@@ -39,7 +38,7 @@ LOG_STATE = "log_state.json"
 INITIAL_STDS = "initial_stds.safetensors"
 
 
-class BlobTrainerMixin(CheckpointMixin):
+class BlobTrainerMixin(EvaluationMixin, CheckpointMixin):
     """Adds to a transformers trainer: NLL + pi_t * KL, the decoupled KL step, and Monte Carlo evaluation.
 
     Needs `BlobArguments` among its training arguments and, for `method="blob"`, a `BlobModel`.
@@ -61,8 +60,6 @@ class BlobTrainerMixin(CheckpointMixin):
         self.kl_schedule: KLSchedule | TargetSchedule = KLSchedule("none")
         self.kl_diagnosis: KLDiagnosis | None = None
         self.kl_figures: KLFigures | None = None
-        self.sample_gap: float | None = None  # of the last evaluation, see KLFigures
-        self.nll_by_samples: np.ndarray | None = None  # of the last evaluation of a language model
         self._initial_stds: dict[str, Tensor] = {}
         self._kl_of_step: tuple[int, Tensor, Tensor, float] | None = None
         self.add_callback(BlobCallback(self))
@@ -269,77 +266,6 @@ class BlobTrainerMixin(CheckpointMixin):
             summary = summarize(self, DataSource(dataset, dataset) if dataset else None, tasks, license=license)
             summary.results = last_evaluation(self)
             write_model_card(Path(self.args.output_dir), summary)
-
-    # ----- evaluation --------------------------------------------------------------------------------------------
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-        **kwargs: Any,
-    ) -> tuple[Any, Any, Tensor | None]:
-        """Predict with `eval_samples` posterior samples and with the posterior mean.
-
-        Returns:
-            (loss, predictions, labels). The predictions of a classifier are the fields of `ClassPrediction`, those
-            of a language model the fields of `TokenScores`, as a tuple: log-probabilities of the predictive first.
-        """
-        inputs = self._prepare_inputs(dict(inputs))
-        labels = inputs.get("labels")
-        num_samples, seed = self.num_eval_samples, self.args.eval_seed
-        drawing = num_samples, seed, self.args.posterior_batch_size or 1, self.args.antithetic
-        with self.compute_loss_context_manager():
-            if labels is None or labels.dim() == 1:
-                inputs.pop("labels", None)
-                classes = predict_classes(model, inputs, *drawing)
-                predictions = (classes.log_probs, classes.sample_log_probs, classes.mean_log_probs)
-                loss = None if labels is None else F.nll_loss(classes.log_probs, labels)
-            else:
-                targets = self._aligned_labels(inputs)
-                scores = score_targets(model, inputs, targets, *drawing)
-                predictions = tuple(getattr(scores, field.name) for field in fields(TokenScores))
-                labels = targets
-                loss = -scores.log_probs.sum() / (targets != IGNORED_LABEL).sum().clamp(min=1)
-        return loss, None if prediction_loss_only else predictions, labels
-
-    @property
-    def num_eval_samples(self) -> int:
-        """Posterior samples of an evaluation: `eval_samples`, 0 for a method without a posterior."""
-        return self.args.eval_samples if self.args.method == "blob" else 0
-
-    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """transformers' loop, with an exact loss: a sum over examples or tokens, divided by their number.
-
-        (The loop's own loss is the mean of batch means, in which a short last batch counts too much.) Adds `nll` of
-        the predictive, `mean_nll` of the posterior mean, and `sample_nll`, the mean of the samples' own, in nats.
-        """
-        metric_key_prefix = kwargs.get("metric_key_prefix", "eval")
-        kwargs["prediction_loss_only"] = False  # the predictions are small, and the exact loss needs them
-        self.gather_function = self.accelerator.gather_for_metrics  # Seq2SeqTrainer would keep the padding rows
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        predictions: Any = output.predictions
-        labels: Any = output.label_ids
-        if labels is None or predictions is None or output.metrics is None:
-            return output
-        count = (labels != IGNORED_LABEL).sum()
-        if labels.ndim == 1:
-            rows = range(len(labels))
-            nll, mean_nll = (-scores[rows, labels].sum() / count for scores in (predictions[0], predictions[2]))
-            sample_nll = -predictions[1][rows, :, labels].mean(axis=1).sum() / count
-        else:
-            kept = labels != IGNORED_LABEL
-            nll, mean_nll = (-scores[kept].sum() / count for scores in predictions[:2])
-            each = -predictions[2].sum(axis=0) / count
-            sample_nll = each.mean()
-            output.metrics[f"{metric_key_prefix}_nll_sample_std"] = float(each.std())
-            self.nll_by_samples = -predictions[3].sum(axis=0) / count
-        for name, value in (("loss", nll), ("nll", nll), ("mean_nll", mean_nll), ("sample_nll", sample_nll)):
-            output.metrics[f"{metric_key_prefix}_{name}"] = float(value)
-        if self.num_eval_samples > 1 and nll > 0 and (metric_key_prefix == "eval" or self.sample_gap is None):
-            self.sample_gap = float(sample_nll / nll - 1)
-        return output
 
 
 class BlobTrainer(BlobTrainerMixin, Trainer):

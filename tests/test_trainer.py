@@ -384,5 +384,5 @@ def test_bad_arguments(tmp_path, change, message):
 def test_history_file_is_plain_csv(tmp_path):
     trainer(tmp_path, max_steps=2).train()
     header, first, *_ = (tmp_path / "kl_history.csv").read_text().splitlines()
-    assert header == "step,nll,kl,kl_weight,kl_loss,elbo,posterior_std" and first.startswith("1,")
+    assert header == "step,nll,kl,kl_weight,kl_loss,elbo,posterior_std,lr_scale" and first.startswith("1,")
     assert json.loads(json.dumps(pd.read_csv(tmp_path / "kl_history.csv").to_dict("records")))[0]["step"] == 1
