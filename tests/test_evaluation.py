@@ -37,6 +37,9 @@ def test_classification_metrics_are_those_of_the_predictive_of_the_mean_and_of_e
         each = [calibration_metrics(samples[:, s], labels)[name] for s in range(4)]
         assert found[f"{name}_sample_std"] == pytest.approx(np.std(each))
     assert found["mutual_information"] == pytest.approx(mutual_information(samples).mean())
+    for key, scores in (("rejection_area", predictive), ("mean_rejection_area", mean)):
+        right = (scores.argmax(1) == labels)[np.argsort(-scores.max(1))]  # most certain first
+        assert found[key] == pytest.approx(np.mean([right[:n].mean() for n in range(1, 31)]))
 
 
 def test_padding_of_the_trainer_is_masked_before_decoding():
@@ -56,7 +59,7 @@ def test_summaries_are_scored_against_all_references():
     assert rows[1]["samples"] == ["early", "pays"] and rows[1]["sample_scores"]["rouge1"] == [1.0, 0.0]
     assert rows[0]["id"] == "a" and rows[0]["mean_summary"] == "anna leaves early"
     compute = rouge_compute_metrics(dialogues, Tokenizer())
-    repeated = SimpleNamespace(predictions=(None, None, None, mean.repeat(2, axis=0), None))  # a row per reference
+    repeated = SimpleNamespace(predictions=(None, None, None, None, mean.repeat(2, axis=0), None))  # a row per reference
     assert compute(repeated)["mean_rouge1"] == 1
 
 

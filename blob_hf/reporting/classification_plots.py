@@ -117,7 +117,9 @@ def plot_rejection(curves: Mapping[str, RiskCoverage], path: str | PathLike[str]
         axis.set_xlabel("share of the inputs rejected, least certain first")
         axis.set_ylabel("accuracy of the rest")
         axis.set_xlim(0, 1)
-        axis.set_ylim(top=1.01)
+        # the last few inputs jump between 0 and 1 and would set the scale
+        lowest = min(float((1 - curve.risk)[curve.coverage >= 0.05].min()) for curve in curves.values())
+        axis.set_ylim(max(0.0, lowest - 0.05), 1.01)
         handles, labels = axis.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
         sns.despine(ax=axis)
