@@ -151,8 +151,8 @@ def measure(
     for name, layer in gaussian_layers(model).items():
         with gathered([layer.weight, layer.rho]):
             std, mean = full_tensor(layer.std).float().cpu(), full_tensor(layer.weight).float().cpu()
-        moved += float(((std / start[name].float()).log().abs() > MOVED).sum())
-        ratios.append((std / mean.abs()).flatten())
+            moved += float(((std / start[name].float()).log().abs() > MOVED).sum())
+            ratios.append((std / mean.abs()).flatten())
     statistics = posterior_statistics(model, prior_std).total
     std_start = sum(float(std.double().sum()) for std in start.values()) / statistics.num_weights
     exposures = [row["kl_weight"] * row["lr_scale"] for row in history]

@@ -59,7 +59,8 @@ def test_summaries_are_scored_against_all_references():
     assert rows[1]["samples"] == ["early", "pays"] and rows[1]["sample_scores"]["rouge1"] == [1.0, 0.0]
     assert rows[0]["id"] == "a" and rows[0]["mean_summary"] == "anna leaves early"
     compute = rouge_compute_metrics(dialogues, Tokenizer())
-    repeated = SimpleNamespace(predictions=(None, None, None, None, mean.repeat(2, axis=0), None))  # a row per reference
+    rows_of_references = mean.repeat(2, axis=0)
+    repeated = SimpleNamespace(predictions=(None, None, None, None, rows_of_references, None))
     assert compute(repeated)["mean_rouge1"] == 1
 
 
