@@ -19,6 +19,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from blob_hf import adapter_files, files, hub
+from blob_hf.engines import gathered_adapter
 from blob_hf.errors import BlobError
 
 logger = logging.getLogger(__name__)
@@ -94,10 +95,24 @@ class CheckpointMixin(_Base):
         """transformers' `train`; `resume_from_checkpoint=True` takes the newest complete checkpoint.
 
         Raises:
-            BlobError: There is none, or the one that is named is damaged.
+            BlobError: There is none, the one that is named is damaged, or this engine cannot continue it.
         """
         self.resumed_from = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if self.resumed_from is not None:
+            self.check_resumable(Path(self.resumed_from))
         return super().train(self.resumed_from, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """transformers' `save_model`; also under FSDP with sharded states the adapter is gathered and written whole."""
+        super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            adapter = gathered_adapter(self.accelerator.unwrap_model(self.model))
+            if self.args.should_save:
+                self._save(output_dir or self.args.output_dir, state_dict=adapter)
+            self.accelerator.wait_for_everyone()
+
+    def check_resumable(self, folder: Path) -> None:
+        """For subclasses: refuse a checkpoint that this run cannot continue exactly."""
 
     def save_extra(self, folder: Path) -> None:
         """For subclasses: add files of their own to a checkpoint (called on every process)."""

@@ -124,7 +124,7 @@ _INT_OF_WIDTH = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def _random_bits(rows: Tensor, columns: int) -> Tensor:
     """Random bits for (rows, columns) signs, packed in int32 words: 1/32 of the memory and of the random numbers."""
     words = (columns + 31) // 32
-    return torch.empty(rows.shape[0], words, dtype=torch.int32, device=rows.device).random_(-(2**31), 2**31 - 1)
+    return torch.randint(-(2**31), 2**31, (rows.shape[0], words), dtype=torch.int32, device=rows.device)
 
 
 def _flip(x: Tensor, bits: Tensor) -> Tensor:

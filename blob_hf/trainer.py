@@ -17,6 +17,7 @@ from transformers.trainer_utils import unwrap_peft_model
 from blob_hf import files
 from blob_hf.callback import BlobCallback
 from blob_hf.checkpoints import CheckpointMixin, newest_complete
+from blob_hf.engines import check_deepspeed, decorrelate_noise, engine_of
 from blob_hf.errors import BlobError, NonFiniteLossError
 from blob_hf.evaluation_loop import EvaluationMixin
 from blob_hf.generation import generate_mean, generate_predictive, generate_samples, pad_to
@@ -82,6 +83,7 @@ class BlobTrainerMixin(EvaluationMixin, CheckpointMixin):
                 f"beta is the prior std: got {self.args.beta}, but the model was made with "
                 f"prior_std={self._posterior.blob_config.prior_std}; set one of them"
             )
+        check_deepspeed(self.args)
         if has_posterior and self.args.kl_gradient == "loss" and is_deepspeed_zero3_enabled():
             raise BlobError("kl_gradient='loss' cannot reach sharded parameters under ZeRO-3; use 'decoupled'")
 
@@ -128,7 +130,7 @@ class BlobTrainerMixin(EvaluationMixin, CheckpointMixin):
             nll = nll + self._nll(model, inputs, num_items_in_batch)[0]
         nll = nll / self.args.train_samples
         loss = nll + self._weighted_kl(nll) if self.args.method == "blob" else nll
-        if not torch.isfinite(loss):
+        if not self._all_finite(loss):
             raise NonFiniteLossError(self._non_finite(loss))
         return (loss, outputs) if return_outputs else loss
 
@@ -184,7 +186,16 @@ class BlobTrainerMixin(EvaluationMixin, CheckpointMixin):
         self.kl_history.add(step, nll, kl, weight, std, lr_scale)
         return weight * kl / getattr(self, "current_gradient_accumulation_steps", 1)
 
+    def _all_finite(self, loss: Tensor) -> bool:
+        """Whether the loss is finite on every process: all of them stop together, none waits for one that is gone."""
+        bad = (~torch.isfinite(loss.detach())).float()
+        if self.accelerator.num_processes > 1:
+            bad = self.accelerator.reduce(bad, reduction="sum")
+        return not bad.item()
+
     def _non_finite(self, loss: Tensor) -> str:
+        if torch.isfinite(loss):
+            loss = loss.new_tensor(float("nan"))  # another process has seen it
         checkpoint = newest_complete(self.args.output_dir)
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved yet"
         return (
@@ -206,8 +217,21 @@ class BlobTrainerMixin(EvaluationMixin, CheckpointMixin):
         if self.args.should_save:
             if self._initial_stds:
                 save_file(self._initial_stds, folder / INITIAL_STDS)
-            state = {"loss_since_last_log": loss, "last_logged_step": self._globalstep_last_logged}
+            state: dict[str, Any] = {"loss_since_last_log": loss, "last_logged_step": self._globalstep_last_logged}
+            state["engine"] = engine_of(self.accelerator)
             files.write_text(folder / LOG_STATE, json.dumps(state) + "\n")
+
+    def check_resumable(self, folder: Path) -> None:
+        """Refuse a checkpoint whose optimizer state this engine cannot read."""
+        if not (folder / LOG_STATE).is_file():
+            return
+        saved = json.loads((folder / LOG_STATE).read_text(encoding="utf-8")).get("engine")
+        engine = engine_of(self.accelerator)
+        if saved not in (None, engine):
+            raise BlobError(
+                f"{folder} was saved under {saved}, but this run is {engine}: optimizer states are not exchangeable; "
+                f"resume under {saved}, or continue from its adapter with --adapter_name_or_path {folder}"
+            )
 
     def resume_extra(self) -> None:
         """Take over what `save_extra` added to the checkpoint that is resumed from."""
@@ -215,6 +239,7 @@ class BlobTrainerMixin(EvaluationMixin, CheckpointMixin):
         self.kl_figures = self.sample_gap = None
         self._initial_stds = initial_stds(self.model)
         if self.resumed_from is None:
+            decorrelate_noise(self.args.seed, self.accelerator, self.model)
             return
         folder = Path(self.resumed_from)
         if (folder / INITIAL_STDS).is_file():

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+from blob_hf.engines import require_deepspeed
 from blob_hf.errors import BlobError
 from blob_hf.kl import KL_SCHEDULES
 
@@ -177,6 +178,7 @@ class BlobTrainingArguments(BlobArguments, TrainingArguments):
 
     def __post_init__(self) -> None:
         self._validate_blob()
+        require_deepspeed(self.deepspeed)
         super().__post_init__()
 
 
@@ -208,4 +210,5 @@ class BlobSeq2SeqTrainingArguments(BlobArguments, Seq2SeqTrainingArguments):
                 f"decoding={self.decoding!r} needs posterior samples, but method is {self.method!r} with eval_samples="
                 f"{self.eval_samples if self.method == 'blob' else 0}; use decoding='mean'"
             )
+        require_deepspeed(self.deepspeed)
         super().__post_init__()

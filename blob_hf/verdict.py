@@ -16,7 +16,7 @@ from blob_hf.layer import full_tensor, gathered, rho_from_std, std_from_rho
 from blob_hf.posterior import gaussian_layers, posterior_statistics
 
 MOVED = 0.05  # a std has moved when it changed by more than 5 %
-COLLAPSED = 0.05  # nats per weight: what a mean of 0 and a std at 3/4 of the prior's still have
+COLLAPSED = 0.05  # nats per weight: what a mean of 0 and a std at 78 % of the prior still have
 SMALL_STD = 0.01  # std / |mean|: below, a sample differs from the mean by less than 1 %
 AGREE = 0.001  # the samples' own NLL is less than 0.1 % above that of their average
 

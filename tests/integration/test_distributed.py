@@ -16,28 +16,48 @@ from blob_hf.checkpoints import damage, newest_complete
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
-# Shared noise with one seed per process would differ between ranks, so the noise is switched off (init_eps is tiny):
-# what is compared are the gradients, the KL and its step, which must not depend on the number of processes.
+# The noise is shared, by the rows of a batch and by all processes: training must not depend on how many there are.
 RUN = """
 import json, sys, torch
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification
 from blob_hf import BlobConfig, BlobTrainer, BlobTrainingArguments, get_blob_model
-out, per_device, config = sys.argv[1], int(sys.argv[2]), sys.argv[3] or None
-args = BlobTrainingArguments(
-    out, per_device_train_batch_size=per_device, per_device_eval_batch_size=3, max_steps=6, learning_rate=1e-2,
-    logging_steps=1, report_to="none", disable_tqdm=True, save_strategy="steps", save_steps=3, use_cpu=True,
-    kl_cycle_steps=3, eval_samples=3, deepspeed=config, dataloader_pin_memory=False, seed=7)
+out, per_device, engine, checkpoint, changes = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
+if engine == "fsdp2":
+    # accelerate offers FSDP for GPUs alone, but torch's FSDP2 itself runs on CPUs with gloo
+    import accelerate.state as state
+    torch.distributed.init_process_group("gloo")
+    prepare = state.PartialState._prepare_backend
+    def as_gpu(self, cpu=False, *a, **k):
+        backend, kind = prepare(self, cpu, *a, **k)
+        multi = state.DistributedType
+        return backend, multi.MULTI_GPU if kind == multi.MULTI_CPU else kind
+    state.PartialState._prepare_backend = as_gpu
+    state.PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    extra = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["BertLayer"], "state_dict_type": "SHARDED_STATE_DICT"}}
+else:
+    extra = {"deepspeed": engine or None}
+args = BlobTrainingArguments(**{**dict(
+    output_dir=out, per_device_train_batch_size=per_device, per_device_eval_batch_size=3, max_steps=6, seed=7,
+    learning_rate=1e-2, logging_steps=1, report_to="none", disable_tqdm=True, save_strategy="steps", save_steps=3,
+    use_cpu=True, kl_cycle_steps=3, eval_samples=3, dataloader_pin_memory=False), **extra, **json.loads(changes)})
 torch.manual_seed(0)
 model = BertForSequenceClassification(BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2,
     num_attention_heads=2, intermediate_size=32, max_position_embeddings=40, num_labels=3))
 model = get_blob_model(model, BlobConfig(target_modules=["query", "value", "classifier"], task_type="SEQ_CLS",
-    init_eps=1e-3, noise="shared"))
+    init_eps=0.3, noise="shared"))
+for name, parameter in model.named_parameters():
+    if ".lora_B." in name:
+        torch.nn.init.normal_(parameter, std=0.5)
 ids = torch.randint(4, 60, (24, 8), generator=torch.Generator().manual_seed(1))
 data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 0] % 3).tolist()})
 trainer = BlobTrainer(model=model, args=args, train_dataset=data, eval_dataset=data.select(range(13)))
-trainer.train(resume_from_checkpoint=sys.argv[4])
+trainer.train(resume_from_checkpoint=checkpoint)
+if engine == "fsdp2":
+    assert trainer.is_fsdp_enabled and type(next(trainer.model.parameters())).__name__ == "DTensor"
 metrics = trainer.evaluate()
+metrics["verdict"], metrics["share_moved"] = trainer.kl_verdict.name, trainer.kl_figures.share_moved
 trainer.save_model()
 if args.should_save:
     json.dump(metrics, open(f"{out}/metrics.json", "w"))
@@ -104,8 +124,8 @@ def execute(tmp_path, code, name, processes, *arguments):
     return out, json.loads((out / "metrics.json").read_text())
 
 
-def train(tmp_path, name, processes, per_device, config="", checkpoint=""):
-    out, metrics = execute(tmp_path, RUN, name, processes, per_device, config, checkpoint)
+def train(tmp_path, name, processes, per_device, engine="", checkpoint="", **changes):
+    out, metrics = execute(tmp_path, RUN, name, processes, per_device, engine, checkpoint, json.dumps(changes))
     files = ("adapter_model", "posterior_std")
     weights = {f"{file}:{k}": v for file in files for k, v in load_file(out / f"{file}.safetensors").items()}
     return weights, pd.read_csv(out / "kl_history.csv"), metrics
@@ -125,24 +145,34 @@ def single(tmp_path_factory):
     return train(tmp_path_factory.mktemp("single"), "out", 1, 8)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
-def test_two_processes_train_as_one(tmp_path, single, engine):
-    config = "" if engine == "ddp" else str(ROOT / "ds_configs" / f"{engine}.json")
-    if config:
-        pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    weights, history, metrics = train(tmp_path, engine, 2, 4, config)
-    expected_weights, expected_history, expected_metrics = single
+def is_the_same_training(found, expected):
+    weights, history, metrics = found
+    expected_weights, expected_history, expected_metrics = expected
     assert set(weights) == set(expected_weights)
     for name, value in expected_weights.items():
         assert weights[name].shape == value.shape
         # Adam divides by the root of tiny second moments, which magnifies float32 rounding; 6 steps of 1e-2
         assert (weights[name] - value).abs().max() < 2e-3, name
-    for column in ("step", "kl_weight", "kl", "nll", "posterior_std"):
+    for column in ("step", "kl_weight", "kl", "nll", "posterior_std", "lr_scale"):
         assert history[column].tolist() == pytest.approx(expected_history[column].tolist(), rel=2e-3), column
-    assert history["kl"].iloc[-1] < 0.95 * history["kl"].iloc[0]  # the KL step reached the parameters
     # 13 rows in batches of 3 over 2 processes: padded rows must not count twice
     for name in ("eval_nll", "eval_mean_nll", "eval_loss"):
         assert metrics[name] == pytest.approx(expected_metrics[name], rel=2e-3)
+    assert metrics["verdict"] == expected_metrics["verdict"]
+    assert metrics["share_moved"] == pytest.approx(expected_metrics["share_moved"], abs=0.02)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2"])
+def test_two_processes_train_as_one(tmp_path, single, engine):
+    config = engine
+    if "zero" in engine:
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+        config = str(ROOT / "ds_configs" / f"{engine}.json")
+    config = "" if engine == "ddp" else config
+    found = train(tmp_path, engine, 2, 4, config)
+    is_the_same_training(found, single)
+    weights, history, _ = found
+    assert history["kl"].iloc[-1] < 0.95 * history["kl"].iloc[0]  # the KL step reached the parameters
     # a checkpoint of two processes is complete, and a run resumed from it ends at the same bits
     checkpoint = newest_complete(tmp_path / engine)
     assert checkpoint.endswith("checkpoint-6") and damage(tmp_path / engine / "checkpoint-3") is None

@@ -1,0 +1,79 @@
+"""What differs between the engines that train on many processes: DDP, DeepSpeed ZeRO, FSDP."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from peft import PeftModel
+from torch import Tensor, nn
+
+from blob_hf.base_model import head_parameters
+from blob_hf.errors import BlobError
+from blob_hf.layer import full_tensor
+from blob_hf.posterior import gaussian_layers
+
+
+def engine_of(accelerator: Any) -> str:
+    """Name of the engine whose optimizer state a checkpoint has: `torch` (one process or DDP), `fsdp`, `zero-2 x 4`.
+
+    ZeRO's states are shards of one number of processes; FSDP's are resharded on loading.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"zero-{accelerator.state.deepspeed_plugin.zero_stage} x {accelerator.num_processes}"
+    return "fsdp" if accelerator.distributed_type == DistributedType.FSDP else "torch"
+
+
+def require_deepspeed(config: Any) -> None:
+    """Raise a BlobError when a DeepSpeed config is given, but cannot be used.
+
+    Raises:
+        BlobError: DeepSpeed is not installed, the config is not readable, or it brings an optimizer of its own.
+    """
+    if not config:
+        return
+    if importlib.util.find_spec("deepspeed") is None:
+        raise BlobError("--deepspeed needs DeepSpeed: pip install 'blob_hf[deepspeed]'")
+    if not isinstance(config, dict):
+        try:
+            config = json.loads(Path(config).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BlobError(f"cannot read the DeepSpeed config {config}: {' '.join(str(error).split())}") from error
+    if "optimizer" in config:
+        raise BlobError(
+            "the DeepSpeed config has an 'optimizer' section, whose steps would leave out the KL: remove the section "
+            "(the Trainer's optimizer is used under ZeRO, too)"
+        )
+
+
+def check_deepspeed(args: Any) -> None:
+    """Refuse a DeepSpeed config whose values contradict the training arguments (both would claim the batch size)."""
+    config = getattr(args, "hf_deepspeed_config", None)
+    mismatches = [line.removeprefix("- ") for line in getattr(config, "mismatches", [])]
+    if mismatches:
+        raise BlobError(
+            f"the DeepSpeed config contradicts the training arguments ({'; '.join(mismatches)}); set it to 'auto' there"
+        )
+
+
+def gathered_adapter(model: PeftModel) -> dict[str, Tensor]:
+    """The parameters that an adapter's files are made from, whole and on the CPU (a collective under FSDP2)."""
+    head = head_parameters(model)
+    return {
+        name: full_tensor(parameter.detach()).cpu()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or ".lora_" in name or name in head
+    }
+
+
+def decorrelate_noise(seed: int, accelerator: Any, model: nn.Module) -> None:
+    """Give each process noise of its own: with equal seeds the k-th rows of all processes would share theirs.
+
+    Noise that the batch is meant to share (`noise="shared"`) stays the same on all of them: N processes then train as
+    one process with the whole batch.
+    """
+    kinds = {layer.noise for layer in gaussian_layers(model).values()}
+    if accelerator.num_processes > 1 and "shared" not in kinds:
+        torch.manual_seed(seed + accelerator.process_index)
