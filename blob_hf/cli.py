@@ -5,7 +5,9 @@ import errno
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,17 +24,40 @@ from blob_hf.errors import BlobError, NonFiniteLossError
 from blob_hf.training_args import DEFINING
 
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)
+# What gloo and NCCL say when a process they talk to is gone
+_LOST_PEER = ("onnection closed by peer", "onnection reset by peer", "remote process exited", "Broken pipe")
+_GO_ON = "--resume_from_checkpoint true continues from the newest complete checkpoint"
 SETTINGS_FILE = "run_settings.json"
+
+
+def _stopped(signum: int, frame: Any) -> NoReturn:
+    """Launchers end the other processes of a run with SIGTERM when one has failed."""
+    print(f"error: stopped by the launcher, because another process failed or the job ended; {_GO_ON}", file=sys.stderr)
+    os._exit(128 + signum)  # not through exceptions: the process may be in the middle of a collective
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200]
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Print a user's mistake as one line on stderr (main process only) and exit with 2."""
+    """Print a user's mistake as one line on stderr (main process only) and exit with 2.
+
+    The same when another process of the run has died: then this one cannot go on, and its checkpoints can.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stopped)
     try:
         yield
     except BlobError as error:
         if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, NonFiniteLossError):  # one rank may see it alone
             print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not any(part in str(error) for part in _LOST_PEER):
+            raise
+        print(f"error: another process of this run has died ({_first_line(error)}); {_GO_ON}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:

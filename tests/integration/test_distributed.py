@@ -19,11 +19,14 @@ pytestmark = pytest.mark.slow
 
 # The noise is shared, by the rows of a batch and by all processes: training must not depend on how many there are.
 RUN = """
-import json, sys, torch
+import json, os, signal, sys, torch
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification
-from blob_hf import BlobConfig, BlobTrainer, BlobTrainingArguments, get_blob_model
+from blob_hf import BlobConfig, BlobTrainer, BlobTrainingArguments, cli, get_blob_model
+from blob_hf.posterior import gaussian_layers
 out, per_device, engine, checkpoint, changes = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
+changes = json.loads(changes)
+fault, quiet = changes.pop("fault", None), changes.pop("quiet", False)
 if engine == "fsdp2":
     # accelerate offers FSDP for GPUs alone, but torch's FSDP2 itself runs on CPUs with gloo
     import accelerate.state as state
@@ -42,19 +45,35 @@ else:
 args = BlobTrainingArguments(**{**dict(
     output_dir=out, per_device_train_batch_size=per_device, per_device_eval_batch_size=3, max_steps=6, seed=7,
     learning_rate=1e-2, logging_steps=1, report_to="none", disable_tqdm=True, save_strategy="steps", save_steps=3,
-    use_cpu=True, kl_cycle_steps=3, eval_samples=3, dataloader_pin_memory=False), **extra, **json.loads(changes)})
+    use_cpu=True, kl_cycle_steps=3, eval_samples=3, dataloader_pin_memory=False), **extra, **changes})
 torch.manual_seed(0)
 model = BertForSequenceClassification(BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2,
     num_attention_heads=2, intermediate_size=32, max_position_embeddings=40, num_labels=3))
 model = get_blob_model(model, BlobConfig(target_modules=["query", "value", "classifier"], task_type="SEQ_CLS",
     init_eps=0.3, noise="shared"))
+for layer in gaussian_layers(model).values():
+    layer.mean_only = quiet
 for name, parameter in model.named_parameters():
     if ".lora_B." in name:
         torch.nn.init.normal_(parameter, std=0.5)
 ids = torch.randint(4, 60, (24, 8), generator=torch.Generator().manual_seed(1))
 data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 0] % 3).tolist()})
 trainer = BlobTrainer(model=model, args=args, train_dataset=data, eval_dataset=data.select(range(13)))
-trainer.train(resume_from_checkpoint=checkpoint)
+if fault and trainer.accelerator.process_index == 1:
+    inner = trainer.compute_loss
+    nll = trainer._nll
+    def not_a_number(*args):
+        value, outputs = nll(*args)
+        return value * float("nan"), outputs
+    def faulty(model, inputs, *args, **kwargs):
+        if model.training and trainer.state.global_step == 4:
+            if fault == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            trainer._nll = not_a_number
+        return inner(model, inputs, *args, **kwargs)
+    trainer.compute_loss = faulty
+with cli.user_errors():
+    trainer.train(resume_from_checkpoint=checkpoint)
 if engine == "fsdp2":
     assert trainer.is_fsdp_enabled and type(next(trainer.model.parameters())).__name__ == "DTensor"
 metrics = trainer.evaluate()
@@ -102,7 +121,7 @@ trainer.accelerator.end_training()
 """
 
 
-def execute(tmp_path, code, name, processes, *arguments):
+def launch(tmp_path, code, name, processes, *arguments):
     script = tmp_path / "run.py"
     script.write_text(code)
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -117,13 +136,16 @@ def execute(tmp_path, code, name, processes, *arguments):
     ]
     if processes == 1:
         command = [sys.executable]
-    out = tmp_path / name
-    result = subprocess.run(
-        [*command, str(script), str(out), *map(str, arguments)],
-        env=environment, capture_output=True, text=True, timeout=400, check=False,
+    return subprocess.run(
+        [*command, str(script), str(tmp_path / name), *map(str, arguments)],
+        env=environment, capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip
+
+
+def execute(tmp_path, code, name, processes, *arguments):
+    result = launch(tmp_path, code, name, processes, *arguments)
     assert result.returncode == 0, result.stderr[-3000:]
-    return out, json.loads((out / "metrics.json").read_text())
+    return tmp_path / name, json.loads((tmp_path / name / "metrics.json").read_text())
 
 
 def train(tmp_path, name, processes, per_device, engine="", checkpoint="", **changes):
@@ -191,3 +213,29 @@ def test_two_processes_train_as_one(tmp_path, single, engine):
     again, history_again, _ = train(tmp_path, "again", 2, 4, config, tmp_path / engine / "checkpoint-3")
     assert all(torch.equal(again[name], value) for name, value in weights.items())
     assert history_again.equals(history)
+
+
+def test_accumulation_processes_and_batch_commute(tmp_path):
+    """24 rows a step: 1 x 24, 2 processes x 2 x 6, 2 x 3 x 4; without noise, which accumulated batches draw anew."""
+    quiet = {"quiet": True, "max_steps": 4}
+    expected = train(tmp_path, "one", 1, 24, **quiet)
+    for accumulation, per_device in ((2, 6), (3, 4)):
+        name = f"accumulated{accumulation}"
+        found = train(tmp_path, name, 2, per_device, gradient_accumulation_steps=accumulation, **quiet)
+        is_the_same_training(found, expected)
+
+
+@pytest.mark.parametrize("fault", ["kill", "nan"])
+def test_a_fault_of_one_process_ends_all_and_the_run_resumes(tmp_path, single, fault):
+    failed = launch(tmp_path, RUN, "run", 2, 4, "", "", json.dumps({"fault": fault}))
+    assert failed.returncode != 0
+    lines = [line for line in failed.stderr.splitlines() if "error: " in line and "blob" not in line]
+    if fault == "kill":
+        assert any("another process" in line and "--resume_from_checkpoint true" in line for line in lines), (
+            failed.stderr
+        )
+    else:  # both processes say so, and neither waits for the other
+        assert sum("the loss became nan at step 5" in line for line in lines) == 2, failed.stderr
+    assert newest_complete(tmp_path / "run").endswith("checkpoint-3")
+    found = train(tmp_path, "run", 2, 4, "", tmp_path / "run" / "checkpoint-3")
+    is_the_same_training(found, single)
