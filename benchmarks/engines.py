@@ -2,8 +2,8 @@
 
     python benchmarks/engines.py --layers 12 --hidden 1024
 
-Each engine is a fresh run of `--processes` processes with one thread each on the CPU (gloo); the memory is the resident set
-after the last step, when what an engine shards is sharded. The global batch is the same for all.
+Each engine is a fresh run of `--processes` processes with one thread each on the CPU (gloo); the memory is the resident
+set after the last step, when what an engine shards is sharded. The global batch is the same for all.
 """
 
 import argparse

@@ -10,9 +10,9 @@ import time
 
 import pandas as pd
 import pytest
+from running import run_experiment
 
 from blob_hf.experiments import setup
-from blob_hf.experiments.__main__ import main
 from blob_hf.experiments.setup import ExperimentArguments, Summarizers
 
 SMALL = ["--demo", "--num_dialogues", "3", "--max_new_tokens", "10"]
@@ -30,16 +30,8 @@ def sampling(folder, adapters, *more):
     return ["sampling", *SMALL, *adapters, "--num_samples", "4", "--output_dir", str(folder), *more]
 
 
-def run(arguments):
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as exit_:
-        return exit_.code
-    return 0
-
-
 def test_experiment_iii(tmp_path, adapters, capsys):
-    assert run(["mean", *SMALL, *adapters, "--output_dir", tmp_path, "--batch_size", "2"]) == 0
+    assert run_experiment(*["mean", *SMALL, *adapters, "--output_dir", tmp_path, "--batch_size", "2"]) == 0
     text = (tmp_path / "report.md").read_text()
     assert text in capsys.readouterr().out
     for part in ("| ROUGE-L |", "published BLoB", "0.409 +- 0.151", "paired t-test p", "paired bootstrap"):
@@ -51,7 +43,7 @@ def test_experiment_iii(tmp_path, adapters, capsys):
 
 
 def test_experiment_iv(tmp_path, adapters, capsys):
-    assert run(sampling(tmp_path, adapters)) == 0
+    assert run_experiment(*sampling(tmp_path, adapters)) == 0
     text = (tmp_path / "report.md").read_text()
     for part in ("max over references", "## Comparisons", "| weights |", "| interaction |", "| mbr |"):
         assert part in text
@@ -66,13 +58,13 @@ def test_experiment_iv(tmp_path, adapters, capsys):
     before = (tmp_path / "samples.jsonl").read_text()
     shutil.rmtree(tmp_path / "units" / "blob-sample-sampling")
     (tmp_path / "units" / "lora-sampling" / "00001.jsonl").unlink()
-    assert run(sampling(tmp_path, adapters)) == 0
+    assert run_experiment(*sampling(tmp_path, adapters)) == 0
     assert (tmp_path / "samples.jsonl").read_text() == before
 
 
 def test_other_settings_and_other_mistakes_are_one_line(tmp_path, adapters, capsys):
     arms = ["--arms", "lora-greedy"]
-    assert run(sampling(tmp_path, adapters, *arms)) == 0
+    assert run_experiment(*sampling(tmp_path, adapters, *arms)) == 0
     blob, lora = adapters[1], adapters[3]
     empty = tmp_path / "empty.jsonl"
     empty.write_text(json.dumps({"id": "1", "dialogue": " ", "summary": "x"}) + "\n")
@@ -89,12 +81,12 @@ def test_other_settings_and_other_mistakes_are_one_line(tmp_path, adapters, caps
         ([], "got nothing"),
     ):
         capsys.readouterr()
-        assert run(arguments) == 2
+        assert run_experiment(*arguments) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and message in error, error
     unit = tmp_path / "units" / "lora-greedy" / "00000.jsonl"
     unit.write_text('{"half')
-    assert run(sampling(tmp_path, adapters, *arms)) == 2
+    assert run_experiment(*sampling(tmp_path, adapters, *arms)) == 2
     assert f"{unit} is damaged; delete it" in capsys.readouterr().err
 
 

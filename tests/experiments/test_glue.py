@@ -6,12 +6,12 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from running import run_experiment
 from scipy import stats
 from scipy.special import log_softmax
 
 from blob_hf.artifacts import CLASSIFICATION_METRICS
 from blob_hf.experiments import glue_report, grid
-from blob_hf.experiments.__main__ import main
 from blob_hf.experiments.glue import method_arguments
 from blob_hf.experiments.grid import GridArguments, GridRun, complete_runs
 from blob_hf.experiments.statistics import paired_interval, spread
@@ -19,14 +19,6 @@ from blob_hf.history import COLUMNS
 from blob_hf.metrics import calibration_metrics
 
 SEEDS = (1, 2, 3)
-
-
-def run_experiment(*arguments):
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as exit_:
-        return exit_.code
-    return 0
 
 
 def finished_run(folder, method, seed):
@@ -229,3 +221,31 @@ def test_bad_input(tmp_path, script, monkeypatch, capsys, arguments, message):
 def test_method_arguments():
     assert method_arguments("lora") == ("--method", "lora")
     assert method_arguments("blob:beta=0.1") == ("--method", "blob", "--beta", "0.1")
+
+
+@pytest.mark.slow
+def test_the_experiment_with_the_real_script(tmp_path, capsys):
+    """Trains, reports, and the second time only reports."""
+    from blob_hf.data import demo
+
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 64), ("validation", 24)):
+        words = rng.choice(["yes", "no"], size=(count, 2))
+        rows = [{"sentence1": a, "sentence2": b, "label": int(a == b)} for a, b in words.tolist()]
+        (tmp_path / f"rte_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [
+        "glue", "--tasks", "rte", "--seeds", 1, 2, "--methods", "blob", "--output_dir", tmp_path / "out", "--jobs", 2,
+        "--launcher", sys.executable, "--model_name_or_path", demo.BACKBONE_DIR, "--max_steps", 4, "--use_cpu", "true",
+        "--train_file", tmp_path / "{task}_train.jsonl", "--validation_file", tmp_path / "{task}_validation.jsonl",
+        "--eval_samples", 3, "--kl_cycle_steps", 2, "--ood_file", f"other={tmp_path}/rte_train.jsonl",
+    ]  # fmt: skip
+    assert run_experiment(*arguments) == 0
+    text = capsys.readouterr().out
+    assert "| rte | blob, N=3 | 2 |" in text and "| rte | other | blob | 2 |" in text
+    found = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("runs/rte/blob/*/eval_results.json")]
+    mean, std = np.mean([one["eval_nll"] for one in found]), np.std([one["eval_nll"] for one in found], ddof=1)
+    assert f"{mean:.3f} +- {std:.3f}" in cells(text, "| rte | blob, N=3 ")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/runs/*/*/*/report.md")}
+    assert run_experiment(*arguments) == 0
+    assert capsys.readouterr().out == text and len(before) == 2
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/runs/*/*/*/report.md")} == before

@@ -5,9 +5,9 @@ import sys
 
 import pandas as pd
 import pytest
+from running import run_experiment
 
 from blob_hf.artifacts import VERDICT_FILE
-from blob_hf.experiments.__main__ import main
 from blob_hf.experiments.sensitivity import PUBLISHED
 
 VERDICT = {
@@ -16,14 +16,6 @@ VERDICT = {
     "kl_end": 2100.0, "prior_std": 0.2, "std_start": 0.002, "std_end": 0.03, "share_moved": 0.987, "std_to_mean": 0.4,
     "sample_gap": 0.01, "verdict": "healthy", "reason": "",
 }  # fmt: skip
-
-
-def run_experiment(*arguments):
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as exit_:
-        return exit_.code
-    return 0
 
 
 def finished_run(folder, gamma):
