@@ -121,7 +121,8 @@ def plot_rejection(curves: Mapping[str, RiskCoverage], path: str | PathLike[str]
         lowest = min(float((1 - curve.risk)[curve.coverage >= 0.05].min()) for curve in curves.values())
         axis.set_ylim(max(0.0, lowest - 0.05), 1.01)
         handles, labels = axis.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+        columns = 1 if max(map(len, labels)) > 45 else 2  # side by side, longer ones would be cut off
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
         sns.despine(ax=axis)
         figure.savefig(path, dpi=150, format="png")
     return figure
