@@ -37,7 +37,7 @@ class KLFigures:
         total_weight: Sum of pi_t.
         exposure: Sum of pi_t * lr_t / lr_0, which the decoupled KL step follows.
         std_by_kl_alone: Factor by which the KL steps alone, without any NLL, would have changed a typical std; None
-            where the KL goes through the optimizer.
+            where that says nothing: the KL goes through the optimizer, or the stds began at the prior's.
         mean_kl_loss, mean_elbo: Means over the steps of pi_t * KL and of NLL + KL, as the published tables have them.
         num_weights: Entries of A.
         kl_start, kl_end: KL(q || p), nats.
@@ -157,7 +157,7 @@ def measure(
     std_start = sum(float(std.double().sum()) for std in start.values()) / statistics.num_weights
     exposures = [row["kl_weight"] * row["lr_scale"] for row in history]
     alone = None
-    if kl_learning_rate is not None:
+    if kl_learning_rate is not None and abs(math.log(prior_std / std_start)) > 2 * MOVED:
         rates = [kl_learning_rate * exposure for exposure in exposures]
         alone = std_by_kl_alone(std_start, prior_std, parameterization, rates) / std_start
     return KLFigures(

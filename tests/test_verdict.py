@@ -80,6 +80,17 @@ def test_verdicts_of_synthetic_posteriors(mean, std, name):
     assert judge(synthetic(mean, std)[0]).name == name
 
 
+def test_a_posterior_that_began_at_the_prior_is_judged_by_the_exposure():
+    model = blob_bert()
+    for layer in gaussian_layers(model).values():
+        layer.set_std(torch.full_like(layer.weight, 0.2))
+    row = {"kl": 1.0, "kl_weight": 1.0, "kl_loss": 1.0, "elbo": 2.0, "lr_scale": 1.0}
+    found = measure(model, 0.2, "square", KLSchedule("uniform", 2), [row] * 3, initial_stds(model), 0.002)
+    assert found.std_by_kl_alone is None and judge(found).name != "not applied"
+    never = replace(found, exposure=0.0)
+    assert judge(never).name == "not applied"
+
+
 def test_stds_that_stayed_are_not_counted_as_moved():
     model = blob_bert()
     start = initial_stds(model)
