@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +57,36 @@ def test_a_batch_size_of_its_own_is_refused(tmp_path):
         else:
             with pytest.raises(BlobError, match="ds train_batch_size=7 vs hf .*=8"):
                 check_deepspeed(holder)
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_our_deepspeed_configs_follow_the_training_arguments(path, tmp_path):
+    deepspeed = pytest.importorskip("transformers.integrations.deepspeed")
+    require_deepspeed(str(path))
+    args = BlobTrainingArguments(
+        str(tmp_path), per_device_train_batch_size=3, gradient_accumulation_steps=5, max_grad_norm=0.7, use_cpu=True
+    )
+    config = deepspeed.HfTrainerDeepSpeedConfig(str(path))
+    config.trainer_config_process(args)
+    check_deepspeed(SimpleNamespace(hf_deepspeed_config=config))
+    assert config.get_value("train_batch_size") == 15 and config.get_value("gradient_clipping") == 0.7
+    assert config.get_value("zero_optimization.stage") == int(path.stem[4])
+    # DeepSpeed would replace the Trainer's optimizer, with its KL step, by its own when it offloads
+    assert not config.is_offload() or config.get_value("zero_force_ds_cpu_optimizer") is False
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_our_accelerate_configs_are_ones_that_accelerate_reads(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    expected = {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}.get(path.stem, "DEEPSPEED")
+    assert str(config.distributed_type).endswith(expected)
+    if expected == "DEEPSPEED":
+        assert (ROOT / config.deepspeed_config["deepspeed_config_file"]).is_file()
 
 
 # ----- processes --------------------------------------------------------------------------------------------------
