@@ -110,10 +110,8 @@ def main() -> None:
         limit = data_args.max_train_samples if split == "train" else data_args.max_eval_samples
         data.splits[split] = first_rows(data.splits[split], limit)
 
-    shifted = dict(
-        load_shifted(source, data, data_args.label_column)
-        for source in [*(data_args.ood_tasks or []), *(data_args.ood_file or [])]
-    )
+    others = [*(data_args.ood_tasks or []), *(data_args.ood_file or [])]
+    shifted = load_shifted(others, data, data_args.label_column)
 
     # ----- model -----
     set_seed(training_args.seed)

@@ -88,6 +88,23 @@ def load_classification(
 
 
 def load_shifted(
+    specifications: Sequence[str], data: ClassificationData, label_column: str = "label"
+) -> dict[str, ClassificationData]:
+    """Data from elsewhere by name, to see how a classifier takes it (see `load_one_shifted`).
+
+    Raises:
+        BlobError: Two have the same name, or as `load_one_shifted`.
+    """
+    found: dict[str, ClassificationData] = {}
+    for specification in specifications:
+        name, other = load_one_shifted(specification, data, label_column)
+        if name in found:
+            raise BlobError(f"two sets of shifted data are called {name!r}; name them: --ood_file {name}2=path")
+        found[name] = other
+    return found
+
+
+def load_one_shifted(
     specification: str, data: ClassificationData, label_column: str = "label"
 ) -> tuple[str, ClassificationData]:
     """Data from elsewhere, to see how a classifier takes it: a split `shifted`, with labels only if they mean the same.

@@ -128,25 +128,36 @@ def test_shifted_data_of_the_same_task_keeps_its_labels_and_other_tasks_do_not(t
     own = load_classification(files={"train": write(tmp_path / "train.jsonl")})
     shifted, other = write(tmp_path / "shifted.jsonl"), write(tmp_path / "other.jsonl", OTHERS)
     unlabelled = write(tmp_path / "plain.jsonl", [{"text": "hello"}])
-    name, data = glue.load_shifted(shifted, own)
+    name, data = glue.load_one_shifted(shifted, own)
     assert name == "shifted" and data.splits["shifted"]["label"] == [1, 0] and data.text_columns == own.text_columns
-    name, data = glue.load_shifted(f"noisy={shifted}", own)
+    name, data = glue.load_one_shifted(f"noisy={shifted}", own)
     assert name == "noisy" and "label" in data.splits["shifted"].column_names
-    name, data = glue.load_shifted(f"cola={other}", own)
+    name, data = glue.load_one_shifted(f"cola={other}", own)
     assert name == "cola" and data.splits["shifted"].column_names == ["sentence"] and data.text_columns == ("sentence",)
-    name, data = glue.load_shifted(unlabelled, own)
+    name, data = glue.load_one_shifted(unlabelled, own)
     assert name == "plain" and data.text_columns == ("text",) and "label" not in data.splits["shifted"].column_names
     assert tokenize_classification(data, Words(), 10)["shifted"].column_names == ["input_ids"]
     with pytest.raises(BlobError, match="label is outside the range: 2 in row 0 of shifted"):
-        glue.load_shifted(other, own)
+        glue.load_one_shifted(other, own)
     with pytest.raises(BlobError, match="--ood_tasks must be among rte, .*got 'mnli'"):
-        glue.load_shifted("mnli", own)
+        glue.load_one_shifted("mnli", own)
     with pytest.raises(BlobError, match=r"--ood_file nowhere.csv does not exist"):
-        glue.load_shifted("cola=nowhere.csv", own)
+        glue.load_one_shifted("cola=nowhere.csv", own)
 
 
 def test_shifted_hub_tasks_are_their_validation_splits(monkeypatch, tmp_path):
     rows = Dataset.from_list([{"sentence": "x", "label": 1}])
     monkeypatch.setattr(glue, "load_hub", lambda *args: DatasetDict(train=rows, validation=rows))
-    name, data = glue.load_shifted("cola", load_classification(files={"train": write(tmp_path / "train.jsonl")}))
+    name, data = glue.load_one_shifted("cola", load_classification(files={"train": write(tmp_path / "train.jsonl")}))
     assert name == "cola" and data.splits["shifted"].column_names == ["sentence"]
+
+
+def test_shifted_data_has_names_of_its_own(tmp_path):
+    own = load_classification(files={"train": write(tmp_path / "train.jsonl")})
+    paths = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        paths.append(write(tmp_path / folder / "validation.jsonl"))
+    with pytest.raises(BlobError, match="two sets of shifted data are called 'validation'"):
+        glue.load_shifted(paths, own)
+    assert list(glue.load_shifted([paths[0], f"other={paths[1]}"], own)) == ["validation", "other"]
