@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from conftest import TARGETS, random_ids, randomize_b, tiny_bert
+from torch._dynamo.testing import CompileCounterWithBackend
 from training import blob_bert, parameters
 from training import trainer as make_trainer
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
@@ -161,7 +162,7 @@ def test_auto_find_batch_size_halves_the_batch_and_plans_the_kl_anew(tmp_path, m
 @pytest.mark.parametrize("noise", NOISE_ESTIMATORS)
 def test_a_layer_compiles_without_graph_break_or_recompilation(noise):
     layer = next(iter(gaussian_layers(blob_bert(noise)).values())).train()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=counter)  # fullgraph: a graph break is an error
     for _ in range(3):
