@@ -2,8 +2,9 @@
 
     python benchmarks/engines.py --layers 12 --hidden 1024
 
-Each engine is a fresh run of `--processes` processes with one thread each on the CPU (gloo); the memory is the resident
-set after the last step, when what an engine shards is sharded. The global batch is the same for all.
+Each engine is a fresh run of `--processes` processes with one thread each on the CPU (gloo); the parameters are
+those that a process holds after the last step. The resident set on a CPU also has what the allocator keeps of gathered
+parameters. The global batch is the same for all.
 """
 
 import argparse
@@ -59,7 +60,11 @@ def worker(args):
     steps = [b - a for a, b in zip(meter.times[2:-1], meter.times[3:], strict=True)]
     found = {"seconds": sorted(steps)[len(steps) // 2], "memory": meter.memory}
     base = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    Path(args.out, f"{training_args.process_index}.json").write_text(json.dumps({**found, "parameters": base}))
+    # what a process keeps between steps: under ZeRO-3 its shard, the parameter itself is then empty
+    held = sum(p.nbytes + (p.ds_tensor.nbytes if hasattr(p, "ds_tensor") else 0) for p in model.parameters())
+    Path(args.out, f"{training_args.process_index}.json").write_text(
+        json.dumps({**found, "parameters": base, "held": held})
+    )
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
@@ -88,15 +93,17 @@ def main():
     args = parser.parse_args()
     if args.worker:
         return worker(args)
-    print("| engine | processes | seconds per step | speed against one | memory per process (MiB) |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    print("| engine | processes | seconds per step | speed against one | parameters held (MiB) | resident set (MiB) |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
     alone = None
     for engine, processes in [("one process", 1), *((engine, args.processes) for engine in args.engines)]:
         rows = measure(args, engine, processes)
         seconds = max(row["seconds"] for row in rows)
         alone = alone or seconds
         memory = max(row["memory"] for row in rows) / 2**20
-        print(f"| {engine} | {processes} | {seconds:.2f} | {alone / seconds:.2f}x | {memory:.0f} |", flush=True)
+        held = max(row["held"] for row in rows) / 2**20
+        speed = f"{seconds:.2f} | {alone / seconds:.2f}x"
+        print(f"| {engine} | {processes} | {speed} | {held:.0f} | {memory:.0f} |", flush=True)
     print(f"{rows[0]['parameters'] / 1e6:.0f} million parameters in float32, global batch {GLOBAL_BATCH} x 64 tokens")
 
 
