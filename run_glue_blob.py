@@ -145,6 +145,7 @@ def main() -> None:
     )
 
     if search_args.hp_search:
+        runs.require_split(tokenized, "validation")
         search(trainer, search_args)
         return
 

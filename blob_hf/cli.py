@@ -32,8 +32,12 @@ SETTINGS_FILE = "run_settings.json"
 
 def _stopped(signum: int, frame: Any) -> NoReturn:
     """Launchers end the other processes of a run with SIGTERM when one has failed."""
-    print(f"error: stopped by the launcher, because another process failed or the job ended; {_GO_ON}", file=sys.stderr)
+    _say(f"stopped by the launcher, because another process failed or the job ended; {_GO_ON}")
     os._exit(128 + signum)  # not through exceptions: the process may be in the middle of a collective
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"error: {message}\n")  # in one write: processes that fail together share the terminal
 
 
 def _first_line(error: Exception) -> str:
@@ -52,20 +56,18 @@ def user_errors() -> Iterator[None]:
         yield
     except BlobError as error:
         if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, NonFiniteLossError):  # one rank may see it alone
-            print(f"error: {error}", file=sys.stderr)
+            _say(str(error))
         sys.exit(2)
     except RuntimeError as error:
         if not any(part in str(error) for part in _LOST_PEER):
             raise
-        print(f"error: another process of this run has died ({_first_line(error)}); {_GO_ON}", file=sys.stderr)
+        _say(f"another process of this run has died ({_first_line(error)}); {_GO_ON}")
         sys.exit(2)
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:
             raise
         where = f" to {error.filename}" if error.filename else ""
-        print(
-            f"error: cannot write{where} ({error.strerror}); choose another --output_dir or make room", file=sys.stderr
-        )
+        _say(f"cannot write{where} ({error.strerror}); choose another --output_dir or make room")
         sys.exit(2)
 
 

@@ -2,16 +2,16 @@
 
 import importlib.util
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from transformers import TrainingArguments
+
 from blob_hf import files
 from blob_hf.errors import BlobError
-
-logger = logging.getLogger(__name__)
 
 BACKENDS = {"optuna": "optuna", "ray": "ray[tune]"}
 BEST_FILE = "best_run.json"
@@ -139,16 +139,18 @@ def check_backend(args: SearchArguments) -> None:
         raise BlobError("--hp_storage is Optuna's; give --hp_search optuna")
 
 
-def search(trainer: Any, args: SearchArguments) -> dict[str, Any]:
+def search(trainer: Any, args: SearchArguments) -> dict[str, Any] | None:
     """Search for the lowest NLL of the predictive on the evaluation set, and write best_run.json.
 
     Args:
         trainer: A `BlobTrainer` made with `model_init`, so that every trial starts from a fresh model.
 
     Returns:
-        run_id, eval_nll and hyperparameters of the best trial.
+        run_id, eval_nll and hyperparameters of the best trial; None on the processes that do not lead the search.
     """
     space = parse_space(args.hp_space, trainer.args)
+    if args.hp_search == "ray":
+        trainer.args.__class__ = _importable(type(trainer.args))
     own: dict[str, Any] = {}
     if args.hp_storage:
         own = {"storage": args.hp_storage, "study_name": Path(trainer.args.output_dir).name, "load_if_exists": True}
@@ -161,9 +163,17 @@ def search(trainer: Any, args: SearchArguments) -> dict[str, Any]:
         backend=args.hp_search,
         **own,
     )
-    found = {"run_id": best.run_id, "eval_nll": best.objective, "hyperparameters": best.hyperparameters}
-    if trainer.args.should_save:
+    found = None
+    if best is not None:
+        found = {"run_id": best.run_id, "eval_nll": best.objective, "hyperparameters": best.hyperparameters}
         files.write_text(Path(trainer.args.output_dir) / BEST_FILE, json.dumps(found, indent=2) + "\n")
         flags = " ".join(f"--{name} {value}" for name, value in best.hyperparameters.items())
         print(f"lowest validation NLL {best.objective:.4f} of {args.hp_trials} trials; train with {flags}")
+    PartialState().wait_for_everyone()
+    trainer.accelerator.end_training()
     return found
+
+
+def _importable(kind: type) -> type:
+    """The training arguments' class that Ray's workers know: they cannot import one of the script that was started."""
+    return next(base for base in kind.__mro__ if base.__module__ != "__main__" and issubclass(base, TrainingArguments))

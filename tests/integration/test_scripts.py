@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from peft import AutoPeftModel, AutoPeftModelForSeq2SeqLM
 from safetensors.torch import load_file
 
-from blob_hf import BlobModel
+from blob_hf import BlobModel, runs
 from blob_hf.data import demo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,18 +138,24 @@ def test_a_search_finds_the_best_of_its_trials(monkeypatch, tmp_path, capsys):
     storage = f"sqlite:///{tmp_path}/search.db"
     options = [*QUICK_GLUE, "--max_steps", "2", "--hp_search", "optuna", "--hp_trials", "3", "--hp_storage", storage]
     space = ["--hp_space", "beta=0.05:0.5:log", "kl_cycle_steps=1:2", "kl_schedule=geometric,uniform"]
+    made, make_model = [], runs.make_model
+    monkeypatch.setattr(runs, "make_model", lambda *args: made.append(make_model(*args)) or made[-1])
     assert run(monkeypatch, GLUE, *options, *space, "--output_dir", tmp_path / "search") == 0
     best = read(tmp_path / "search" / "best_run.json")
     study = optuna.load_study(study_name="search", storage=storage)
     assert len(study.trials) == 3 and best["eval_nll"] == min(trial.value for trial in study.trials)
+    priors = [model.blob_config.prior_std for model in made[-3:]]  # before them is the Trainer's first model
+    assert priors == [trial.params["beta"] for trial in study.trials] and len(set(priors)) == 3
     assert best["hyperparameters"] == study.best_params and "train with --beta" in capsys.readouterr().out
     for bad, message in (
         (["--hp_search", "optuna"], "needs --hp_space"),
         (["--hp_search", "optuna", "--hp_space", "colour=1:2"], "'colour' is no training argument"),
         (["--hp_search", "optuna", "--hp_space", "beta=0:1:log"], "write name=low:high"),
         (["--hp_storage", "sqlite:///x.db"], "--hp_storage is Optuna's"),
+        (["--hp_trials", "0"], "--hp_trials must be >= 1, got 0"),
+        (["--hp_search", "optuna", "--hp_space", "beta=1:2", "--validation_file", ""], "there is no validation split"),
     ):
-        assert run(monkeypatch, GLUE, *QUICK_GLUE, *bad, "--output_dir", tmp_path / "bad") == 2
+        assert run(monkeypatch, GLUE, *QUICK_GLUE, *bad, "--output_dir", tmp_path / message) == 2
         assert message in capsys.readouterr().err
 
 
