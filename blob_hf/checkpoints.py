@@ -19,7 +19,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from blob_hf import adapter_files, files, hub
-from blob_hf.engines import gathered_adapter
+from blob_hf.engines import fsdp_limits, gathered_adapter
 from blob_hf.errors import BlobError
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,8 @@ class CheckpointMixin(_Base):
         self.resumed_from = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if self.resumed_from is not None:
             self.check_resumable(Path(self.resumed_from))
-        return super().train(self.resumed_from, *args, **kwargs)
+        with fsdp_limits():
+            return super().train(self.resumed_from, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """transformers' `save_model`; also under FSDP with sharded states the adapter is gathered and written whole."""

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,11 @@ from blob_hf.base_model import head_parameters
 from blob_hf.errors import BlobError
 from blob_hf.layer import full_tensor
 from blob_hf.posterior import gaussian_layers
+
+OWN_OPTIMIZER = (
+    "the DeepSpeed config has an 'optimizer' section, whose steps would leave out the KL: remove the section (the "
+    "Trainer's optimizer is used under ZeRO, too)"
+)
 
 
 def engine_of(accelerator: Any) -> str:
@@ -42,10 +49,7 @@ def require_deepspeed(config: Any) -> None:
         except (OSError, ValueError) as error:
             raise BlobError(f"cannot read the DeepSpeed config {config}: {' '.join(str(error).split())}") from error
     if "optimizer" in config:
-        raise BlobError(
-            "the DeepSpeed config has an 'optimizer' section, whose steps would leave out the KL: remove the section "
-            "(the Trainer's optimizer is used under ZeRO, too)"
-        )
+        raise BlobError(OWN_OPTIMIZER)
 
 
 def check_deepspeed(args: Any) -> None:
@@ -56,6 +60,27 @@ def check_deepspeed(args: Any) -> None:
         raise BlobError(
             f"the DeepSpeed config contradicts the training arguments ({'; '.join(mismatches)}); set it to 'auto' there"
         )
+
+
+# What FSDP2 cannot do, by a part of its own message
+_FSDP_LIMITS = {
+    "already managed by another FSDP group": "FSDP2 cannot shard the tied embeddings of this model (BART and T5 have "
+    "them): use --deepspeed ds_configs/zero3.json",
+    "model and optimizer must be passed together": "FSDP2 can evaluate only what it has trained in the same run: leave "
+    "out --compare_base, and evaluate a saved adapter in one process, under DDP or ZeRO-3",
+}
+
+
+@contextmanager
+def fsdp_limits() -> Iterator[None]:
+    """Inside the block the limits of FSDP2 are errors that say what to do."""
+    try:
+        yield
+    except ValueError as error:
+        for part, advice in _FSDP_LIMITS.items():
+            if part in str(error):
+                raise BlobError(advice) from error
+        raise
 
 
 def gathered_adapter(model: PeftModel) -> dict[str, Tensor]:

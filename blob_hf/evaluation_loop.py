@@ -1,5 +1,6 @@
 """The trainers' evaluation: predictions with posterior samples and with the posterior mean, and exact losses."""
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer
 
+from blob_hf.engines import fsdp_limits
 from blob_hf.prediction import IGNORED_LABEL, TokenScores, predict_classes, score_targets
 
 if TYPE_CHECKING:
@@ -29,8 +31,7 @@ class EvaluationMixin(_Base):
     sample_gap: float | None = None
     nll_by_samples: np.ndarray | None = None
 
-    def _aligned_labels(self, inputs: dict[str, Any]) -> Tensor:
-        raise NotImplementedError
+    _aligned_labels: Callable[[dict[str, Any]], Tensor]  # of the trainer
 
     def prediction_step(
         self,
@@ -78,7 +79,8 @@ class EvaluationMixin(_Base):
         metric_key_prefix = kwargs.get("metric_key_prefix", "eval")
         kwargs["prediction_loss_only"] = False  # the predictions are small, and the exact loss needs them
         self.gather_function = self.accelerator.gather_for_metrics  # Seq2SeqTrainer would keep the padding rows
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        with fsdp_limits():
+            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         predictions: Any = output.predictions
         labels: Any = output.label_ids
         if labels is None or predictions is None or output.metrics is None:

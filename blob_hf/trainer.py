@@ -17,7 +17,7 @@ from transformers.trainer_utils import unwrap_peft_model
 from blob_hf import files
 from blob_hf.callback import BlobCallback
 from blob_hf.checkpoints import CheckpointMixin, newest_complete
-from blob_hf.engines import check_deepspeed, decorrelate_noise, engine_of
+from blob_hf.engines import OWN_OPTIMIZER, check_deepspeed, decorrelate_noise, engine_of
 from blob_hf.errors import BlobError, NonFiniteLossError
 from blob_hf.evaluation_loop import EvaluationMixin
 from blob_hf.generation import generate_mean, generate_predictive, generate_samples, pad_to
@@ -93,16 +93,19 @@ class BlobTrainerMixin(EvaluationMixin, CheckpointMixin):
 
     # ----- training ----------------------------------------------------------------------------------------------
 
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """transformers' `call_model_init`; sets a trial's arguments first: the prior std is part of the model."""
+        if trial is not None:
+            self._hp_search_setup(trial)
+        return super().call_model_init(trial)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
         bare = getattr(optimizer, "optimizer", optimizer)  # of a second call to train()
         if self.args.method != "blob" or (self._kl_step is not None and self._kl_step.optimizer is bare):
             return optimizer
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise BlobError(
-                "the decoupled KL step needs a torch optimizer, but the DeepSpeed config has an 'optimizer' section "
-                "of its own: remove that section (the Trainer's optimizer is used under ZeRO, too)"
-            )
+            raise BlobError(OWN_OPTIMIZER)  # a config that the launcher brought
         config = self._posterior.blob_config
         rate = self.args.kl_learning_rate if self.args.kl_gradient == "decoupled" else 0.0
         self._kl_step = DecoupledKLStep(optimizer, self.model, config.prior_std, config.std_parameterization, rate)

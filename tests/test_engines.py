@@ -15,7 +15,7 @@ from training import trainer as make_trainer
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from blob_hf import BlobConfig, BlobTrainingArguments, get_blob_model
-from blob_hf.engines import check_deepspeed, decorrelate_noise, engine_of, require_deepspeed
+from blob_hf.engines import check_deepspeed, decorrelate_noise, engine_of, fsdp_limits, require_deepspeed
 from blob_hf.errors import BlobError, NonFiniteLossError
 from blob_hf.kl import kl_cycle_length
 from blob_hf.layer import NOISE_ESTIMATORS
@@ -154,6 +154,17 @@ def test_auto_find_batch_size_halves_the_batch_and_plans_the_kl_anew(tmp_path, m
     assert [row["step"] for row in run.kl_history.rows] == [1, 2, 3]
     groups = run._kl_step.optimizer.param_groups
     assert [group.get("blob_role") for group in groups].count("mean") == 1
+
+
+def test_the_limits_of_fsdp2_say_what_to_do():
+    """The messages are torch's and accelerate's own, met with a tied BART and with an evaluation before training."""
+    tied = "Parameter 'shared.weight' is shared with a parameter already managed by another FSDP group. For shared/tied"
+    early = "When using FSDP2, a model and optimizer must be passed together to `Accelerator.prepare()` as the"
+    for message, advice in ((tied, "use --deepspeed ds_configs/zero3.json"), (early, "leave out --compare_base")):
+        with pytest.raises(BlobError, match=advice), fsdp_limits():
+            raise ValueError(message)
+    with pytest.raises(ValueError, match="^another$"), fsdp_limits():
+        raise ValueError("another")
 
 
 # ----- torch.compile ----------------------------------------------------------------------------------------------

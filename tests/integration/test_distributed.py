@@ -179,7 +179,7 @@ def single(tmp_path_factory):
     return train(tmp_path_factory.mktemp("single"), "out", 1, 8)
 
 
-def is_the_same_training(found, expected):
+def assert_the_same_training(found, expected):
     weights, history, metrics = found
     expected_weights, expected_history, expected_metrics = expected
     assert set(weights) == set(expected_weights)
@@ -204,7 +204,7 @@ def test_two_processes_train_as_one(tmp_path, single, engine):
         config = str(ROOT / "ds_configs" / f"{engine}.json")
     config = "" if engine == "ddp" else config
     found = train(tmp_path, engine, 2, 4, config)
-    is_the_same_training(found, single)
+    assert_the_same_training(found, single)
     weights, history, _ = found
     assert history["kl"].iloc[-1] < 0.95 * history["kl"].iloc[0]  # the KL step reached the parameters
     # a checkpoint of two processes is complete, and a run resumed from it ends at the same bits
@@ -222,7 +222,7 @@ def test_accumulation_processes_and_batch_commute(tmp_path):
     for accumulation, per_device in ((2, 6), (3, 4)):
         name = f"accumulated{accumulation}"
         found = train(tmp_path, name, 2, per_device, gradient_accumulation_steps=accumulation, **quiet)
-        is_the_same_training(found, expected)
+        assert_the_same_training(found, expected)
 
 
 @pytest.mark.parametrize("fault", ["kill", "nan"])
@@ -235,7 +235,29 @@ def test_a_fault_of_one_process_ends_all_and_the_run_resumes(tmp_path, single, f
             failed.stderr
         )
     else:  # both processes say so, and neither waits for the other
-        assert sum("the loss became nan at step 5" in line for line in lines) == 2, failed.stderr
+        assert failed.stderr.count("the loss became nan at step 5") == 2, failed.stderr
     assert newest_complete(tmp_path / "run").endswith("checkpoint-3")
     found = train(tmp_path, "run", 2, 4, "", tmp_path / "run" / "checkpoint-3")
-    is_the_same_training(found, single)
+    assert_the_same_training(found, single)
+
+
+def test_a_search_on_two_processes(tmp_path):
+    """One process leads the search, both train its trials, and both end well."""
+    pytest.importorskip("optuna", reason="optuna is not installed")
+    arguments = "--demo --max_steps 2 --eval_samples 2 --max_eval_samples 20 --use_cpu true --save_strategy no"
+    space = "--hp_search optuna --hp_trials 2 --hp_space beta=0.05:0.5:log"
+    code = "import runpy, sys\nsys.argv.insert(1, '--output_dir')\n"
+    code += f"runpy.run_path({str(ROOT / 'run_glue_blob.py')!r}, run_name='__main__')"
+    found = launch(tmp_path, code, "search", 2, *arguments.split(), *space.split())
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert found.stdout.count("lowest validation NLL") == 1
+    assert "beta" in json.loads((tmp_path / "search" / "best_run.json").read_text())["hyperparameters"]
+
+
+def test_the_target_schedule_is_the_same_on_two_processes(tmp_path):
+    """Its weight comes from the posterior, of which each process has a shard under ZeRO-3."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    changes = {"kl_schedule": "target", "kl_target_nats_per_weight": 0.5, "kl_cycle_steps": 2}
+    expected = train(tmp_path, "one", 1, 8, **changes)
+    assert expected[1]["kl_weight"].iloc[0] > 0
+    assert_the_same_training(train(tmp_path, "two", 2, 4, str(ROOT / "ds_configs" / "zero3.json"), **changes), expected)
