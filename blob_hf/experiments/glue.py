@@ -12,7 +12,7 @@ from blob_hf import cli
 from blob_hf.data.glue import TASKS
 from blob_hf.errors import BlobError
 from blob_hf.experiments import glue_report
-from blob_hf.experiments.grid import GridArguments, GridRun, check_passed_on, complete_runs
+from blob_hf.experiments.grid import GridArguments, GridRun, check_passed_on, complete_runs, refuse_failed
 from blob_hf.experiments.setup import setup_logging
 from blob_hf.training_args import METHODS
 
@@ -51,9 +51,7 @@ def main(argv: Sequence[str]) -> None:
     cli.claim_folder(folder, {"experiment": "glue", "arguments": rest})
     failed = complete_runs(list(runs.values()), "run_glue_blob", args)
     glue_report.write(folder, {key: run.folder for key, run in runs.items() if run.is_complete}, rest)
-    if failed:
-        names = ", ".join(run.name for run in failed)
-        raise BlobError(f"{len(failed)} of {len(runs)} runs failed ({names}); the report has the others")
+    refuse_failed(failed, len(runs))
 
 
 def _keys(args: GlueArguments) -> list[tuple[str, str, int]]:

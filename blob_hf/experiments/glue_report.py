@@ -17,7 +17,7 @@ from blob_hf.metrics.selective import RiskCoverage
 from blob_hf.reporting.classification_plots import plot_rejection, plot_reliability
 from blob_hf.reporting.grid_plots import plot_methods
 from blob_hf.reporting.kl_plots import plot_trajectories
-from blob_hf.reporting.tables import MEAN
+from blob_hf.reporting.tables import MEAN, text_table
 
 Key = tuple[str, str, int]  # task, method, seed
 
@@ -71,7 +71,7 @@ def write(folder: Path, runs: Mapping[Key, Path], arguments: Sequence[str]) -> N
         f"{len(runs)} runs of run_glue_blob.py {' '.join(arguments)}",
         results_text(results),
         comparisons_text(results),
-        *([f"## What the KL did\n\n{_table(verdicts)}"] if len(verdicts) else []),
+        *([f"## What the KL did\n\n{_text(verdicts)}"] if len(verdicts) else []),
         *([f"## Out of distribution\n\n{_detection_text(detection)}"] if len(detection) else []),
         "## Plots\n\nPooled over the seeds.\n\n" + "\n\n".join(f"![{Path(plot).stem}]({plot})" for plot in plots),
     ]
@@ -136,9 +136,8 @@ def _read_detection(runs: Mapping[Key, Path]) -> pd.DataFrame:
 # ----- text -------------------------------------------------------------------------------------------------------
 
 
-def _table(rows: pd.DataFrame) -> str:
-    lines = [list(rows.columns), ["---"] * len(rows.columns), *rows.astype(str).to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+def _text(table: pd.DataFrame) -> str:
+    return text_table(list(table.columns), table.astype(str).to_numpy().tolist())
 
 
 def _label(method: str, count: int) -> str:
@@ -171,7 +170,7 @@ def results_text(results: pd.DataFrame) -> str:
             rows.append([str(task), f"published blob, N=10 [{source}]", "3", *shown])
     table = pd.DataFrame(rows, columns=["task", "method", "seeds", *(name for name, *_ in SHOWN.values())])
     return (
-        _table(table)
+        _text(table)
         + "\n\nStd over seeds with ddof = 1. In brackets: our blob (largest N) minus the published mean, in units of "
         "sqrt(our std^2 + their std^2). The published setting is RoBERTa-base, 5,000 steps of batch 32."
     )
@@ -202,7 +201,7 @@ def comparisons_text(results: pd.DataFrame) -> str:
     table = pd.DataFrame(rows, columns=["task", "difference", "seeds", *(name for name, *_ in SHOWN.values())])
     return (
         "## Differences on the same seeds\n\n"
-        + _table(table)
+        + _text(table)
         + "\n\nMean with its 95 % t-interval over seeds, each method with its largest N; *better* or *worse* where the "
         "interval is without 0. Few seeds make wide intervals."
     )
@@ -221,7 +220,7 @@ def _detection_text(detection: pd.DataFrame) -> str:
         rows.append([task, other, method, str(len(group)), *shown])
     names = ("AUROC entropy, N=0", "AUROC entropy", "AUROC mutual information", "AUPR entropy", "FPR95 entropy")
     table = pd.DataFrame(rows, columns=["task", "other data", "method", "seeds", *names])
-    return _table(table) + "\n\nThe other data is the positive class; N=S where no N is named (plain LoRA: N=0 alone)."
+    return _text(table) + "\n\nThe other data is the positive class; N=S where no N is named (plain LoRA: N=0 alone)."
 
 
 # ----- plots ------------------------------------------------------------------------------------------------------
@@ -235,14 +234,15 @@ def draw(folder: Path, runs: Mapping[Key, Path], results: pd.DataFrame) -> list[
     plots = ["plots/methods.png"]
     for task in dict.fromkeys(results["task"]):
         scores, curves, labels = _pooled(runs, task)
-        plot_reliability(scores, labels, target / f"reliability_{task}.png")
-        plot_rejection(curves, target / f"accuracy_rejection_{task}.png")
-        plots += [f"plots/reliability_{task}.png", f"plots/accuracy_rejection_{task}.png"]
-        histories = {
-            f"{method}, seed {seed}": pd.read_csv(path / FILE_NAME)
-            for (one, method, seed), path in runs.items()
-            if one == task and (path / FILE_NAME).is_file() and seed == min(key[2] for key in runs)
-        }
+        if scores:
+            plot_reliability(scores, labels, target / f"reliability_{task}.png")
+            plot_rejection(curves, target / f"accuracy_rejection_{task}.png")
+            plots += [f"plots/reliability_{task}.png", f"plots/accuracy_rejection_{task}.png"]
+        shown: dict[str, tuple[int, Path]] = {}  # of each method its first seed
+        for (one, method, seed), path in runs.items():
+            if one == task and (path / FILE_NAME).is_file():
+                shown.setdefault(method, (seed, path))
+        histories = {f"{method}, seed {s}": pd.read_csv(path / FILE_NAME) for method, (s, path) in shown.items()}
         if histories:
             plot_trajectories(histories, target / f"kl_{task}.png")
             plots.append(f"plots/kl_{task}.png")
@@ -252,14 +252,14 @@ def draw(folder: Path, runs: Mapping[Key, Path], results: pd.DataFrame) -> list[
 def _pooled(runs: Mapping[Key, Path], task: str) -> tuple[dict[str, np.ndarray], dict[str, RiskCoverage], np.ndarray]:
     """Predictions of all seeds one after another: log-probabilities and rejection curves by method, and the labels.
 
-    Only seeds that every method has: one set of labels serves all.
+    Only seeds that every method has, since one set of labels serves all; nothing where there is no such seed.
     """
     methods = list(dict.fromkeys(method for one, method, _ in runs if one == task))
     seeds = [seed for seed in dict.fromkeys(key[2] for key in runs) if all((task, m, seed) in runs for m in methods)]
     scores: dict[str, np.ndarray] = {}
     curves: dict[str, RiskCoverage] = {}
     labels = np.zeros(0, dtype=int)
-    for method in methods:
+    for method in methods if seeds else []:
         tables = [pd.read_json(runs[task, method, s] / "validation_predictions.jsonl", lines=True) for s in seeds]
         table = pd.concat(tables)
         labels = table["label"].to_numpy()

@@ -95,8 +95,10 @@ def complete_runs(runs: Sequence[GridRun], script: str, args: GridArguments) -> 
         The runs that failed; the last line of their run.log has been logged.
 
     Raises:
-        BlobError: The experiment itself was started as several processes.
+        BlobError: The experiment itself was started as several processes, or two runs have the same folder.
     """
+    if len({run.folder for run in runs}) < len(runs):
+        raise BlobError("two runs of the grid would share a folder; write their settings so that their names differ")
     if PartialState().num_processes > 1:
         raise BlobError("start this experiment as one process; --launcher says how each of its runs is started")
     todo = [run for run in runs if not run.is_complete]
@@ -112,6 +114,13 @@ def complete_runs(runs: Sequence[GridRun], script: str, args: GridArguments) -> 
 
         succeeded = list(pool.map(one, todo))
     return [run for run, good in zip(todo, succeeded, strict=True) if not good]
+
+
+def refuse_failed(failed: Sequence[GridRun], count: int) -> None:
+    """Raise a BlobError that names the failed runs of `count`, if there are any."""
+    if failed:
+        names = ", ".join(run.name for run in failed)
+        raise BlobError(f"{len(failed)} of {count} runs failed ({names}); the report has the others")
 
 
 def command(run: GridRun, path: str, launcher: str | None) -> list[str]:

@@ -15,11 +15,11 @@ import seaborn as sns
 
 from blob_hf import cli, files
 from blob_hf.artifacts import VERDICT_FILE
-from blob_hf.errors import BlobError
-from blob_hf.experiments.grid import GridArguments, GridRun, check_passed_on, complete_runs
+from blob_hf.experiments.grid import GridArguments, GridRun, check_passed_on, complete_runs, refuse_failed
 from blob_hf.experiments.setup import setup_logging
 from blob_hf.history import FILE_NAME
 from blob_hf.reporting.kl_plots import plot_trajectories
+from blob_hf.reporting.tables import text_table
 
 Key = tuple[float, float]  # beta, gamma
 
@@ -64,9 +64,7 @@ def main(argv: Sequence[str]) -> None:
     cli.claim_folder(folder, {"experiment": "sensitivity", "arguments": rest})
     failed = complete_runs(list(runs.values()), "run_summarization_blob", args)
     _report(folder, {key: run.folder for key, run in runs.items() if run.is_complete}, rest)
-    if failed:
-        names = ", ".join(run.name for run in failed)
-        raise BlobError(f"{len(failed)} of {len(runs)} runs failed ({names}); the report has the others")
+    refuse_failed(failed, len(runs))
 
 
 def _run(folder: Path, rest: Sequence[str], beta: float, gamma: float) -> GridRun:
@@ -135,11 +133,6 @@ def _text(table: pd.DataFrame, arguments: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _kl_table(table: pd.DataFrame) -> str:
     head = (
         "beta", "gamma", "verdict", "cycle M", "cycles", "sum of pi_t", "times lr shape", "KL start", "KL end",
@@ -154,7 +147,7 @@ def _kl_table(table: pd.DataFrame) -> str:
         ]
         for row in table.to_dict("records")
     ]  # fmt: skip
-    return _markdown(head, rows)
+    return text_table(head, rows)
 
 
 def _results_table(table: pd.DataFrame) -> str:
@@ -170,7 +163,7 @@ def _results_table(table: pd.DataFrame) -> str:
         nlls = [f"{row[name]:.4f}" for name in ("mean_nll", "nll", "sample_nll")]
         rows.append([f"{row['beta']:g}", f"{row['gamma']:g}", *cells, *nlls])
     head = ("beta", "gamma", "KL loss", "ELBO", "ROUGE-1", "ROUGE-2", "ROUGE-L", "NLL, N=0", "NLL", "NLL of a sample")
-    return _markdown(head, rows)
+    return text_table(head, rows)
 
 
 def _styles(keys: Sequence[Key]) -> dict[str, dict[str, Any]]:

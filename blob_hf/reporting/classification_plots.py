@@ -16,7 +16,7 @@ from blob_hf.errors import BlobError
 from blob_hf.metrics.calibration import ReliabilityBins, check_predictions, ece, reliability_bins
 from blob_hf.metrics.samples import NLLCurve
 from blob_hf.metrics.selective import RiskCoverage
-from blob_hf.reporting.plots import BLUE, GREY, ORANGE, plot_style
+from blob_hf.reporting.plots import BLUE, GREY, ORANGE, legend_below, plot_style
 
 
 def plot_reliability(
@@ -46,8 +46,7 @@ def plot_reliability(
             upper.set_title(f"{textwrap.fill(name, 40)}\nECE = {100 * ece(scores, labels, num_bins):.1f} %")
         axes[0, 0].set_ylabel("accuracy in bin")
         axes[1, 0].set_ylabel("examples")
-        handles, names = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+        legend_below(figure, axes[0, 0], 3)
         figure.savefig(path, dpi=150, format="png")
     return figure
 
@@ -94,8 +93,7 @@ def plot_confidence(log_probs: Mapping[str, ArrayLike], labels: ArrayLike, path:
             axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
             sns.despine(ax=axis)
         axes[0].set_ylabel("examples")
-        handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        legend_below(figure, axes[0], 4)
         figure.savefig(path, dpi=150, format="png")
     return figure
 
@@ -120,9 +118,7 @@ def plot_rejection(curves: Mapping[str, RiskCoverage], path: str | PathLike[str]
         # the last few inputs jump between 0 and 1 and would set the scale
         lowest = min(float((1 - curve.risk)[curve.coverage >= 0.05].min()) for curve in curves.values())
         axis.set_ylim(max(0.0, lowest - 0.05), 1.01)
-        handles, labels = axis.get_legend_handles_labels()
-        columns = 1 if max(map(len, labels)) > 45 else 2  # side by side, longer ones would be cut off
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+        legend_below(figure, axis, 2)
         sns.despine(ax=axis)
         figure.savefig(path, dpi=150, format="png")
     return figure
@@ -180,7 +176,6 @@ def plot_shift(
             axis.set_xlabel("entropy of the predictive [nats]")
             sns.despine(ax=axis)
         axes[0].set_ylabel("share of the inputs")
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+        legend_below(figure, axes[0], 2)
         figure.savefig(path, dpi=150, format="png")
     return figure

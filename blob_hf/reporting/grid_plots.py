@@ -8,7 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from blob_hf.reporting.plots import plot_style
+from blob_hf.reporting.plots import legend_below, plot_style
 
 
 def plot_methods(results: pd.DataFrame, metrics: Mapping[str, str], path: str | PathLike[str]) -> Figure:
@@ -38,7 +38,6 @@ def plot_methods(results: pd.DataFrame, metrics: Mapping[str, str], path: str | 
             axis.set_xticks(range(len(tasks)), tasks)
             axis.set_ylabel(label.replace("[%]", "").strip())
             sns.despine(ax=axis)
-        handles, labels = axes.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3), frameon=False)
+        legend_below(figure, axes.flat[0], 3)
         figure.savefig(path, dpi=150, format="png")
     return figure

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from blob_hf.errors import BlobError
 from blob_hf.posterior import LayerStatistics
-from blob_hf.reporting.plots import BLUE, GREEN, GREY, ORANGE, plot_style
+from blob_hf.reporting.plots import BLUE, GREEN, GREY, ORANGE, legend_below, plot_style
 
 _SMALLEST = 1e-12  # pi_t below this is drawn here: the geometric schedule falls to 0 and a log axis has none
 _KL_COLUMNS = ("step", "kl", "kl_weight", "posterior_std")
@@ -163,7 +163,6 @@ def plot_trajectories(
         for axis in axes[1]:
             axis.set_xlabel("optimizer step")
         axes[0, 1].set_title("below $10^{-12}$ drawn at $10^{-12}$", loc="right", color=GREY, fontsize=9)
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+        legend_below(figure, axes[0, 0], 3)
         figure.savefig(path, dpi=150, format="png")
     return figure

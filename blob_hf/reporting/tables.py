@@ -1,6 +1,6 @@
 """The table at the end of a run: posterior mean (N=0) beside N posterior samples."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -45,6 +45,11 @@ def to_markdown(table: pd.DataFrame) -> str:
     for name, values in zip(table.index, table.to_numpy(), strict=True):
         lines.append(row([str(name), *("-" if pd.isna(value) else f"{value:.4f}" for value in values)]))
     return "\n".join(lines)
+
+
+def text_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells that are text already, as a GitHub Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
 
 
 def settings_table(settings: Mapping[str, Any]) -> str:

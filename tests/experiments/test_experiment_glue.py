@@ -11,6 +11,7 @@ from scipy import stats
 from scipy.special import log_softmax
 
 from blob_hf.artifacts import CLASSIFICATION_METRICS
+from blob_hf.errors import BlobError
 from blob_hf.experiments import glue_report, grid
 from blob_hf.experiments.glue import method_arguments
 from blob_hf.experiments.grid import GridArguments, GridRun, complete_runs
@@ -116,6 +117,16 @@ def test_the_report_has_verdicts_detection_and_plots(tmp_path, runs):
         assert f"plots/{name}.png" in text and (tmp_path / "plots" / f"{name}.png").stat().st_size > 0
 
 
+def test_a_report_without_a_seed_that_all_methods_have(tmp_path, runs):
+    """Some runs failed: the tables have the others, and pooled plots, which need the same inputs, are left out."""
+    kept = {("mrpc", "blob", 1), ("mrpc", "lora", 2), ("rte", "blob", 2), ("rte", "lora", 2)}
+    glue_report.write(tmp_path, {key: folder for key, folder in runs.items() if key in kept}, [])
+    text = (tmp_path / "report.md").read_text()
+    assert cells(text, "| mrpc | blob, N=10 ")[2] == "1" and "| mrpc | blob - lora" not in text
+    assert "reliability_mrpc" not in text and "reliability_rte" in text
+    assert "kl_mrpc" in text and "kl_rte" in text
+
+
 def test_one_seed_has_no_std(tmp_path, runs):
     glue_report.write(tmp_path, {key: folder for key, folder in runs.items() if key[2] == 1}, [])
     text = (tmp_path / "report.md").read_text()
@@ -169,6 +180,12 @@ def test_complete_runs_are_reused_and_failed_ones_are_told(tmp_path, script, cap
     assert complete_runs(runs, "any", args) == [runs[1]]
     assert calls(runs[0]) == [["--seed", "1", "--output_dir", str(tmp_path / "1")]] and len(calls(runs[1])) == 2
     assert (tmp_path / "2" / "run.log").read_text().count("$ ") == 2
+
+
+def test_runs_that_would_share_a_folder_are_refused(tmp_path):
+    runs = [GridRun(name, tmp_path / "same", ()) for name in ("a", "b")]
+    with pytest.raises(BlobError, match="two runs of the grid would share a folder"):
+        complete_runs(runs, "any", GridArguments())
 
 
 def test_interrupted_runs_resume_and_launchers_know_the_name(tmp_path, script, monkeypatch):
