@@ -42,6 +42,12 @@ def test_perfect_useless_and_inverted_scores():
     assert same["auroc"] == 0.5 and same["aupr"] == pytest.approx(0.6) and same["fpr95"] == 1.0
 
 
+def test_fpr95_is_at_95_percent_and_at_no_other():
+    """In alternating scores the flagged shares of both sets are equal at every threshold."""
+    numbers = np.arange(100.0)
+    assert detection_metrics(numbers + 0.5, numbers)["fpr95"] == pytest.approx(0.95)
+
+
 def test_strangeness_of_samples_and_of_one_network():
     rng = np.random.default_rng(0)
     values = log_softmax(3 * rng.normal(size=(7, 5, 3)), axis=-1)
