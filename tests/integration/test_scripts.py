@@ -147,15 +147,16 @@ def test_a_search_finds_the_best_of_its_trials(monkeypatch, tmp_path, capsys):
     priors = [model.blob_config.prior_std for model in made[-3:]]  # before them is the Trainer's first model
     assert priors == [trial.params["beta"] for trial in study.trials] and len(set(priors)) == 3
     assert best["hyperparameters"] == study.best_params and "train with --beta" in capsys.readouterr().out
-    for bad, message in (
+    mistakes = (
         (["--hp_search", "optuna"], "needs --hp_space"),
         (["--hp_search", "optuna", "--hp_space", "colour=1:2"], "'colour' is no training argument"),
         (["--hp_search", "optuna", "--hp_space", "beta=0:1:log"], "write name=low:high"),
         (["--hp_storage", "sqlite:///x.db"], "--hp_storage is Optuna's"),
         (["--hp_trials", "0"], "--hp_trials must be >= 1, got 0"),
         (["--hp_search", "optuna", "--hp_space", "beta=1:2", "--validation_file", ""], "there is no validation split"),
-    ):
-        assert run(monkeypatch, GLUE, *QUICK_GLUE, *bad, "--output_dir", tmp_path / message) == 2
+    )
+    for number, (bad, message) in enumerate(mistakes):
+        assert run(monkeypatch, GLUE, *QUICK_GLUE, *bad, "--output_dir", tmp_path / f"bad{number}") == 2
         assert message in capsys.readouterr().err
 
 
