@@ -9,9 +9,7 @@ under ZeRO-3 by itself, because mean and rho belong to the module whose forward 
 deleted by PEFT as part of `lora_A`, and leaves the posterior mean bit-identical to plain LoRA.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from blob_hf.errors import BlobError
 from blob_hf.kl import gaussian_kl
+from blob_hf.sampled import SampledLinear, standard_normal
+from blob_hf.sharding import full_tensor, gathered
 
 # ----- std <-> rho -----------------------------------------------------------------------------------------------
 
@@ -143,7 +143,7 @@ def _flip(x: Tensor, bits: Tensor) -> Tensor:
 # ----- the layer -------------------------------------------------------------------------------------------------
 
 
-class GaussianA(nn.Linear):
+class GaussianA(SampledLinear):
     """LoRA's A with a Gaussian posterior: `weight` is the mean M (rank, in_features), `rho` gives the std Omega.
 
     What `forward(x)` uses: frozen posterior samples if there are any (see `frozen_samples`); else the mean when in
@@ -151,11 +151,7 @@ class GaussianA(nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear, name: str, init_eps: float, parameterization: str, noise: str) -> None:
-        nn.Module.__init__(self)  # not nn.Linear's: the trained or freshly initialised weight is taken over as it is
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = linear.weight
-        self.register_parameter("bias", None)
-        self.name = name
+        super().__init__(linear, name)
         self.parameterization, self.noise = parameterization, noise
         weight = linear.weight
         with gathered([weight]):
@@ -166,9 +162,6 @@ class GaussianA(nn.Linear):
             )
         self.rho = nn.Parameter(g if parameterization == "square" else rho_from_std(g * g, parameterization))
         self.rho.requires_grad_(weight.requires_grad)
-        self.mean_only = False
-        self._samples: Tensor | None = None
-        self.train(linear.training)
 
     @property
     def std(self) -> Tensor:
@@ -179,25 +172,12 @@ class GaussianA(nn.Linear):
         """KL(q(A) || N(0, prior_std^2)) of this layer, nats."""
         return gaussian_kl(self.weight, self.std, prior_std)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self._samples is not None:
-            return _sample_major_linear(x, self._samples, self.name)
-        if self.mean_only or not self.training:
-            return F.linear(x, self.weight)
+    def train_forward(self, x: Tensor) -> Tensor:
         mean, std = self.weight, self.std
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, mean = x.to(dtype), mean.to(dtype)
         return NOISE_ESTIMATORS[self.noise](x, mean, std)
-
-    @contextmanager
-    def frozen_samples(self, num_samples: int, seed: int, first: int = 0, antithetic: bool = False) -> Iterator[None]:
-        """Use samples `first` ... `first + num_samples - 1` of seed `seed` inside the block (sample-major rows)."""
-        outer, self._samples = self._samples, self.draw(num_samples, seed, first, antithetic)
-        try:
-            yield
-        finally:
-            self._samples = outer
 
     @torch.no_grad()
     def draw(self, num_samples: int, seed: int, first: int = 0, antithetic: bool = False) -> Tensor:
@@ -208,8 +188,8 @@ class GaussianA(nn.Linear):
         """
         with gathered([self.weight, self.rho]):
             mean, std = full_tensor(self.weight).float(), full_tensor(self.std).float()
-            draw = _antithetic_normal if antithetic else _standard_normal
-            noise = torch.stack([draw(self.name, seed, first + s, mean.shape) for s in range(num_samples)])
+            indices = range(first, first + num_samples)
+            noise = torch.stack([standard_normal(self.name, seed, i, mean.shape, antithetic) for i in indices])
             return (mean + std * noise.to(mean.device)).to(self.weight.dtype)
 
     @torch.no_grad()
@@ -218,54 +198,5 @@ class GaussianA(nn.Linear):
         with gathered([self.rho]):
             self.rho.copy_(rho_from_std(std, self.parameterization))
 
-    @torch.no_grad()
-    def fix_at_sample(self, seed: int, index: int) -> None:
-        """Overwrite the mean by one posterior sample."""
-        self.weight.copy_(self.draw(1, seed, index)[0])
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, std={self.parameterization}, noise={self.noise}"
-
-
-def _sample_major_linear(x: Tensor, samples: Tensor, name: str) -> Tensor:
-    """x (S * rows, ..., in) times its own A_s (S, rank, in) per block of rows -> (S * rows, ..., rank)."""
-    num_samples = samples.shape[0]
-    samples = samples.to(x.dtype)
-    if num_samples == 1:
-        return F.linear(x, samples[0])
-    if x.shape[0] % num_samples:
-        raise BlobError(
-            f"{num_samples} posterior samples are frozen, so inputs must be {num_samples} equal blocks of rows "
-            f"(sample-major), got {x.shape[0]} rows in {name}; repeat the batch with tensor.repeat({num_samples}, 1)"
-        )
-    out = x.reshape(num_samples, -1, x.shape[-1]) @ samples.transpose(1, 2)
-    return out.view(*x.shape[:-1], samples.shape[1])
-
-
-def _standard_normal(name: str, seed: int, index: int, shape: Sequence[int]) -> Tensor:
-    key = hashlib.sha256(f"{seed}/{index}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-    return torch.randn(tuple(shape), generator=generator)
-
-
-def _antithetic_normal(name: str, seed: int, index: int, shape: Sequence[int]) -> Tensor:
-    noise = _standard_normal(name, seed, index // 2, shape)
-    return -noise if index % 2 else noise
-
-
-# ----- sharded parameters ----------------------------------------------------------------------------------------
-
-
-def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager[Any]:
-    """Inside the block ZeRO-3 parameters hold their full values on every rank; nothing to do for others."""
-    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    if not sharded:
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(sharded)
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor of an FSDP2 / tensor-parallel shard (a DTensor); any other tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

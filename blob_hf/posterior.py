@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from blob_hf.config import BlobConfig
 from blob_hf.errors import BlobError
-from blob_hf.layer import GaussianA, full_tensor, gathered
+from blob_hf.layer import GaussianA
+from blob_hf.sampled import SampledLinear, layer_name
+from blob_hf.sharding import full_tensor, gathered
 
 
 def attach_posterior(model: nn.Module, config: BlobConfig, adapter: str) -> None:
@@ -24,7 +26,7 @@ def attach_posterior(model: nn.Module, config: BlobConfig, adapter: str) -> None
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        name = path.removeprefix("base_model.model.")
+        name = layer_name(path)
         if adapter in module.lora_embedding_A:
             raise BlobError(f"BLoB supports linear layers, but LoRA is attached to the embedding {name}; untarget it")
         if adapter not in module.lora_A:
@@ -52,13 +54,26 @@ def gaussian_layers(model: nn.Module, adapter: str | None = None) -> dict[str, G
     return layers
 
 
-def samplable_layers(model: nn.Module) -> dict[str, GaussianA]:
-    """The Gaussian A of every active layer, by layer name.
+def sampled_layers(model: nn.Module) -> list[SampledLinear]:
+    """Every layer of the active adapters whose weights can be sampled: A, with some methods also B and heads."""
+    inactive = {
+        id(layer)
+        for module in model.modules()
+        if isinstance(module, LoraLayer)
+        for weights in (module.lora_A, module.lora_B)
+        for key, layer in weights.items()
+        if key not in module.active_adapters
+    }
+    return [module for module in model.modules() if isinstance(module, SampledLinear) and id(module) not in inactive]
+
+
+def samplable_layers(model: nn.Module) -> list[SampledLinear]:
+    """`sampled_layers` of a model that can be sampled from.
 
     Raises:
         BlobError: There is none, or the adapter is merged.
     """
-    layers = gaussian_layers(model)
+    layers = sampled_layers(model)
     if not layers:
         raise BlobError("the model has no posterior to sample from; make one with get_blob_model or bayesianize")
     if any(isinstance(module, LoraLayer) and module.merged for module in model.modules()):
@@ -69,7 +84,7 @@ def samplable_layers(model: nn.Module) -> dict[str, GaussianA]:
 @contextmanager
 def posterior_mean(model: nn.Module) -> Iterator[None]:
     """Inside the block the network is the posterior mean, also in train mode and inside `posterior_samples`."""
-    layers = list(gaussian_layers(model).values())
+    layers = sampled_layers(model)
     outer = [(layer.mean_only, layer._samples) for layer in layers]
     for layer in layers:
         layer.mean_only, layer._samples = True, None
@@ -103,7 +118,7 @@ def posterior_samples(
     if num_samples < 1:
         raise BlobError(f"num_samples must be >= 1, got {num_samples}; for no samples use posterior_mean()")
     with ExitStack() as stack:
-        for layer in samplable_layers(model).values():
+        for layer in samplable_layers(model):
             stack.enter_context(layer.frozen_samples(num_samples, seed, first, antithetic))
         yield
 
