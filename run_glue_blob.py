@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fine-tune a classifier with BLoB (Bayesian LoRA) on RTE, MRPC, CoLA, WiC, BoolQ or your own files.
+"""Fine-tune a classifier with BLoB (Bayesian LoRA), or one of its peers, on RTE, MRPC, CoLA, WiC, BoolQ or your files.
 
 The defaults are the paper's experiment on RoBERTa-base; `--demo` runs everything without network in about a minute.
 beta is the standard deviation of the prior on A. gamma sets the period M of the KL re-weighting cycle,
@@ -22,9 +22,10 @@ from blob_hf.artifacts import CLASSIFICATION_METRICS, ClassifierRun
 from blob_hf.config import default_target_modules
 from blob_hf.data import demo
 from blob_hf.data.glue import TASKS, load_classification, load_shifted, tokenize_classification
-from blob_hf.data.loading import first_rows
+from blob_hf.data.loading import first_rows, hold_out
 from blob_hf.evaluation import classification_metrics
 from blob_hf.hub import fetching
+from blob_hf.methods import METHODS
 from blob_hf.reporting.run_summary import DataSource
 from blob_hf.search import SearchArguments, check_backend, search
 
@@ -91,6 +92,8 @@ def main() -> None:
     check_backend(search_args)
     cli.setup_logging(training_args)
     cli.run_everything_by_default(training_args)
+    runs.take_saved_method(model_args, training_args)
+    cli.warn_of_ignored(training_args, model_args)
 
     # ----- data -----
     files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
@@ -109,6 +112,8 @@ def main() -> None:
     for split in data.splits:
         limit = data_args.max_train_samples if split == "train" else data_args.max_eval_samples
         data.splits[split] = first_rows(data.splits[split], limit)
+    if training_args.do_train and training_args.holds_out:
+        hold_out(data.splits, training_args.calibration_samples)
 
     others = [*(data_args.ood_tasks or []), *(data_args.ood_file or [])]
     shifted = load_shifted(others, data, data_args.label_column)
@@ -133,9 +138,10 @@ def main() -> None:
             base = AutoModelForSequenceClassification.from_pretrained(base_name, config=config, dtype=model_args.dtype)
         return runs.make_model(base, model_args, training_args, targets, "SEQ_CLS", adapter)
 
+    makes_models = search_args.hp_search or METHODS[training_args.method].retrains  # each trial or member a fresh one
     trainer = BlobTrainer(
-        model=None if search_args.hp_search else make_model(),
-        model_init=make_model if search_args.hp_search else None,  # a fresh model for each trial
+        model=None if makes_models else make_model(),
+        model_init=make_model if makes_models else None,
         args=training_args,
         data_collator=DataCollatorWithPadding(tokenizer),
         train_dataset=tokenized.get("train") if training_args.do_train else None,
@@ -143,6 +149,7 @@ def main() -> None:
         processing_class=tokenizer,
         compute_metrics=classification_metrics,
     )
+    trainer.calibration_dataset = tokenized.get("calibration")
 
     if search_args.hp_search:
         runs.require_split(tokenized, "validation")
@@ -158,6 +165,8 @@ def main() -> None:
         run.add_results("base", metrics, "validation", before_training=True)
     if training_args.do_train:
         run.train()
+    if training_args.temperature_scaling:
+        run.calibrate()
     for prefix, split, wanted in (
         ("eval", "validation", training_args.do_eval),
         ("predict", "test", training_args.do_predict),

@@ -28,6 +28,7 @@ from blob_hf.data.summarization import (
 )
 from blob_hf.evaluation import rouge_compute_metrics, summaries_report
 from blob_hf.hub import fetching
+from blob_hf.methods import METHODS
 from blob_hf.metrics.bertscore import PUBLISHED_MODEL, BertScorer
 from blob_hf.metrics.similarity import rouge_utility
 from blob_hf.reporting.run_summary import DataSource
@@ -108,6 +109,8 @@ def main() -> None:
     model_args, data_args, training_args = parsed
     cli.setup_logging(training_args)
     cli.run_everything_by_default(training_args)
+    runs.take_saved_method(model_args, training_args)
+    cli.warn_of_ignored(training_args, model_args)
 
     # ----- data -----
     files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
@@ -131,7 +134,10 @@ def main() -> None:
     set_seed(training_args.seed)
     base, tokenizer = load_base(model_args, training_args)
     targets = model_args.target_modules or default_target_modules(base.config.model_type, "summarization")
-    model = runs.make_model(base, model_args, training_args, targets, "SEQ_2_SEQ_LM", adapter)
+
+    def make_model(trial=None):
+        fresh = load_base(model_args, training_args)[0]
+        return runs.make_model(fresh, model_args, training_args, targets, "SEQ_2_SEQ_LM", adapter)
 
     # ----- rows: one per reference to train on and to score, one per dialogue to generate from -----
     positions = getattr(base.config, "max_position_embeddings", None) or data_args.max_source_length
@@ -145,8 +151,10 @@ def main() -> None:
         train_rows = scoring_rows(pairs, tokenizer, prompt, *lengths)
     scored = {name: scoring_rows(group, tokenizer, prompt, *lengths) for name, group in dialogues.items()}
 
+    retrains = METHODS[training_args.method].retrains  # each member of an ensemble is a fresh model
     trainer = BlobSeq2SeqTrainer(
-        model=model,
+        model=None if retrains else make_model(),
+        model_init=make_model if retrains else None,
         args=training_args,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=base),
         train_dataset=train_rows,

@@ -4,6 +4,12 @@
     adapter_model.safetensors    the posterior mean: exactly a plain LoRA adapter
     posterior_std.safetensors    Omega of every lora_A, under the same names
 
+and, for methods whose adapters the files above do not tell apart or do not hold whole (`blob_hf.methods`):
+
+    method.json                  the method, and what was found in fitting it
+    laplace.safetensors          curvature factors of a Laplace approximation
+    member-2, member-3, ...      further members of an ensemble, each an adapter folder
+
 safetensors files carry no checksum, so the std file's metadata holds the format version and a digest of the tensors of
 both files: a damaged file is found, and so is a std beside the mean of another save.
 """
@@ -29,9 +35,12 @@ from blob_hf.errors import BlobError
 logger = logging.getLogger(__name__)
 
 STD_FILE = "posterior_std.safetensors"
-NAMES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, STD_FILE)
+METHOD_FILE = "method.json"
+LAPLACE_FILE = "laplace.safetensors"
+NAMES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, STD_FILE, METHOD_FILE, LAPLACE_FILE)
 FORMAT_VERSION = 1
 _METADATA = "blob_hf"  # one entry: safetensors writes several in random order, and equal adapters should be equal files
+_MEMBERS = [f"member-*/{name}" for name in NAMES]
 _KEPT_BASE = ["base_model/*.json", "base_model/*.safetensors", "base_model/*.txt", "base_model/*.model"]
 
 
@@ -69,6 +78,19 @@ def write(folder: Path, mean: Mapping[str, Tensor], std: Mapping[str, Tensor]) -
         save_file(std, folder / STD_FILE, {_METADATA: json.dumps(facts)})
 
 
+def write_laplace(folder: Path, factors: Mapping[str, Tensor]) -> None:
+    """Write laplace.safetensors beside the mean that is in the folder already, with its digest."""
+    mean, _ = read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)
+    facts = {"format": FORMAT_VERSION, "mean_sha256": _digest(mean)}
+    save_file(_on_cpu(factors), folder / LAPLACE_FILE, {_METADATA: json.dumps(facts)})
+
+
+def remove_stale(folder: Path, written: Sequence[str]) -> None:
+    """Remove files that an adapter saved here before had, and the one just written has not."""
+    for name in set(NAMES) - set(written):
+        (folder / name).unlink(missing_ok=True)
+
+
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
@@ -104,7 +126,7 @@ def resolve(
     if os.path.isdir(path):
         folder = Path(path, inside)
     else:
-        wanted = [str(inside / name) for name in (*NAMES, *_KEPT_BASE)]
+        wanted = [str(inside / name) for name in (*NAMES, *_MEMBERS, *_KEPT_BASE)]
         folder = hub.snapshot(path, wanted, revision, token, cache_dir) / inside
     shown = Path(path, inside)
     if not (folder / CONFIG_NAME).is_file():
@@ -157,6 +179,20 @@ def read(folder: Path) -> AdapterTensors:
             "download or save both again"
         )
     return AdapterTensors(mean, std)
+
+
+def read_laplace(folder: Path) -> dict[str, Tensor]:
+    """Read laplace.safetensors.
+
+    Raises:
+        BlobError: It cannot be read, or the mean beside it is not the one that it was fitted to.
+    """
+    file = folder / LAPLACE_FILE
+    factors, metadata = read_tensors(file)
+    mean, _ = read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)
+    if _facts(metadata, file).get("mean_sha256", (digest := _digest(mean))) != digest:
+        raise BlobError(f"{folder / SAFETENSORS_WEIGHTS_NAME} is not the one that {LAPLACE_FILE} was fitted to")
+    return factors
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 
 from blob_hf import files
+from blob_hf.costs import COSTS_FILE, training_costs
+from blob_hf.errors import BlobError
 from blob_hf.evaluation import rejection_curves, selective_summarization
 from blob_hf.history import FILE_NAME
+from blob_hf.metrics.calibration import calibration_metrics
 from blob_hf.metrics.detection import detection_report
 from blob_hf.metrics.samples import NLLCurve, nll_curve
 from blob_hf.metrics.uncertainty import predictive_entropy
@@ -28,6 +31,7 @@ from blob_hf.reporting.report import write_report
 from blob_hf.reporting.run_summary import DataSource, Results
 from blob_hf.reporting.summarize import summarize
 from blob_hf.reporting.tables import results_table, to_text
+from blob_hf.temperature import fit_temperature, scale
 
 VERDICT_FILE = "kl_verdict.json"
 CLASSIFICATION_METRICS = ["accuracy", "ece", "nll", "brier"]
@@ -63,6 +67,7 @@ class Run:
         self.results: list[Results] = []
         self.plots: list[str] = []
         self.notes: list[str] = []
+        self.costs: dict[str, float] = {}
         self._facts: dict[str, Any] = {"base_model": base_model, "task": task, "settings": settings, "license": license}
         trainer.card_from_run = True
 
@@ -77,6 +82,7 @@ class Run:
         result = self.trainer.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
         self.trainer.save_model()
         self.trainer.save_metrics("train", result.metrics)
+        self.costs = training_costs(self.trainer, result)
         self.trainer.save_state()
         if self.trainer.kl_diagnosis is not None:
             self.add_plot("kl", lambda path: plot_kl(self.folder / FILE_NAME, path))
@@ -94,6 +100,9 @@ class Run:
             before_training: Whether the model is not yet the adapter that will be saved.
         """
         self.trainer.save_metrics(prefix, metrics | {f"{prefix}_num_samples": self.trainer.num_eval_samples})
+        if self.costs and f"{prefix}_runtime" in metrics:
+            self.costs |= {"eval_runtime": metrics[f"{prefix}_runtime"], "networks": self.trainer.num_eval_samples}
+            self.costs["eval_rows"] = round(metrics[f"{prefix}_runtime"] * metrics[f"{prefix}_samples_per_second"])
         table = results_table(metrics, prefix, self.metric_names, self.trainer.num_eval_samples)
         title = f"{self.data.name}, {split}" + (f" ({rows})" if rows else "")
         title = f"before training: {title}" if before_training else title
@@ -115,6 +124,8 @@ class Run:
     def finish(self) -> None:
         """Write report.md and the model card of a run that trained, push if asked, print the tables."""
         if self.writes:
+            if self.costs:
+                files.write_text(self.folder / COSTS_FILE, json.dumps(self.costs, indent=2) + "\n")
             if self.trained:  # an evaluation does not know how the adapter was trained
                 if self.trainer.kl_verdict is not None:
                     verdict = json.dumps(self.trainer.kl_verdict.to_dict(), indent=2)
@@ -146,6 +157,47 @@ class Run:
 class ClassifierRun(Run):
     """A `Run` of a classifier."""
 
+    temperatures: dict[str, float] | None = None  # of the samples' predictive and of the mean
+
+    def calibrate(self) -> None:
+        """Fit temperatures to the trainer's held-out rows and keep them in method.json; without training, read them.
+
+        Raises:
+            BlobError: There is nothing to fit them to, and none was saved.
+        """
+        model, rows = self.trainer.model, self.trainer.calibration_dataset
+        if rows is not None:
+            output = self.trainer.predict(rows, metric_key_prefix="calibration")
+            log_probs, _, mean = output.predictions
+            pairs = {"predictive": log_probs, "mean": mean}
+            found = {name: fit_temperature(values, output.label_ids) for name, values in pairs.items()}
+            model.method_facts = {"method": self.args.method, **model.method_facts, "temperatures": found}
+            if self.writes:
+                self.trainer.method.save(model, self.folder)
+        self.temperatures = model.method_facts.get("temperatures")
+        if self.temperatures is None:
+            raise BlobError(
+                "temperature_scaling: the adapter was saved without temperatures; fit them with --do_train "
+                "--temperature_scaling, which holds training rows out"
+            )
+
+    def _add_scaled(self, prefix: str, split: str, output: Any) -> None:
+        """Results with the temperatures, in {prefix}_temperature_results.json."""
+        if self.temperatures is None:
+            return
+        log_probs, _, mean = output.predictions
+        kinds = {"": (log_probs, "predictive"), "mean_": (mean, "mean")}
+        metrics: dict[str, float] = {}
+        for kind, (values, name) in kinds.items():
+            scaled = calibration_metrics(scale(values, self.temperatures[name]), output.label_ids)
+            metrics |= {f"{prefix}_{kind}{metric}": value for metric, value in scaled.items()}
+            metrics[f"{prefix}_{kind}temperature"] = self.temperatures[name]
+        count = self.trainer.num_eval_samples
+        self.trainer.save_metrics(f"{prefix}_temperature", metrics | {f"{prefix}_num_samples": count})
+        table = results_table(metrics, prefix, [*self.metric_names, "temperature"], count)
+        title = f"{self.data.name}, {split}, temperature-scaled"
+        self.results.append(Results(title, split, table.dropna(how="all", axis="columns"), in_index=False))
+
     def add_predictions(self, prefix: str, split: str, output: Any) -> None:
         """Save metrics and predictions of a split, and draw what they show.
 
@@ -155,6 +207,7 @@ class ClassifierRun(Run):
         log_probs, samples, mean = output.predictions
         labels, num_samples = output.label_ids, self.trainer.num_eval_samples
         self.add_results(prefix, output.metrics, split, f"{len(mean)} examples")
+        self._add_scaled(prefix, split, output)
         shown = {"posterior mean (N=0)": mean} | ({f"{num_samples} samples": log_probs} if num_samples else {})
         suffix = "" if split == "validation" else f"_{split}"
         self.add_plot(f"reliability{suffix}", lambda path: plot_reliability(shown, labels, path))

@@ -26,7 +26,7 @@ class BlobCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not args.base_dropout:
             self._dropout.enter_context(no_base_dropout(self.trainer.model))
-        if args.method == "blob":
+        if self.trainer.method.variational:
             batch_size = self.trainer.get_total_train_batch_size(args)
             self.trainer.kl_schedule, self.trainer.kl_diagnosis = plan_kl(
                 args,
@@ -36,6 +36,7 @@ class BlobCallback(TrainerCallback):
                 model=self.trainer.model,
             )
             _announce(self.trainer.kl_diagnosis, state.is_world_process_zero)
+        self.trainer.trained_parameters += _num_trained(self.trainer.model)
         self.trainer.resume_extra()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -51,6 +52,11 @@ class BlobCallback(TrainerCallback):
         if self.trainer.kl_verdict is not None and state.is_world_process_zero:
             log = logger.info if self.trainer.kl_verdict.name == "healthy" else logger.warning
             log("%s", self.trainer.kl_verdict)
+
+
+def _num_trained(model: Any) -> int:
+    """Trainable weights, also where ZeRO-3 has sharded them."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
 
 
 def plan_kl(

@@ -21,7 +21,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from blob_hf import files
 from blob_hf.config import BlobConfig
 from blob_hf.errors import BlobError, NonFiniteLossError
+from blob_hf.methods import METHODS, ignored_flags
 from blob_hf.training_args import DEFINING
+
+logger = logging.getLogger(__name__)
 
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)
 # What gloo and NCCL say when a process they talk to is gone
@@ -143,6 +146,16 @@ def run_everything_by_default(training_args: Any) -> None:
         training_args.do_train = training_args.do_eval = training_args.do_predict = True
 
 
+def warn_of_ignored(training_args: Any, *others: Any) -> None:
+    """Name the arguments that the method of this run does not read."""
+    method = METHODS[training_args.method]
+    names = ignored_flags(method, training_args, *others)
+    if training_args.calibration_samples is not None and not training_args.holds_out:
+        names.append("calibration_samples")
+    if names:
+        logger.warning("--method %s ignores %s", method.name, ", ".join(f"--{name}" for name in names))
+
+
 def default_output_dir(training_args: Any, dataset: str, adapter: str | None = None) -> None:
     """Without --output_dir: a folder under runs/ named after the data and the settings one varies most.
 
@@ -154,7 +167,7 @@ def default_output_dir(training_args: Any, dataset: str, adapter: str | None = N
         training_args.output_dir = adapter if os.path.isdir(adapter) else os.path.join("runs", Path(adapter).name)
     else:
         parts = [dataset, training_args.method]
-        if training_args.method == "blob":
+        if METHODS[training_args.method].variational:
             parts += [f"beta{training_args.beta or BlobConfig.prior_std:g}", f"gamma{training_args.gamma:g}"]
         training_args.output_dir = os.path.join("runs", "-".join([*parts, f"seed{training_args.seed}"]))
 

@@ -107,14 +107,18 @@ def default_target_modules(model_type: str, task: str) -> list[str] | str:
     return presets.get(model_type, "all-linear")
 
 
-def adapter_settings(config: LoraConfig) -> dict[str, Any]:
-    """An adapter's own settings by the names that reports and model cards show."""
+def adapter_settings(config: LoraConfig, variational: bool = True) -> dict[str, Any]:
+    """An adapter's own settings by the names that reports and model cards show.
+
+    Args:
+        variational: Whether its posterior was trained, so that a prior and a noise had a part in it.
+    """
     targets = config.target_modules or []
     settings: dict[str, Any] = {
         "LoRA": f"r={config.r}, alpha={config.lora_alpha}, dropout={config.lora_dropout}",
         "target modules": targets if isinstance(targets, str) else ", ".join(sorted(targets)),
     }
-    if isinstance(config, BlobConfig):
+    if isinstance(config, BlobConfig) and variational:
         settings |= {
             "beta (prior std)": config.prior_std,
             "initial eps": config.init_eps,

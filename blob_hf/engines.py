@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from blob_hf.base_model import head_parameters
 from blob_hf.errors import BlobError
-from blob_hf.layer import full_tensor
 from blob_hf.posterior import gaussian_layers
+from blob_hf.sharding import full_tensor
 
 OWN_OPTIMIZER = (
     "the DeepSpeed config has an 'optimizer' section, whose steps would leave out the KL: remove the section (the "

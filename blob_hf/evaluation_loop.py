@@ -5,12 +5,17 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from blob_hf.engines import fsdp_limits
-from blob_hf.prediction import IGNORED_LABEL, TokenScores, predict_classes, score_targets
+from blob_hf.methods import Method, find_method
+from blob_hf.posterior import posterior_mean, posterior_samples
+from blob_hf.prediction import IGNORED_LABEL, TokenScores, score_targets, token_log_probs
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -28,10 +33,16 @@ class EvaluationMixin(_Base):
     """
 
     args: Any
+    model: Any
     sample_gap: float | None = None
     nll_by_samples: np.ndarray | None = None
 
     _aligned_labels: Callable[[dict[str, Any]], Tensor]  # of the trainer
+
+    @property
+    def method(self) -> Method:
+        """The method of this training."""
+        return find_method(self.args.method)
 
     def prediction_step(
         self,
@@ -49,17 +60,18 @@ class EvaluationMixin(_Base):
         """
         inputs = self._prepare_inputs(dict(inputs))
         labels = inputs.get("labels")
-        num_samples, seed = self.num_eval_samples, self.args.eval_seed
-        drawing = num_samples, seed, self.args.posterior_batch_size or 1, self.args.antithetic
         with self.compute_loss_context_manager():
             if labels is None or labels.dim() == 1:
                 inputs.pop("labels", None)
-                classes = predict_classes(model, inputs, *drawing)
+                classes = self.method.predict_classes(model, inputs, self.args)
                 predictions = (classes.log_probs, classes.sample_log_probs, classes.mean_log_probs)
                 loss = None if labels is None else F.nll_loss(classes.log_probs, labels)
             else:
                 targets = self._aligned_labels(inputs)
-                scores = score_targets(model, inputs, targets, *drawing)
+                scores = score_targets(
+                    model, inputs, targets, self.num_eval_samples, self.args.eval_seed,
+                    self.args.posterior_batch_size or 1, self.args.antithetic,
+                )  # fmt: skip
                 predictions = tuple(getattr(scores, field.name) for field in fields(TokenScores))
                 labels = targets
                 loss = -scores.log_probs.sum() / (targets != IGNORED_LABEL).sum().clamp(min=1)
@@ -67,8 +79,48 @@ class EvaluationMixin(_Base):
 
     @property
     def num_eval_samples(self) -> int:
-        """Posterior samples of an evaluation: `eval_samples`, 0 for a method without a posterior."""
-        return self.args.eval_samples if self.args.method == "blob" else 0
+        """Networks that an evaluation draws: `eval_samples`, or what the method has; 0 for a point estimate."""
+        return self.method.num_samples(self.model, self.args)
+
+    def plain_loader(self, rows: Any) -> DataLoader:
+        """Batches of all rows in their order, for every process the same ones."""
+        collate = self.data_collator
+        if isinstance(rows, Dataset):
+            rows = self._remove_unused_columns(rows, description="fitting")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="fitting")
+        return DataLoader(rows, self.args.eval_batch_size, collate_fn=collate)
+
+    @torch.no_grad()
+    def mean_nll(self, rows: Any, num_samples: int) -> float:
+        """NLL of single networks, nats per example or token: the mean over samples, or with 0 that of the mean.
+
+        (Not of the samples' predictive.) Every process goes through all rows and finds the same.
+        """
+        self.model.eval()
+        total, count = 0.0, 0
+        for batch in self.plain_loader(rows):
+            inputs = self._prepare_inputs(dict(batch))
+            labels = self._aligned_labels(inputs)
+            for s in range(max(num_samples, 1)):
+                with posterior_samples(self.model, 1, 0, s) if num_samples else posterior_mean(self.model):
+                    logits = self.model(**inputs).logits
+                total -= token_log_probs(logits, labels).sum().item()
+                count += int((labels != IGNORED_LABEL).sum())
+        return total / count
+
+    def predictive_nll(self, rows: Any) -> float:
+        """NLL of a classifier's predictive, nats per example; every process goes through all rows."""
+        self.model.eval()
+        total, count = 0.0, 0
+        for batch in self.plain_loader(rows):
+            inputs = self._prepare_inputs(dict(batch))
+            labels = inputs.pop("labels")
+            total += F.nll_loss(
+                self.method.predict_classes(self.model, inputs, self.args).log_probs, labels, reduction="sum"
+            ).item()
+            count += len(labels)
+        return total / count
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """transformers' loop, with an exact loss: a sum over examples or tokens, divided by their number.

@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 from blob_hf import adapter_files, files
+from blob_hf.config import BlobConfig
 from blob_hf.errors import BlobError
 from blob_hf.model import BlobModel
 from blob_hf.posterior import samplable_layers
-from blob_hf.saving import mean_name
 
 
 def export_samples(
@@ -34,10 +34,11 @@ def export_samples(
     layers = samplable_layers(model)
     adapter = model.active_adapter
     mean, _ = model.adapter_tensors(adapter)
-    config = model.blob_config.to_lora()
+    config = model.active_peft_config
+    config = config.to_lora() if isinstance(config, BlobConfig) else config
     folders = [Path(out_dir, f"sample-{s}") for s in range(num_samples)]
     for s, folder in enumerate(folders):
-        drawn = {mean_name(name): layer.draw(1, seed, first=s)[0] for name, layer in layers.items()}
+        drawn = {name: tensor for layer in layers for name, tensor in layer.drawn(seed, s).items()}
         with files.staged(folder) as staging:
             adapter_files.write(staging, mean={**mean, **drawn}, std={})
             model.save_config(config, staging)

@@ -76,11 +76,13 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     keep: Sequence[str] = (),
+    replace: Sequence[str] = (),
 ) -> str:
     """Upload a folder to a Hub repo (made if needed) in one commit: all of it or nothing.
 
     Args:
         keep: Files that stay as they are in the repo, if it has them.
+        replace: Files that the repo has no longer, unless they are uploaded.
 
     Returns:
         Address of the commit.
@@ -99,6 +101,7 @@ def push(
             commit_message=commit_message,
             revision=revision,
             create_pr=create_pr,
+            delete_patterns=list(replace),
             ignore_patterns=[file for file in keep if api.file_exists(name, file, revision=revision)],
         )
         return commit.commit_url

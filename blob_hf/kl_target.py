@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from blob_hf.kl import kl_gradient_mean, kl_gradient_rho
-from blob_hf.layer import full_tensor, gathered
 from blob_hf.posterior import gaussian_layers, kl_divergence
+from blob_hf.sharding import full_tensor, gathered
 
 _LARGEST = 1e30  # keeps a std of exactly 0, and a mean of exactly 0, finite
 

@@ -24,6 +24,8 @@ from blob_hf.base_model import load_base_model, targets_head, untie_adapted_laye
 from blob_hf.config import BlobConfig
 from blob_hf.errors import BlobError
 from blob_hf.generation import generate_posterior
+from blob_hf.methods import find_method, read_facts
+from blob_hf.sampled import SampledLinear
 from blob_hf.saving import SavingMixin
 
 
@@ -110,7 +112,7 @@ class BlobModel(SavingMixin):
         Raises:
             BlobError: No posterior, or merged already.
         """
-        for layer in posterior.samplable_layers(self).values():
+        for layer in posterior.samplable_layers(self):
             layer.fix_at_sample(seed, index)
         return self.merge_and_unload()
 
@@ -118,7 +120,12 @@ class BlobModel(SavingMixin):
         """Merge the posterior mean into the base weights: PEFT's, after untying an `lm_head` that has LoRA."""
         untie_adapted_layers(self)
         tuner: Any = self.base_model
-        return tuner.merge_and_unload(*args, **kwargs)
+        base = tuner.merge_and_unload(*args, **kwargs)
+        for path, module in list(base.named_modules()):  # the head of an ensemble
+            if isinstance(module, SampledLinear):
+                parent, _, name = path.rpartition(".")
+                setattr(base.get_submodule(parent), name, module.plain())
+        return base
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Merge without unloading: PEFT's, after untying an `lm_head` that has LoRA."""
@@ -143,7 +150,8 @@ class BlobModel(SavingMixin):
         """Load an adapter folder or Hub repo, finding the base model and the task class by itself.
 
         Args:
-            path_or_repo: Folder or Hub repo of a BLoB adapter, or of a plain LoRA adapter (which gets fresh stds).
+            path_or_repo: Folder or Hub repo of a BLoB adapter, of another method's (method.json names it), or of a
+                plain LoRA adapter, which gets fresh stds.
             model: The base model, if you have it already; found through adapter_config.json otherwise.
             is_trainable: Load for further training.
             revision: Branch, tag or commit of the repo; all files are of this one commit.
@@ -162,13 +170,20 @@ class BlobModel(SavingMixin):
         folder = adapter_files.resolve(path_or_repo, revision, subfolder, token, cache_dir)
         is_blob = adapter_files.is_blob_adapter(folder)
         own = BlobConfig.from_pretrained(str(folder))
+        facts = read_facts(folder)
         if not is_blob:
             own = BlobConfig.from_lora(own, config)
         own.inference_mode = not is_trainable
         if model is None:
             model = load_base_model(str(folder), own, token, base_kwargs)
-        blob_model = bayesianize(_wrap(model, own, adapter_name), own, adapter_name)
+        if facts and not is_blob:
+            blob_model = _wrap(model, own.to_lora(), adapter_name)
+        else:
+            blob_model = bayesianize(_wrap(model, own, adapter_name), own, adapter_name)
         blob_model.load_adapter(folder, adapter_name, is_trainable=is_trainable)
+        blob_model.method_facts = facts
+        if facts:
+            find_method(facts["method"]).attach(blob_model, facts, folder)
         return blob_model
 
 
@@ -262,6 +277,11 @@ def bayesianize(peft_model: PeftModel, config: BlobConfig | None = None, adapter
     posterior.attach_posterior(peft_model, blob_config, adapter)
     peft_model.peft_config[adapter] = blob_config
     return as_blob_model(peft_model)
+
+
+def load_lora(base: PreTrainedModel, folder: str | os.PathLike[str], is_trainable: bool = False) -> BlobModel:
+    """Load a plain LoRA adapter as what it is: `BlobModel.from_pretrained` would give it a posterior."""
+    return as_blob_model(PeftModel.from_pretrained(base, os.fspath(folder), is_trainable=is_trainable))
 
 
 def as_blob_model(peft_model: PeftModel) -> BlobModel:

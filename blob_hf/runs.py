@@ -1,5 +1,6 @@
 """What a run of a script starts from: its arguments, its base model, its adapter."""
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,12 @@ from blob_hf import adapter_files
 from blob_hf.config import NOISES, STD_PARAMETERIZATIONS, BlobConfig
 from blob_hf.errors import BlobError
 from blob_hf.hub import fetching
-from blob_hf.model import BlobModel, as_blob_model, get_blob_model, get_lora_model
+from blob_hf.methods import METHODS, read_facts, require_plain
+from blob_hf.model import BlobModel, bayesianize, get_blob_model, get_lora_model, load_lora
+from blob_hf.posterior import gaussian_layers
+from blob_hf.training_args import BlobArguments
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -36,7 +42,9 @@ class AdapterArguments:
     )
     lora_r: int = field(default=8, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=8, metadata={"help": "LoRA alpha (scaling = alpha / rank)."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the LoRA input."})
+    lora_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout on the LoRA input. Default: 0.1 for --method mc_dropout, else 0."}
+    )
     target_modules: list[str] | None = field(
         default=None, metadata={"help": "Layers to adapt. Default: a preset per model family, else all-linear."}
     )
@@ -77,9 +85,19 @@ def adapter_folder(adapter_args: AdapterArguments, training_args: Any) -> str | 
 
     A new adapter settles beta; a saved one knows its own.
     """
+    members = training_args.ensemble_members if METHODS[training_args.method].retrains else None
+    if members and (adapter_args.adapter_name_or_path or not training_args.do_train):
+        raise BlobError("--ensemble_members are put together by --do_train, and without --adapter_name_or_path")
     if adapter_args.adapter_name_or_path:
         return adapter_args.adapter_name_or_path
     if training_args.do_train:
+        if members:
+            return members[0]
+        if METHODS[training_args.method].post_hoc:
+            raise BlobError(
+                f"--method {training_args.method} is fitted to a trained adapter: train one with --method lora, then "
+                "name it with --adapter_name_or_path"
+            )
         training_args.beta = training_args.beta or BlobConfig.prior_std
         return None
     if not os.path.isfile(os.path.join(training_args.output_dir, "adapter_config.json")):
@@ -90,6 +108,21 @@ def adapter_folder(adapter_args: AdapterArguments, training_args: Any) -> str | 
     return training_args.output_dir
 
 
+def take_saved_method(adapter_args: AdapterArguments, training_args: Any) -> None:
+    """Without training, the method of the run is the one that the adapter was saved with; set it."""
+    adapter = adapter_args.adapter_name_or_path or training_args.output_dir
+    fitted = os.path.isfile(os.path.join(adapter, "adapter_config.json"))
+    if training_args.do_train or not (adapter_args.adapter_name_or_path or fitted):
+        return
+    asked, saved = METHODS[training_args.method], read_facts(adapter_files.resolve(adapter)).get("method")
+    if saved is None and (asked.post_hoc or asked.retrains):
+        raise BlobError(f"{adapter} is not of method {asked.name}: fit it with --do_train, or name its own method")
+    if saved is not None:
+        if asked.name not in (saved, BlobArguments.method):
+            logger.warning("%s is of method %s and evaluated as that, not as --method %s", adapter, saved, asked.name)
+        training_args.method = saved
+
+
 def make_model(
     base: PreTrainedModel,
     adapter_args: AdapterArguments,
@@ -98,7 +131,8 @@ def make_model(
     task_type: str,
     adapter: str | None = None,
 ) -> PeftModel:
-    """A BLoB or plain LoRA model, fresh or from a saved adapter, as `--method` says."""
+    """A model as `--method` wants it before training: a posterior, or plain LoRA; fresh or from a saved adapter."""
+    method = METHODS[training_args.method]
     posterior: dict[str, Any] = {
         "init_eps": adapter_args.init_eps,
         "std_parameterization": adapter_args.std_parameterization,
@@ -111,23 +145,40 @@ def make_model(
     lora: dict[str, Any] = {
         "r": adapter_args.lora_r,
         "lora_alpha": adapter_args.lora_alpha,
-        "lora_dropout": adapter_args.lora_dropout,
+        "lora_dropout": method.default_dropout if adapter_args.lora_dropout is None else adapter_args.lora_dropout,
         "target_modules": targets,
         "task_type": task_type,
     }
-    if training_args.method == "lora":
-        return get_lora_model(base, LoraConfig(**lora))
-    return get_blob_model(base, BlobConfig(**lora, **posterior, prior_std=training_args.beta))
+    if method.variational:
+        return get_blob_model(base, BlobConfig(**lora, **posterior, prior_std=training_args.beta))
+    return get_lora_model(base, LoraConfig(**lora))
 
 
 def _load_model(base: PreTrainedModel, adapter: str, training_args: Any, posterior: Mapping[str, Any]) -> PeftModel:
-    """A saved adapter. Of a BLoB adapter all stays but beta, if given; a plain one gets the posterior asked for."""
+    """A saved adapter. Of a BLoB adapter all stays but beta, if given; another one gets the posterior asked for."""
     folder = adapter_files.resolve(adapter)
     trainable = training_args.do_train
-    if training_args.method == "lora":
-        return as_blob_model(PeftModel.from_pretrained(base, str(folder), is_trainable=trainable))
+    saved = read_facts(folder).get("method")
+    if saved and not trainable:
+        return BlobModel.from_pretrained(folder, model=base)
+    method = METHODS[training_args.method]
+    if not method.variational:
+        if method.post_hoc or saved not in (None, method.name):
+            require_plain(folder, method.name)
+        return load_lora(base, folder, trainable)
     config = BlobConfig(**posterior, prior_std=training_args.beta or BlobConfig.prior_std)
-    model = BlobModel.from_pretrained(folder, model=base, is_trainable=trainable, config=config)
+    if adapter_files.is_blob_adapter(folder):
+        model = BlobModel.from_pretrained(folder, model=base, is_trainable=trainable)
+        model.method_facts = {}  # what was fitted to it is not of what comes out now
+        if trainable and not all(layer.std.all() for layer in gaussian_layers(model).values()):
+            raise BlobError(
+                f"{adapter} has stds of 0 (tfb gives none to directions that B lacks), which training cannot widen; "
+                "continue from the LoRA adapter that it was made of"
+            )
+    elif saved:
+        model = bayesianize(load_lora(base, folder, trainable), config)
+    else:
+        model = BlobModel.from_pretrained(folder, model=base, is_trainable=trainable, config=config)
     if trainable and training_args.beta is not None:
         model.blob_config.prior_std = training_args.beta
     training_args.beta = model.blob_config.prior_std

@@ -13,9 +13,11 @@ from blob_hf import adapter_files, files, hub, posterior
 from blob_hf.base_model import has_task_head, head_parameters, peft_loading
 from blob_hf.config import BlobConfig, adapter_settings
 from blob_hf.errors import BlobError
-from blob_hf.layer import gathered, std_to_save
+from blob_hf.layer import std_to_save
+from blob_hf.methods import METHODS
 from blob_hf.reporting.model_card import write_model_card
 from blob_hf.reporting.run_summary import RunSummary
+from blob_hf.sharding import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,20 @@ _MEAN = ".weight"
 
 
 class SavingMixin(PeftModel):
-    """A PEFT model saved as posterior mean and std; without a posterior, as plain LoRA with its frozen head."""
+    """A PEFT model saved as posterior mean and std; without a posterior, as plain LoRA with its frozen head.
+
+    Attributes:
+        method_facts: What method.json holds; empty for BLoB and for plain LoRA.
+        member_heads: Frozen heads of the members of an ensemble, by adapter and name.
+    """
+
+    method_facts: dict[str, Any] = {}
+    member_heads: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def method(self) -> str:
+        """Name of the method that the active adapter is of, as in `--method`."""
+        return self.method_facts.get("method", "blob" if isinstance(self.active_peft_config, BlobConfig) else "lora")
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """A card with what the adapter itself tells, unless the folder has one already: that was written from a run."""
@@ -32,11 +47,13 @@ class SavingMixin(PeftModel):
             return
         config: Any = self.active_peft_config
         auto_class, auto_arguments = peft_loading(self)
+        method = METHODS[self.method]
         summary = RunSummary(
             base_model=config.base_model_name_or_path or getattr(self.get_base_model(), "name_or_path", ""),
             data=None,
-            method="blob" if isinstance(config, BlobConfig) else "lora",
-            settings=adapter_settings(config),
+            method=self.method,
+            settings=adapter_settings(config, method.variational) | method.settings(self),
+            num_samples=len(self.method_facts.get("members", ())) or RunSummary.num_samples,
             auto_class=auto_class,
             auto_arguments=auto_arguments,
         )
@@ -77,6 +94,10 @@ class SavingMixin(PeftModel):
             with files.staged(Path(save_directory) / _subfolder(adapter)) as folder:
                 adapter_files.write(folder, mean, std)
                 self.save_config(self.peft_config[adapter], folder)
+                if adapter == self.active_adapter:
+                    METHODS[self.method].save(self, folder)
+                written = [file.name for file in folder.iterdir()]
+            adapter_files.remove_stale(Path(save_directory) / _subfolder(adapter), written)
         if is_main_process:
             self.create_or_update_model_card(str(save_directory))
 
@@ -88,7 +109,8 @@ class SavingMixin(PeftModel):
         rhos = {name.removesuffix(_RHO) + _MEAN: weights.pop(name) for name in list(weights) if name.endswith(_RHO)}
         config: Any = self.peft_config[adapter]
         stds = {name: std_to_save(rho, config.std_parameterization) for name, rho in rhos.items()}
-        return {**self._frozen_head(state_dict), **weights}, stds
+        head = self.member_heads.get(adapter) or self._frozen_head(state_dict)
+        return {**head, **weights}, stds
 
     def save_config(self, config: Any, folder: Path) -> None:
         """adapter_config.json, which also names the class of the base model for `from_pretrained`."""
@@ -186,8 +208,8 @@ class SavingMixin(PeftModel):
         if layers and stds is None:
             logger.warning("%s is a plain LoRA adapter: its posterior std comes from BlobConfig, untrained", folder)
         elif stds is not None:
-            for name, layer in layers.items():
-                layer.set_std(stds[mean_name(name)])
+            for layer in layers.values():
+                layer.set_std(stds[layer.weight_name])
 
     # ----- sharing -----------------------------------------------------------------------------------------------
 
@@ -217,12 +239,10 @@ class SavingMixin(PeftModel):
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **save_kwargs)
-            return hub.push(folder, repo_id, commit_message, private, token, revision, create_pr, keep=["README.md"])
-
-
-def mean_name(layer: str) -> str:
-    """Name of a layer's posterior mean (and std) in the files of an adapter."""
-    return f"base_model.model.{layer}.lora_A.weight"
+            return hub.push(
+                folder, repo_id, commit_message, private, token, revision, create_pr,
+                keep=["README.md"], replace=adapter_files.NAMES,
+            )  # fmt: skip
 
 
 def _subfolder(adapter: str) -> str:

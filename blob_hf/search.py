@@ -148,6 +148,8 @@ def search(trainer: Any, args: SearchArguments) -> dict[str, Any] | None:
     Returns:
         run_id, eval_nll and hyperparameters of the best trial; None on the processes that do not lead the search.
     """
+    if trainer.method.post_hoc or trainer.method.retrains:
+        raise BlobError(f"--hp_search varies one training a trial, which method {trainer.method.name} has not")
     space = parse_space(args.hp_space, trainer.args)
     if args.hp_search == "ray":
         trainer.args.__class__ = _importable(type(trainer.args))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
@@ -24,13 +25,14 @@ from blob_hf.generation import generate_mean, generate_predictive, generate_samp
 from blob_hf.history import FILE_NAME, LOGGED, KLHistory
 from blob_hf.kl import KLDiagnosis, KLSchedule
 from blob_hf.kl_target import TargetSchedule
-from blob_hf.model import BlobModel
+from blob_hf.model import BlobModel, as_blob_model
 from blob_hf.optimizer import DecoupledKLStep
-from blob_hf.posterior import gaussian_layers, kl_divergence, mean_posterior_std
+from blob_hf.posterior import gaussian_layers, kl_divergence, mean_posterior_std, sampled_layers
 from blob_hf.prediction import IGNORED_LABEL
 from blob_hf.reporting.model_card import write_model_card
 from blob_hf.reporting.run_summary import DataSource
 from blob_hf.reporting.summarize import last_evaluation, summarize
+from blob_hf.training_args import DEFINING
 from blob_hf.verdict import KLFigures, Verdict, initial_stds, judge, measure
 
 logger = logging.getLogger(__name__)
@@ -43,10 +45,16 @@ class BlobTrainerMixin(EvaluationMixin, CheckpointMixin):
     """Adds to a transformers trainer: NLL + pi_t * KL, the decoupled KL step, and Monte Carlo evaluation.
 
     Needs `BlobArguments` among its training arguments and, for `method="blob"`, a `BlobModel`.
+
+    Attributes:
+        calibration_dataset: Rows held out of the training ones, for methods that choose something on them.
+        trained_parameters: Of all trainings so far.
     """
 
     args: Any
     model: Any
+    calibration_dataset: Any = None
+    trained_parameters = 0
     card_from_run = False  # whether a script writes the model card
     loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole accumulated batch
 
@@ -66,25 +74,37 @@ class BlobTrainerMixin(EvaluationMixin, CheckpointMixin):
         self.add_callback(BlobCallback(self))
         self._check_model()
 
+    def _adopt(self, model: nn.Module) -> nn.Module:
+        """Make a plain LoRA model one of this method, with our saving; any other model stays as it is."""
+        if isinstance(model, PeftModel) and (self.method.sampled or isinstance(model, BlobModel)):
+            model = as_blob_model(model)
+            if not self.method.variational and not sampled_layers(model):
+                self.method.attach(model, {})
+        return model
+
     def _check_model(self) -> None:
+        self._adopt(self.model)
         has_posterior = bool(gaussian_layers(self.model))
         if self.args.n_gpu > 1:
             raise BlobError(
                 "several GPUs in one process (DataParallel) cannot hold posterior samples; use accelerate launch"
             )
-        if self.args.method == "blob" and not has_posterior:
+        saved = getattr(self.model, "method", None)  # of an adapter that is finished
+        if self.method.variational and not has_posterior:
             raise BlobError(
                 "method='blob' needs a model with a posterior (get_blob_model), or train with method='lora'"
             )
-        if self.args.method != "blob" and has_posterior:
-            raise BlobError(f"method={self.args.method!r} needs plain LoRA, but this model has a posterior")
-        if has_posterior and self.args.beta not in (None, self._posterior.blob_config.prior_std):
+        if not self.method.variational and sampled_layers(self.model) and saved != self.args.method:
+            raise BlobError(
+                f"method={self.args.method!r} needs plain LoRA, but this model has a posterior (method {saved!r})"
+            )
+        if self.method.variational and self.args.beta not in (None, self._posterior.blob_config.prior_std):
             raise BlobError(
                 f"beta is the prior std: got {self.args.beta}, but the model was made with "
                 f"prior_std={self._posterior.blob_config.prior_std}; set one of them"
             )
         check_deepspeed(self.args)
-        if has_posterior and self.args.kl_gradient == "loss" and is_deepspeed_zero3_enabled():
+        if self.method.variational and self.args.kl_gradient == "loss" and is_deepspeed_zero3_enabled():
             raise BlobError("kl_gradient='loss' cannot reach sharded parameters under ZeRO-3; use 'decoupled'")
 
     @property
@@ -93,16 +113,33 @@ class BlobTrainerMixin(EvaluationMixin, CheckpointMixin):
 
     # ----- training ----------------------------------------------------------------------------------------------
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, or fit, as the method does; see `CheckpointMixin.train` for resuming."""
+        fit = super().train
+        return self.method.train(self, lambda resume: fit(resume, *args, **kwargs), resume_from_checkpoint)
+
+    def take_model(self, model: nn.Module) -> None:
+        """Go on with another model, to evaluate and to save."""
+        self.model = self.model_wrapped = model.to(self.args.device)
+
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """transformers' `call_model_init`; sets a trial's arguments first: the prior std is part of the model."""
         if trial is not None:
             self._hp_search_setup(trial)
-        return super().call_model_init(trial)
+        return self._adopt(super().call_model_init(trial))
+
+    def defining_settings(self) -> dict[str, Any]:
+        """The training arguments that make two runs different runs."""
+        return {name: getattr(self.args, name) for name in DEFINING}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(model)
+        given, self.args.weight_decay = self.args.weight_decay, self.method.weight_decay(self)
+        try:
+            optimizer = super().create_optimizer(model)
+        finally:
+            self.args.weight_decay = given
         bare = getattr(optimizer, "optimizer", optimizer)  # of a second call to train()
-        if self.args.method != "blob" or (self._kl_step is not None and self._kl_step.optimizer is bare):
+        if not self.method.variational or (self._kl_step is not None and self._kl_step.optimizer is bare):
             return optimizer
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise BlobError(OWN_OPTIMIZER)  # a config that the launcher brought
@@ -132,7 +169,7 @@ class BlobTrainerMixin(EvaluationMixin, CheckpointMixin):
         for _ in range(self.args.train_samples - 1):
             nll = nll + self._nll(model, inputs, num_items_in_batch)[0]
         nll = nll / self.args.train_samples
-        loss = nll + self._weighted_kl(nll) if self.args.method == "blob" else nll
+        loss = nll + self._weighted_kl(nll) if self.method.variational else nll
         if not self._all_finite(loss):
             raise NonFiniteLossError(self._non_finite(loss))
         return (loss, outputs) if return_outputs else loss
@@ -259,13 +296,13 @@ class BlobTrainerMixin(EvaluationMixin, CheckpointMixin):
     def save_history(self, folder: Path) -> None:
         """Write kl_history.csv into a folder (called on every process)."""
         self.kl_history.drain(self._mean_over_processes)
-        if self.args.method == "blob" and self.args.should_save:
+        if self.method.variational and self.args.should_save:
             self.kl_history.save(folder / FILE_NAME)
 
     def measure_kl(self) -> None:
         """Take the figures of the finished training, from which `kl_verdict` comes (called on every process)."""
         self.kl_history.drain(self._mean_over_processes)
-        if self.args.method == "blob" and self.kl_history.rows:
+        if self.method.variational and self.kl_history.rows:
             config = self._posterior.blob_config
             rate = self.args.kl_learning_rate if self.args.kl_gradient == "decoupled" else None
             self.kl_figures = measure(

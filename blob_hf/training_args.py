@@ -7,8 +7,9 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from blob_hf.engines import require_deepspeed
 from blob_hf.errors import BlobError
 from blob_hf.kl import KL_SCHEDULES
+from blob_hf.methods import METHODS, find_method
+from blob_hf.methods.laplace import PREDICTIVES, PRIORS, SUBSETS
 
-METHODS = ("blob", "lora")
 SCHEDULES = (*KL_SCHEDULES, "target")
 KL_GRADIENTS = ("decoupled", "loss")
 DECODINGS = ("mean", "samples", "predictive", "mbr")
@@ -25,6 +26,16 @@ DEFINING = [
     "kl_learning_rate",
     "kl_gradient",
     "train_samples",
+    "ensemble_size",
+    "ensemble_members",
+    "num_anchors",
+    "tfb_tolerance",
+    "tfb_bound",
+    "tfb_samples",
+    "laplace_subset",
+    "laplace_prior",
+    "temperature_scaling",
+    "calibration_samples",
     "base_dropout",
     "seed",
     "data_seed",
@@ -74,7 +85,18 @@ class BlobArguments:
 
         > Method
 
-        method (`str`): `blob`, or `lora` for plain LoRA with all else equal.
+        method (`str`): a key of `blob_hf.methods.METHODS`; all else stays equal.
+        temperature_scaling (`bool`): also report classifiers with a temperature fitted to held-out rows.
+        calibration_samples (`int`, *optional*): training rows held out for it (and for `laplace_prior` validation).
+        ensemble_size (`int`): members K of an ensemble, trained one after another.
+        ensemble_members (`list[str]`, *optional*): adapters that are trained already, instead.
+        num_anchors (`int`): training rows on which TFB measures the loss.
+        tfb_tolerance (`float`): relative increase of the anchors' NLL that TFB allows.
+        tfb_bound (`float`): largest sigma_q that TFB tries.
+        tfb_samples (`int`): posterior samples in TFB's loss.
+        laplace_subset (`str`): LoRA weights with a Laplace posterior, `all` or those of the `last_layer`.
+        laplace_prior (`str`): prior precision by the marginal likelihood (`marglik`) or held-out rows (`validation`).
+        laplace_predictive (`str`): of the `linearized` network, or of `sampled` ones.
     """
 
     beta: float | None = field(
@@ -129,7 +151,42 @@ class BlobArguments:
     base_dropout: bool = field(
         default=False, metadata={"help": "Keep the backbone's own dropout in training (the paper has it off)."}
     )
-    method: str = field(default="blob", metadata={"help": "blob, or lora (plain LoRA).", "choices": list(METHODS)})
+    method: str = field(
+        default="blob",
+        metadata={
+            "help": "blob, or one of its peers: lora (maximum likelihood), map, mc_dropout, ensemble; laplace and tfb "
+            "are fitted to a trained adapter (--adapter_name_or_path).",
+            "choices": list(METHODS),
+        },
+    )
+    temperature_scaling: bool = field(
+        default=False,
+        metadata={"help": "Also report a classifier with a temperature fitted to held-out training rows."},
+    )
+    calibration_samples: int | None = field(
+        default=None, metadata={"help": "Training rows to hold out for that. Default: a tenth, at most 500."}
+    )
+    ensemble_size: int = field(default=3, metadata={"help": "Members K of --method ensemble, trained in sequence."})
+    ensemble_members: list[str] | None = field(
+        default=None, metadata={"help": "Trained adapters (folders or Hub repos) to make the ensemble of instead."}
+    )
+    num_anchors: int = field(default=200, metadata={"help": "Training rows on which TFB measures the loss."})
+    tfb_tolerance: float = field(
+        default=0.01, metadata={"help": "Relative increase of the anchors' NLL that TFB allows."}
+    )
+    tfb_bound: float = field(default=0.5, metadata={"help": "Largest sigma_q that TFB tries."})
+    tfb_samples: int = field(default=2, metadata={"help": "Posterior samples in TFB's loss."})
+    laplace_subset: str = field(
+        default="all", metadata={"help": "LoRA weights with a Laplace posterior.", "choices": list(SUBSETS)}
+    )
+    laplace_prior: str = field(
+        default="marglik",
+        metadata={"help": "Prior precision by marginal likelihood or held-out rows.", "choices": list(PRIORS)},
+    )
+    laplace_predictive: str = field(
+        default="linearized",
+        metadata={"help": "Predict with the linearised network, or sampled ones.", "choices": list(PREDICTIVES)},
+    )
 
     def _validate_blob(self) -> None:
         for name in ("beta", "gamma"):
@@ -140,19 +197,28 @@ class BlobArguments:
             value = getattr(self, name)
             if not value >= least:
                 raise BlobError(f"{name} must be >= {least}, got {value}")
-        for name in ("kl_cycle_steps", "posterior_batch_size"):
+        for name in ("kl_cycle_steps", "posterior_batch_size", "calibration_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BlobError(f"{name} must be >= 1, got {value}")
         for name, allowed in (
             ("kl_schedule", SCHEDULES),
             ("kl_gradient", KL_GRADIENTS),
-            ("method", METHODS),
+            ("method", tuple(METHODS)),
+            ("laplace_subset", SUBSETS),
+            ("laplace_prior", PRIORS),
+            ("laplace_predictive", PREDICTIVES),
         ):
             value = getattr(self, name)
             if value not in allowed:
                 raise BlobError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        find_method(self.method).check(self)
         self._validate_target()
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether some of the training rows are kept for calibration."""
+        return self.temperature_scaling or (self.method == "laplace" and self.laplace_prior == "validation")
 
     def _validate_target(self) -> None:
         target = self.kl_target_nats_per_weight
@@ -205,10 +271,15 @@ class BlobSeq2SeqTrainingArguments(BlobArguments, Seq2SeqTrainingArguments):
         self._validate_blob()
         if self.decoding not in DECODINGS:
             raise BlobError(f"decoding must be one of {', '.join(DECODINGS)}, got {self.decoding!r}")
-        if self.decoding in ("predictive", "mbr") and (self.method != "blob" or self.eval_samples == 0):
+        method = find_method(self.method)
+        if self.decoding in ("predictive", "mbr") and (not method.sampled or self.eval_samples == 0):
             raise BlobError(
                 f"decoding={self.decoding!r} needs posterior samples, but method is {self.method!r} with eval_samples="
-                f"{self.eval_samples if self.method == 'blob' else 0}; use decoding='mean'"
+                f"{self.eval_samples if method.sampled else 0}; use decoding='mean'"
             )
+        if not method.summarizes:
+            raise BlobError(f"method {self.method} predicts classes; for summaries take another method")
+        if self.temperature_scaling:
+            raise BlobError("temperature_scaling calibrates class probabilities; for summaries leave it out")
         require_deepspeed(self.deepspeed)
         super().__post_init__()

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from blob_hf.kl import LEAST_EXPOSURE, kl_gradient_rho
-from blob_hf.layer import full_tensor, gathered, rho_from_std, std_from_rho
+from blob_hf.layer import rho_from_std, std_from_rho
 from blob_hf.posterior import gaussian_layers, posterior_statistics
+from blob_hf.sharding import full_tensor, gathered
 
 MOVED = 0.05  # a std has moved when it changed by more than 5 %
 COLLAPSED = 0.05  # nats per weight: what a mean of 0 and a std at 78 % of the prior still have

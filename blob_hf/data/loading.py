@@ -67,6 +67,27 @@ def check_limit(limit: int | None) -> None:
         raise BlobError(f"a limit on the number of samples must be >= 1, got {limit}")
 
 
+def hold_out(splits: DatasetDict, count: int | None) -> None:
+    """Move some training rows into a split `calibration`, in place; always the same rows of the same data.
+
+    Args:
+        count: How many; default a tenth, at most 500.
+
+    Raises:
+        BlobError: There is no training split, or nothing would be left of it.
+    """
+    if "train" not in splits:
+        raise BlobError(
+            f"calibration needs training rows to hold out, but there is no train split; only {', '.join(splits)}"
+        )
+    size = len(splits["train"])
+    count = min(500, size // 10) if count is None else count
+    if not 0 < count < size:
+        raise BlobError(f"cannot hold out {count} of {size} training rows for calibration; set --calibration_samples")
+    parts = splits["train"].train_test_split(test_size=count, seed=0)
+    splits["train"], splits["calibration"] = parts["train"], parts["test"]
+
+
 def first_rows(rows: Dataset, limit: int | None) -> Dataset:
     """At most `limit` rows from the start."""
     check_limit(limit)

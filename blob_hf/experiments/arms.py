@@ -23,8 +23,8 @@ class Arm:
     """One cell of the cross.
 
     Attributes:
-        method: Whose adapter, "blob" or "lora".
-        samples_weights: A posterior sample per summary, or the posterior mean (for LoRA: its weights) for all.
+        method: Whose adapter, for example "blob".
+        samples_weights: A sampled network per summary, or the mean (for LoRA: its weights) for all.
         samples_tokens: Tokens drawn from the network's distribution, or greedy.
     """
 
@@ -38,13 +38,22 @@ class Arm:
         return self.samples_weights or self.samples_tokens
 
 
+PEERS = ("mc_dropout", "ensemble", "tfb")  # sampled methods beside BLoB that write summaries
+
+
+def _crossed(method: str) -> dict[str, Arm]:
+    return {
+        f"{method}-{'sample' if weights else 'mean'}-{'sampling' if tokens else 'greedy'}": Arm(method, weights, tokens)
+        for weights in (False, True)
+        for tokens in (False, True)
+    }
+
+
 ARMS = {
-    "blob-mean-greedy": Arm("blob", samples_weights=False, samples_tokens=False),
-    "blob-mean-sampling": Arm("blob", samples_weights=False, samples_tokens=True),
-    "blob-sample-greedy": Arm("blob", samples_weights=True, samples_tokens=False),
-    "blob-sample-sampling": Arm("blob", samples_weights=True, samples_tokens=True),
+    **_crossed("blob"),
     "lora-greedy": Arm("lora", samples_weights=False, samples_tokens=False),
     "lora-sampling": Arm("lora", samples_weights=False, samples_tokens=True),
+    **{name: arm for method in PEERS for name, arm in _crossed(method).items()},
 }
 
 
@@ -96,7 +105,7 @@ def summaries(
     Args:
         input_ids: `(1, length)`.
         name: A key of `ARMS`.
-        num_samples: S.
+        num_samples: S. An ensemble has its members alone to sample from: fewer summaries where it samples weights.
         top_k: Token sampling from the k likeliest tokens, 0 for all (the published runs: transformers' 50).
         per_batch: Samples generated together.
     """
@@ -106,6 +115,8 @@ def summaries(
     if not arm.is_random:
         with posterior_mean(model):
             return model.generate(**inputs, **options)
+    if arm.samples_weights and (members := getattr(model, "method_facts", {}).get("members")):
+        num_samples = min(num_samples, len(members))
     if not arm.samples_tokens:
         return generate_posterior(model, num_samples, seed, per_batch, **inputs, **options)
     start = 1 if model.config.is_encoder_decoder else input_ids.shape[1]

@@ -1,6 +1,7 @@
-"""Experiment I: classifiers on the tasks of the paper, BLoB against LoRA, mean +- std over seeds.
+"""Experiment I: classifiers on the tasks of the paper, BLoB against its peers, mean +- std over seeds.
 
 Every flag that is not listed here goes to run_glue_blob.py, `{task}` filled in; its defaults are the published setting.
+Methods that are fitted to a trained adapter (laplace, tfb) take the one of `lora` with the same task and seed.
 """
 
 import re
@@ -14,7 +15,7 @@ from blob_hf.errors import BlobError
 from blob_hf.experiments import glue_report
 from blob_hf.experiments.grid import GridArguments, GridRun, check_passed_on, complete_runs, refuse_failed
 from blob_hf.experiments.setup import setup_logging
-from blob_hf.training_args import METHODS
+from blob_hf.methods import METHODS
 
 
 @dataclass
@@ -26,7 +27,8 @@ class GlueArguments(GridArguments):
     methods: list[str] = field(
         default_factory=lambda: ["blob", "lora"],
         metadata={
-            "help": "blob, lora, or one of them with settings of run_glue_blob.py: blob:kl_schedule=elbo,beta=0.1"
+            "help": f"Among {', '.join(METHODS)}, alone or with settings of run_glue_blob.py: "
+            "blob:kl_schedule=elbo,beta=0.1"
         },
     )
     output_dir: str = field(default="runs/experiment-glue", metadata={"help": "Folder of the runs and the report."})
@@ -39,6 +41,9 @@ class GlueArguments(GridArguments):
         self.check_distinct("tasks", "seeds", "methods")
         for method in self.methods:
             method_arguments(method)
+        waiting = [method for method in self.methods if _needs_lora(method)]
+        if waiting and "lora" not in self.methods:
+            raise BlobError(f"{waiting[0]} is fitted to the adapters of lora: name lora among --methods, too")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -49,7 +54,10 @@ def main(argv: Sequence[str]) -> None:
     check_passed_on(rest, ("task_name", "seed", "method"))
     runs = {key: _run(folder, rest, *key) for key in _keys(args)}
     cli.claim_folder(folder, {"experiment": "glue", "arguments": rest})
-    failed = complete_runs(list(runs.values()), "run_glue_blob", args)
+    first = [run for (_, method, _), run in runs.items() if not _needs_lora(method)]
+    failed = complete_runs(first, "run_glue_blob", args)
+    ready = [run for key, run in runs.items() if _needs_lora(key[1]) and runs[key[0], "lora", key[2]].is_complete]
+    failed += complete_runs(ready, "run_glue_blob", args)
     glue_report.write(folder, {key: run.folder for key, run in runs.items() if run.is_complete}, rest)
     refuse_failed(failed, len(runs))
 
@@ -59,10 +67,21 @@ def _keys(args: GlueArguments) -> list[tuple[str, str, int]]:
 
 
 def _run(folder: Path, rest: Sequence[str], task: str, method: str, seed: int) -> GridRun:
-    name = f"{task}/{re.sub(r'[^A-Za-z0-9.]+', '-', method)}/seed{seed}"
-    own = ("--task_name", task, "--seed", str(seed), *method_arguments(method))
+    name = _run_name(task, method, seed)
+    own = ["--task_name", task, "--seed", str(seed), *method_arguments(method)]
+    if _needs_lora(method):
+        own += ["--adapter_name_or_path", str(folder / "runs" / _run_name(task, "lora", seed))]
     passed = tuple(part.replace("{task}", task) for part in rest)
     return GridRun(name, folder / "runs" / name, (*own, *passed))
+
+
+def _run_name(task: str, method: str, seed: int) -> str:
+    return f"{task}/{re.sub(r'[^A-Za-z0-9.]+', '-', method)}/seed{seed}"
+
+
+def _needs_lora(method: str) -> bool:
+    """Whether a method, with its settings, is fitted to the adapter that `lora` trains."""
+    return METHODS[method.partition(":")[0]].post_hoc and "--adapter_name_or_path" not in method_arguments(method)
 
 
 def method_arguments(method: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """The report of experiment I: one table beside the published ones, paired comparisons, verdicts, plots."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pandas as pd
 
 from blob_hf import files
 from blob_hf.artifacts import CLASSIFICATION_METRICS, VERDICT_FILE
+from blob_hf.costs import COSTS_FILE
 from blob_hf.evaluation import MEAN_CURVE, rejection_curves
 from blob_hf.experiments.statistics import Spread, paired_interval, spread
 from blob_hf.history import FILE_NAME
@@ -20,6 +21,7 @@ from blob_hf.reporting.kl_plots import plot_trajectories
 from blob_hf.reporting.tables import MEAN, text_table
 
 Key = tuple[str, str, int]  # task, method, seed
+SCALED = " + T"  # behind a method's name: with temperature scaling
 
 # Name, factor and digits of each metric in the tables; and whether more is better.
 SHOWN = {
@@ -71,6 +73,7 @@ def write(folder: Path, runs: Mapping[Key, Path], arguments: Sequence[str]) -> N
         f"{len(runs)} runs of run_glue_blob.py {' '.join(arguments)}",
         results_text(results),
         comparisons_text(results),
+        costs_text(runs),
         *([f"## What the KL did\n\n{_text(verdicts)}"] if len(verdicts) else []),
         *([f"## Out of distribution\n\n{_detection_text(detection)}"] if len(detection) else []),
         "## Plots\n\nPooled over the seeds.\n\n" + "\n\n".join(f"![{Path(plot).stem}]({plot})" for plot in plots),
@@ -89,14 +92,20 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def read_results(runs: Mapping[Key, Path]) -> pd.DataFrame:
-    """Rows of task, method, seed, N (posterior samples; 0 is the posterior mean) and the metrics."""
+    """Rows of task, method, seed, N (posterior samples; 0 is the posterior mean) and the metrics.
+
+    Temperature-scaled predictions are rows of their own, of the method `... + T`.
+    """
     rows = []
     for (task, method, seed), folder in runs.items():
-        found = _json(folder / "eval_results.json")
-        samples = int(found["eval_num_samples"])
-        for count, prefix in [(0, f"eval_{MEAN}"), *([(samples, "eval_")] if samples else [])]:
-            values = {name: found[prefix + name] for name in (*CLASSIFICATION_METRICS, "rejection_area")}
-            rows.append({"task": task, "method": method, "seed": seed, "N": count, **values})
+        for suffix, file in (("", "eval_results.json"), (SCALED, "eval_temperature_results.json")):
+            if suffix and not (folder / file).is_file():
+                continue
+            found = _json(folder / file)
+            samples = int(found["eval_num_samples"])
+            for count, prefix in [(0, f"eval_{MEAN}"), *([(samples, "eval_")] if samples else [])]:
+                values = {name: found.get(prefix + name) for name in (*CLASSIFICATION_METRICS, "rejection_area")}
+                rows.append({"task": task, "method": method + suffix, "seed": seed, "N": count, **values})
     return pd.DataFrame(rows)
 
 
@@ -177,9 +186,12 @@ def results_text(results: pd.DataFrame) -> str:
 
 
 def comparisons_text(results: pd.DataFrame) -> str:
-    """Each method against plain LoRA, and each variant of BLoB against `blob`, seed by seed."""
-    methods = list(dict.fromkeys(results["method"]))
-    pairs = [(method, "lora") for method in methods if method != "lora" and "lora" in methods]
+    """Each method against plain LoRA, and against it with a temperature; each variant of BLoB against `blob`."""
+    every = list(dict.fromkeys(results["method"]))
+    methods = [method for method in every if not method.endswith(SCALED)]
+    cheap = "lora" + SCALED
+    pairs = [(method, "lora") for method in [*methods, cheap] if method != "lora" and {method, "lora"} <= set(every)]
+    pairs += [(method, cheap) for method in methods if method != "lora" and cheap in every]
     pairs += [(method, "blob") for method in methods if method.startswith("blob:") and "blob" in methods]
     rows = []
     for task in dict.fromkeys(results["task"]):
@@ -223,6 +235,44 @@ def _detection_text(detection: pd.DataFrame) -> str:
     return _text(table) + "\n\nThe other data is the positive class; N=S where no N is named (plain LoRA: N=0 alone)."
 
 
+def costs_text(runs: Mapping[Key, Path]) -> str:
+    """What each method cost, as its runs measured it, in ratios to plain LoRA of the same task and seed."""
+    costs = {key: _json(path / COSTS_FILE) for key, path in runs.items() if (path / COSTS_FILE).is_file()}
+    rows = []
+    for method in dict.fromkeys(key[1] for key in costs):
+        own = [(cost, costs.get((task, "lora", seed))) for (task, name, seed), cost in costs.items() if name == method]
+        first = own[0][0]
+        rows.append(
+            [
+                method,
+                f"{first['trained_parameters']:,.0f}",
+                _ratio(own, lambda cost: cost["train_runtime"] / cost["train_steps"] if cost["train_steps"] else None),
+                _ratio(own, lambda cost: cost["train_runtime"] or None),
+                _ratio(own, lambda cost: cost["peak_memory"]),
+                f"{first['fit_forwards']:,.0f}" if first["fit_forwards"] else "-",
+                f"{first['networks']:.0f}" if "networks" in first else "-",
+                _ratio(own, lambda cost: cost["eval_runtime"] / cost["eval_rows"] if cost.get("eval_rows") else None),
+            ]
+        )
+    if not rows:
+        return ""
+    names = (
+        "method", "trained parameters", "train step", "training", "peak memory", "rows passed to fit", "networks S",
+        "evaluation of a row",
+    )  # fmt: skip
+    return (
+        "## Costs\n\n" + text_table(names, rows) + "\n\nRatios to `lora`, mean over tasks and seeds; times of runs "
+        "that may have shared the machine. Laplace and TFB need a trained LoRA besides. Evaluation includes N=0."
+    )
+
+
+def _ratio(pairs: Sequence[tuple[Any, Any]], value: Callable[[Any], float | None]) -> str:
+    """Mean of a cost's ratio to plain LoRA's, where both have it."""
+    found = [(value(own), None if base is None else value(base)) for own, base in pairs]
+    ratios = [own / base for own, base in found if own and base]
+    return f"{np.mean(ratios):.2f}" if ratios else "-"
+
+
 # ----- plots ------------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +280,7 @@ def draw(folder: Path, runs: Mapping[Key, Path], results: pd.DataFrame) -> list[
     """Plots of the grid, as paths relative to its folder."""
     target = folder / "plots"
     target.mkdir(parents=True, exist_ok=True)
-    plot_methods(results, {name: label for name, (label, *_) in SHOWN.items()}, target / "methods.png")
+    plot_methods(_to_plot(results), {name: label for name, (label, *_) in SHOWN.items()}, target / "methods.png")
     plots = ["plots/methods.png"]
     for task in dict.fromkeys(results["task"]):
         scores, curves, labels = _pooled(runs, task)
@@ -247,6 +297,14 @@ def draw(folder: Path, runs: Mapping[Key, Path], results: pd.DataFrame) -> list[
             plot_trajectories(histories, target / f"kl_{task}.png")
             plots.append(f"plots/kl_{task}.png")
     return plots
+
+
+def _to_plot(results: pd.DataFrame) -> pd.DataFrame:
+    """Of many methods only the unscaled ones with their largest N: more kinds of points could not be told apart."""
+    plain = results[~results["method"].str.endswith(SCALED)]
+    if plain["method"].nunique() <= 3:
+        return plain
+    return plain[plain["N"] == plain.groupby("method")["N"].transform("max")]
 
 
 def _pooled(runs: Mapping[Key, Path], task: str) -> tuple[dict[str, np.ndarray], dict[str, RiskCoverage], np.ndarray]:

@@ -17,7 +17,7 @@ from blob_hf import cli, files
 from blob_hf.data.summarization import Dialogue
 from blob_hf.errors import BlobError
 from blob_hf.experiments import units
-from blob_hf.experiments.arms import ARMS, summaries
+from blob_hf.experiments.arms import ARMS, PEERS, summaries
 from blob_hf.experiments.scores import AGGREGATES, METRIC_NAMES, metrics_of, score_rows
 from blob_hf.experiments.setup import (
     DEMO,
@@ -37,6 +37,8 @@ _COMPARED = [
     ("blob-mean-sampling", "lora-sampling", "token noise in both"),
     ("blob-sample-greedy", "blob-mean-greedy", "what weight noise does, greedy"),
     ("blob-sample-sampling", "blob-mean-sampling", "what weight noise does beside token noise"),
+    *(("blob-sample-greedy", f"{peer}-sample-greedy", f"BLoB's weights against those of {peer}") for peer in PEERS),
+    *((f"{peer}-sample-greedy", f"{peer}-mean-greedy", f"what the weights of {peer} do, greedy") for peer in PEERS),
 ]
 
 
@@ -44,10 +46,13 @@ _COMPARED = [
 class SamplingArguments(ExperimentArguments):
     """Experiment IV: the cross of weights and decoding."""
 
+    mc_dropout: str | None = field(default=None, metadata={"help": "MC-dropout adapter to compare with, if any."})
+    ensemble: str | None = field(default=None, metadata={"help": "Ensemble to compare with, if any."})
+    tfb: str | None = field(default=None, metadata={"help": "TFB adapter to compare with, if any."})
     num_dialogues: int = field(default=100, metadata={"help": "Dialogues, from the start of the test split."})
     num_samples: int = field(default=100, metadata={"help": "Summaries of each dialogue and arm."})
-    arms: list[str] = field(
-        default_factory=lambda: list(ARMS), metadata={"help": "Arms to run.", "choices": list(ARMS)}
+    arms: list[str] | None = field(
+        default=None, metadata={"help": "Arms to run. Default: all of the adapters given.", "choices": list(ARMS)}
     )
     top_k: int = field(default=50, metadata={"help": "Token sampling from the k likeliest; 0: from all."})
     posterior_batch_size: int | None = field(
@@ -57,6 +62,10 @@ class SamplingArguments(ExperimentArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for arm in self.arms or []:
+            method = ARMS[arm].method
+            if method in PEERS and getattr(self, method) is None:
+                raise BlobError(f"--arms {arm} needs an adapter: give --{method}")
         for name in ("num_samples", "mbr_samples"):
             if getattr(self, name) < 1:
                 raise BlobError(f"{name} must be >= 1, got {getattr(self, name)}")
@@ -70,7 +79,8 @@ def main(argv: Sequence[str]) -> None:
     (args,) = cli.parse_arguments((SamplingArguments,), demo, __doc__ or "", argv)
     folder = start(args, "sampling", ignored=("arms", "mbr_samples"))
     dialogues = load_dialogues(args)
-    keys = [(arm, index) for arm in args.arms for index in range(len(dialogues))]
+    arms = args.arms or [name for name, arm in ARMS.items() if getattr(args, arm.method) is not None]
+    keys = [(arm, index) for arm in arms for index in range(len(dialogues))]
     summarizers = Summarizers(args, dialogues)
 
     def make(key: units.Key) -> list[units.Row]:

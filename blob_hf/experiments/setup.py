@@ -9,7 +9,6 @@ from typing import Any
 
 import transformers
 from accelerate import PartialState
-from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from blob_hf import adapter_files, cli
@@ -27,8 +26,9 @@ from blob_hf.data.summarization import (
 )
 from blob_hf.errors import BlobError
 from blob_hf.hub import fetching
+from blob_hf.methods import read_facts
 from blob_hf.metrics.bertscore import PUBLISHED_MODEL, BertScorer
-from blob_hf.model import BlobModel, as_blob_model, get_blob_model, get_lora_model
+from blob_hf.model import BlobModel, get_blob_model, get_lora_model, load_lora
 from blob_hf.trainer import BlobSeq2SeqTrainer
 from blob_hf.training_args import BlobSeq2SeqTrainingArguments
 
@@ -134,14 +134,15 @@ def load_summarizer(args: ExperimentArguments, method: str) -> Summarizer:
     """The adapter of a method on its base model, in eval mode."""
     folder = adapter_files.resolve(getattr(args, method))
     is_blob = adapter_files.is_blob_adapter(folder)
-    if is_blob != (method == "blob"):
-        found = "a BLoB adapter" if is_blob else "plain LoRA, without a posterior"
-        raise BlobError(f"--{method} {getattr(args, method)} is {found}; exchange it")
+    facts = read_facts(folder)
+    found = facts.get("method", "blob" if is_blob else "lora")
+    if found != method:
+        raise BlobError(f"--{method} {getattr(args, method)} is an adapter of method {found}; exchange it")
     config = BlobConfig.from_pretrained(str(folder))
-    if is_blob:
+    if is_blob or facts:
         model = BlobModel.from_pretrained(folder)
     else:
-        model = as_blob_model(PeftModel.from_pretrained(load_base_model(str(folder), config, None, {}), str(folder)))
+        model = load_lora(load_base_model(str(folder), config, None, {}), folder)
     source = str(folder) if (folder / "tokenizer_config.json").is_file() else str(config.base_model_name_or_path)
     with fetching("tokenizer", source, f"--{method}"):
         tokenizer = AutoTokenizer.from_pretrained(source)

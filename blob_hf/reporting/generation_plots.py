@@ -16,7 +16,8 @@ from blob_hf.metrics.selective import RiskCoverage
 from blob_hf.reporting.plots import plot_style
 
 # Colour says whose weights and whether they are sampled, the dash says how tokens are chosen.
-_COLOURS = dict(zip(("blob-mean", "blob-sample", "lora"), sns.color_palette("colorblind")[:3], strict=True))
+_FAMILIES = ("blob-mean", "blob-sample", "lora", "mc_dropout-sample", "ensemble-sample", "tfb-sample")
+_COLOURS = dict(zip(_FAMILIES, sns.color_palette("colorblind")[: len(_FAMILIES)], strict=True))
 
 
 def _look(arm: str) -> dict[str, Any]:

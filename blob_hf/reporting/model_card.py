@@ -9,26 +9,17 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from blob_hf import files
+from blob_hf.methods import METHODS
 from blob_hf.reporting.run_summary import RunSummary
 from blob_hf.reporting.tables import STD_COLUMN, settings_table, to_markdown
 from blob_hf.version import __version__
-
-_CITATION = """@inproceedings{wang2024blob,
-  title = {BLoB: Bayesian Low-Rank Adaptation by Backpropagation for Large Language Models},
-  author = {Wang, Yibin and Shi, Haizhou and Han, Ligong and Metaxas, Dimitris and Wang, Hao},
-  booktitle = {Advances in Neural Information Processing Systems}, year = {2024}
-}"""
 
 _USE: dict[str | None, str] = {
     "text-classification": "Classifying texts like those it was trained on, where it matters how sure the answer is.",
     "summarization": "Summarizing texts like those it was trained on, where it matters how far to trust a summary.",
     None: "What its base model is for, on data like that it was trained on.",
 }
-_LIMITS = (
-    "The uncertainty covers the LoRA A matrices only; the base model and B are points. Calibration was measured on the "
-    "data named here and can be worse elsewhere. Use it as the base model's own card allows."
-)
-_LORA_LIMITS = "A point estimate: it does not know what it does not know. Use it as the base model's own card allows."
+_LIMITS = "Use it as the base model's own card allows."
 
 
 def write_model_card(folder: Path, run: RunSummary) -> None:
@@ -38,21 +29,20 @@ def write_model_card(folder: Path, run: RunSummary) -> None:
 
 def model_card(run: RunSummary) -> ModelCard:
     """The card, with `model-index` metadata of every finite metric on the adapter that is saved."""
-    title = "BLoB adapter" if run.method == "blob" else "LoRA adapter"
+    method = METHODS[run.method]
     base = Path(run.base_model).name if _is_local(run) else run.base_model
     body = [
         f"---\n{_metadata(run).to_yaml()}\n---",
-        f"# {title} of {base}" + (f" on {run.data.name}" if run.data else ""),
-        _describe(run),
+        f"# {method.title} of {base}" + (f" on {run.data.name}" if run.data else ""),
+        method.about,
         *(["## Results"] if run.results else []),
         *(f"**{results.title}**\n\n{to_markdown(results.table)}" for results in run.results),
-        "## Intended use and limits\n\n"
-        + f"{_USE.get(run.task, _USE[None])} {_LIMITS if run.method == 'blob' else _LORA_LIMITS}",
+        "## Intended use and limits\n\n" + f"{_USE.get(run.task, _USE[None])} {method.limits} {_LIMITS}",
         "## How to use\n\n" + _usage(run),
         "## Training\n\n" + settings_table(run.settings),
         *(["\n".join(f"- {note}" for note in run.kl_notes)] if run.kl_notes else []),
         *([_all_arguments(run)] if run.arguments else []),
-        f"## Citation\n\n```bibtex\n{_CITATION}\n```",
+        f"## Citation\n\n```bibtex\n{method.citation}\n```",
         f"Made with blob_hf {__version__}, transformers {transformers.__version__}, peft {peft.__version__}, "
         f"torch {torch.__version__}.",
     ]
@@ -71,7 +61,7 @@ def _metadata(run: RunSummary) -> ModelCardData:
         license=run.license,
         datasets=[run.data.hub_id] if run.data and run.data.hub_id else None,
         pipeline_tag=run.task,
-        tags=["lora", "peft"] + (["blob", "bayesian", "uncertainty"] if run.method == "blob" else []),
+        tags=["lora", "peft", *METHODS[run.method].tags],
         model_name=Path(run.repo).name if results else None,
         eval_results=results or None,
     )
@@ -104,38 +94,30 @@ def _eval_results(run: RunSummary) -> list[EvalResult]:
     ]
 
 
-def _describe(run: RunSummary) -> str:
-    if run.method != "blob":
-        return "Plain LoRA (maximum likelihood), trained with blob_hf for comparison with BLoB."
-    return (
-        "LoRA whose A matrices are Gaussian posteriors (BLoB). `adapter_model.safetensors` is the posterior mean, an "
-        "ordinary LoRA adapter; `posterior_std.safetensors` holds the standard deviation of every entry of A. N=0 is "
-        "the posterior mean; N=S averages the probabilities of S posterior samples."
-    )
-
-
 def _usage(run: RunSummary) -> str:
     call = f'model = {run.auto_class}.from_pretrained("{run.repo}"{run.auto_arguments})'
     plain = f"```python\nfrom peft import {run.auto_class}\n\n{call}\n```"
-    if run.method != "blob":
+    if not METHODS[run.method].sampled:
         return plain
+    n = run.num_samples
     if run.task == "summarization":
         sampled = (
-            "    tokens = model.generate(**{name: x.repeat(10, 1) for name, x in inputs.items()}, max_new_tokens=128)\n"
-            "summaries = tokenizer.batch_decode(tokens, skip_special_tokens=True)  # 10 per input, sample by sample\n"
+            f"    tokens = model.generate(**{{name: x.repeat({n}, 1) for name, x in inputs.items()}}, "
+            "max_new_tokens=128)\n"
+            f"summaries = tokenizer.batch_decode(tokens, skip_special_tokens=True)  # {n} per input, sample by sample\n"
         )
     else:
         sampled = (
-            "    logits = model(**{name: x.repeat(10, 1) for name, x in inputs.items()}).logits\n"
-            "probs = logits.softmax(-1).unflatten(0, (10, -1)).mean(0)\n"
+            f"    logits = model(**{{name: x.repeat({n}, 1) for name, x in inputs.items()}}).logits\n"
+            f"probs = logits.softmax(-1).unflatten(0, ({n}, -1)).mean(0)\n"
         )
     return (
-        "As a posterior (`pip install blob_hf`), inputs repeated once per sample:\n\n```python\n"
+        "With its uncertainty (`pip install blob_hf`), inputs repeated once per sample:\n\n```python\n"
         "from blob_hf import BlobModel\nfrom transformers import AutoTokenizer\n\n"
         f'model = BlobModel.from_pretrained("{run.repo}")\ntokenizer = AutoTokenizer.from_pretrained("{run.repo}")\n'
         'inputs = tokenizer(["..."], return_tensors="pt", padding=True)\n'
-        f"with model.posterior_samples(10, seed=0):\n{sampled}```\n\n"
-        f"As plain LoRA (the posterior mean), with PEFT alone:\n\n{plain}"
+        f"with model.posterior_samples({n}, seed=0):\n{sampled}```\n\n"
+        f"As plain LoRA (N=0), with PEFT alone:\n\n{plain}"
     )
 
 

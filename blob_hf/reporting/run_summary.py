@@ -44,6 +44,7 @@ class RunSummary:
         notes: Further findings, a line each, for the report.
         repo: Hub repo or folder of the adapter, for the examples.
         task: Its tag on the Hub, for example "text-classification".
+        num_samples: Networks that the examples draw.
         auto_class: The class with which plain PEFT loads the adapter.
         auto_arguments: What that class needs besides the path, for example ", num_labels=3".
     """
@@ -60,5 +61,6 @@ class RunSummary:
     license: str | None = None
     repo: str = "PATH_OR_REPO"
     task: str | None = None
+    num_samples: int = 10
     auto_class: str = "AutoPeftModel"
     auto_arguments: str = ""

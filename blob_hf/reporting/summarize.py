@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from blob_hf.base_model import peft_loading
-from blob_hf.config import BlobConfig, adapter_settings
+from blob_hf.config import adapter_settings
 from blob_hf.reporting.run_summary import DataSource, Results, RunSummary
 from blob_hf.reporting.tables import MEAN, results_table
 from blob_hf.training_args import DEFINING
@@ -43,6 +43,7 @@ def summarize(
         license=license,
         repo=getattr(trainer, "hub_model_id", None) or str(Path(args.output_dir)),
         task=task,
+        num_samples=trainer.num_eval_samples or RunSummary.num_samples,
         auto_class=auto_class,
         auto_arguments=auto_arguments,
     )
@@ -61,22 +62,27 @@ def last_evaluation(trainer: Any) -> list[Results]:
 
 
 def _settings(trainer: Any, config: Any) -> dict[str, Any]:
-    args = trainer.args
+    args, method = trainer.args, trainer.method
     settings = {
         "method": args.method,
-        **adapter_settings(config),
-        "learning rate": args.learning_rate,
-        "steps": args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
-        "global batch size": trainer.get_total_train_batch_size(args),
-        "seed": args.seed,
+        **adapter_settings(config, method.variational),
+        **method.settings(trainer.model),
     }
-    if isinstance(config, BlobConfig):
+    if not method.post_hoc:  # else it was fitted, and how its adapter was trained is not known here
+        settings |= {
+            "learning rate": args.learning_rate,
+            "steps": args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
+            "global batch size": trainer.get_total_train_batch_size(args),
+            "seed": args.seed,
+        }
+    if method.variational:
         settings |= {
             "gamma": args.gamma,
             "KL schedule": args.kl_schedule,
             "KL learning rate": args.kl_learning_rate,
             "KL gradient": args.kl_gradient,
             "training samples": args.train_samples,
-            "evaluation samples": args.eval_samples,
         }
+    if trainer.num_eval_samples:
+        settings["evaluation samples"] = trainer.num_eval_samples
     return settings

@@ -72,8 +72,11 @@ def test_other_settings_and_other_mistakes_are_one_line(tmp_path, adapters, caps
         (sampling(tmp_path, adapters, *arms, "--seed", "5"), "holds a run of different settings (seed 0 -> 5)"),
         (sampling(tmp_path, adapters, *arms, "--num_samples", "5"), "num_samples 4 -> 5"),
         (sampling(tmp_path / "a", adapters, "--num_samples", "0"), "num_samples must be >= 1, got 0"),
-        (sampling(tmp_path / "b", ["--blob", lora, "--lora", lora]), "is plain LoRA, without a posterior; exchange it"),
-        (sampling(tmp_path / "c", ["--blob", blob, "--lora", blob], *arms), "is a BLoB adapter; exchange it"),
+        (sampling(tmp_path / "b", ["--blob", lora, "--lora", lora]), "is an adapter of method lora; exchange it"),
+        (
+            sampling(tmp_path / "c", ["--blob", blob, "--lora", blob], *arms),
+            "is an adapter of method blob; exchange it",
+        ),
         (sampling(tmp_path / "d", adapters, "--arms", "blob"), "invalid choice"),
         (sampling(tmp_path / "e", adapters, "--test_file", empty), "dialogue 1 is empty"),
         (["mean", "--output_dir", tmp_path / "f"], "give --blob and --lora"),

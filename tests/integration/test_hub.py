@@ -279,3 +279,39 @@ def test_a_script_pushes_its_run_with_its_card(hub, alice):
     done = stranger.script(ROOT / "run_glue_blob.py", *options, *push[:-1], "other")
     assert done.returncode == 2 and "error: cannot push to 'alice/demo'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_ensemble_goes_through_the_hub_and_a_later_adapter_leaves_nothing_of_it(alice):
+    pushed = alice.run(
+        """
+from blob_hf.methods.ensemble import load_members
+from blob_hf.model import get_lora_model, load_lora
+
+def member(seed):
+    torch.manual_seed(seed)
+    model = get_lora_model(base(), LoraConfig(target_modules=TARGETS["bart"], task_type="SEQ_2_SEQ_LM", r=4))
+    randomize_b(model)
+    return model
+
+for seed in (1, 2):
+    member(seed).save_pretrained(f"m{seed}")
+model = load_lora(base(), "m1")
+load_members(model, ["m2"])
+model.push_to_hub("alice/ensemble")
+with model.eval().posterior_samples(1, first=1):
+    show(model, "second")
+"""
+    )
+    assert pushed["code"] == 0, pushed["stderr"]
+    load = """
+model = BlobModel.from_pretrained("alice/ensemble", model=base()).eval()
+print(f"method:{model.method}")
+if model.method == "ensemble":
+    with model.posterior_samples(1, first=1):
+        show(model, "second")
+"""
+    found = alice.run(load)  # in a cache of its own
+    assert (found["method"], found["second"]) == ("ensemble", pushed["second"]), found["stderr"]
+    again = alice.run('fresh().push_to_hub("alice/ensemble")')
+    assert again["code"] == 0, again["stderr"]
+    assert alice.run(load)["method"] == "blob"

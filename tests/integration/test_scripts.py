@@ -1,37 +1,24 @@
 """The two scripts as a user runs them, on the embedded demo (shortened), and each user mistake."""
 
 import json
-import runpy
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 from huggingface_hub import ModelCard
 from peft import AutoPeftModel, AutoPeftModelForSeq2SeqLM
+from running import GLUE, SUMMARIZATION
+from running import run_script as run
 from safetensors.torch import load_file
 
 from blob_hf import BlobModel, runs
 from blob_hf.data import demo
 
-ROOT = Path(__file__).resolve().parents[2]
-GLUE, SUMMARIZATION = "run_glue_blob.py", "run_summarization_blob.py"
 QUICK = ["--demo", "--eval_samples", "2", "--disable_tqdm", "true", "--use_cpu", "true"]
 QUICK_GLUE = [*QUICK, "--max_steps", "6", "--kl_cycle_steps", "3", "--max_eval_samples", "40"]
 QUICK_SUMMARIZATION = [
     *QUICK, "--max_steps", "4", "--kl_cycle_steps", "2", "--max_train_samples", "64", "--max_eval_samples", "4",
     "--max_predict_samples", "4", "--max_new_tokens", "12", "--compare_base", "false",
 ]  # fmt: skip
-
-
-def run(monkeypatch, script, *arguments):
-    """Run a script in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-    try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as exit_:
-        return exit_.code
-    return 0
 
 
 def read(path):
