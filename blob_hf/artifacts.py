@@ -9,6 +9,7 @@ import numpy as np
 
 from blob_hf import files
 from blob_hf.costs import COSTS_FILE, training_costs
+from blob_hf.engines import leave
 from blob_hf.errors import BlobError
 from blob_hf.evaluation import rejection_curves, selective_summarization
 from blob_hf.history import FILE_NAME
@@ -141,8 +142,7 @@ class Run:
             print(f"Everything is in {self.folder}")
         if self.args.push_to_hub:
             self.trainer.push_to_hub()
-        self.trainer.accelerator.wait_for_everyone()
-        self.trainer.accelerator.end_training()  # a process that exits first would abort the others' connections
+        leave(self.trainer.accelerator)
 
     def add_nll_curve(self, curve: NLLCurve, mean_nll: float, split: str, unit: str) -> None:
         """Draw what more samples buy, and note how many are enough."""

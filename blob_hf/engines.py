@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import Tensor, nn
@@ -102,3 +104,22 @@ def decorrelate_noise(seed: int, accelerator: Any, model: nn.Module) -> None:
     kinds = {layer.noise for layer in gaussian_layers(model).values()}
     if accelerator.num_processes > 1 and "shared" not in kinds:
         torch.manual_seed(seed + accelerator.process_index)
+
+
+def leave(accelerator: Accelerator | None = None) -> None:
+    """End a run on all processes together: one that exits first would abort the others' connections.
+
+    gloo's threads drop the tensors of a finished collective under Python's lock. A thread that still waits for the lock
+    while Python exits is killed, which aborts the process; nothing tells when they are done, so they get a moment.
+
+    Args:
+        accelerator: Ends its trackers, too.
+    """
+    state = PartialState()
+    state.wait_for_everyone()
+    if accelerator is None:
+        state.destroy_process_group()
+    else:
+        accelerator.end_training()
+    if state.num_processes > 1:
+        time.sleep(0.5)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from transformers import TrainingArguments
 
 from blob_hf import files
+from blob_hf.engines import leave
 from blob_hf.errors import BlobError
 
 BACKENDS = {"optuna": "optuna", "ray": "ray[tune]"}
@@ -171,8 +171,7 @@ def search(trainer: Any, args: SearchArguments) -> dict[str, Any] | None:
         files.write_text(Path(trainer.args.output_dir) / BEST_FILE, json.dumps(found, indent=2) + "\n")
         flags = " ".join(f"--{name} {value}" for name, value in best.hyperparameters.items())
         print(f"lowest validation NLL {best.objective:.4f} of {args.hp_trials} trials; train with {flags}")
-    PartialState().wait_for_everyone()
-    trainer.accelerator.end_training()
+    leave(trainer.accelerator)
     return found
 
 

@@ -2,7 +2,10 @@
 
 import sys
 
+from accelerate import PartialState
+
 from blob_hf import cli
+from blob_hf.engines import leave
 from blob_hf.errors import BlobError
 from blob_hf.experiments import glue, mean, sampling, sensitivity
 
@@ -16,6 +19,8 @@ def main(argv: list[str] | None = None) -> None:
             found = argv[0] if argv else "nothing"
             raise BlobError(f"name an experiment, one of {', '.join(EXPERIMENTS)}; got {found}")
         EXPERIMENTS[argv[0]](argv[1:])
+        if PartialState._shared_state:  # those that only start runs have no processes of their own
+            leave()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import json, os, signal, sys, torch
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification
 from blob_hf import BlobConfig, BlobTrainer, BlobTrainingArguments, cli, get_blob_model
+from blob_hf.engines import leave
 from blob_hf.posterior import gaussian_layers
 out, per_device, engine, checkpoint, changes = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
 changes = json.loads(changes)
@@ -81,8 +82,7 @@ metrics["verdict"], metrics["share_moved"] = trainer.kl_verdict.name, trainer.kl
 trainer.save_model()
 if args.should_save:
     json.dump(metrics, open(f"{out}/metrics.json", "w"))
-trainer.accelerator.wait_for_everyone()
-trainer.accelerator.end_training()
+leave(trainer.accelerator)
 """
 
 
@@ -92,6 +92,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import BartConfig, BartForConditionalGeneration, DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 from blob_hf import BlobConfig, BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments, get_blob_model
+from blob_hf.engines import leave
 out, engine = sys.argv[1], sys.argv[2]
 words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<s>", "<pad>", "</s>", "<unk>"])}, unk_token="<unk>"))
 words = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
@@ -116,8 +117,7 @@ mean, samples = trainer.predict(Dataset.from_dict(rows), max_new_tokens=5).predi
 if args.should_save:
     result = {"nll": scores["test_nll"], "mean": mean.tolist(), "samples": samples.tolist()}
     json.dump(result, open(f"{out}/metrics.json", "w"))
-trainer.accelerator.wait_for_everyone()
-trainer.accelerator.end_training()
+leave(trainer.accelerator)
 """
 
 
