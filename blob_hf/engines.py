@@ -35,6 +35,19 @@ def engine_of(accelerator: Any) -> str:
     return "fsdp" if accelerator.distributed_type == DistributedType.FSDP else "torch"
 
 
+def require_whole_models(accelerator: Any, method: str) -> None:
+    """Refuse to fit a method, or to train several models, where an engine holds the one model.
+
+    Raises:
+        BlobError: This is DeepSpeed or FSDP.
+    """
+    if engine_of(accelerator) != "torch":
+        raise BlobError(
+            f"method {method} works with whole models, not under DeepSpeed or FSDP: train its LoRA adapters there "
+            "(--method lora), then make it from them in one process or under DDP"
+        )
+
+
 def require_deepspeed(config: Any) -> None:
     """Raise a BlobError when a DeepSpeed config is given, but cannot be used.
 
@@ -52,6 +65,18 @@ def require_deepspeed(config: Any) -> None:
             raise BlobError(f"cannot read the DeepSpeed config {config}: {' '.join(str(error).split())}") from error
     if "optimizer" in config:
         raise BlobError(OWN_OPTIMIZER)
+
+
+def join_deepspeed(args: Any) -> None:
+    """Tell DeepSpeed of the processes that training arguments have connected.
+
+    On CPUs accelerate connects them by itself, and ZeRO-3 would load a model as if there were one process.
+    """
+    if args.deepspeed and args.world_size > 1:
+        import deepspeed.comm
+
+        if not deepspeed.comm.is_initialized():
+            deepspeed.comm.init_distributed(torch.distributed.get_backend(), verbose=False)
 
 
 def check_deepspeed(args: Any) -> None:

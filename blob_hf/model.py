@@ -281,7 +281,11 @@ def bayesianize(peft_model: PeftModel, config: BlobConfig | None = None, adapter
 
 def load_lora(base: PreTrainedModel, folder: str | os.PathLike[str], is_trainable: bool = False) -> BlobModel:
     """Load a plain LoRA adapter as what it is: `BlobModel.from_pretrained` would give it a posterior."""
-    return as_blob_model(PeftModel.from_pretrained(base, os.fspath(folder), is_trainable=is_trainable))
+    config = LoraConfig.from_pretrained(os.fspath(folder))
+    config.inference_mode = not is_trainable
+    model = _wrap(base, config, "default")
+    model.load_adapter(folder, "default", is_trainable=is_trainable)
+    return model
 
 
 def as_blob_model(peft_model: PeftModel) -> BlobModel:

@@ -173,7 +173,8 @@ class SavingMixin(PeftModel):
                 self.set_requires_grad(adapter_name)
         try:
             adapter_files.check_fits(tensors.mean, self._shapes(adapter_name), folder, config)
-            result = super().load_adapter(str(folder), adapter_name, is_trainable=is_trainable, **kwargs)
+            with gathered(list(head_parameters(self).values()), write=True):
+                result = super().load_adapter(str(folder), adapter_name, is_trainable=is_trainable, **kwargs)
         except (BlobError, RuntimeError) as error:
             if new:
                 self.delete_adapter(adapter_name)

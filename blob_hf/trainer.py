@@ -18,7 +18,7 @@ from transformers.trainer_utils import unwrap_peft_model
 from blob_hf import files
 from blob_hf.callback import BlobCallback
 from blob_hf.checkpoints import CheckpointMixin, newest_complete
-from blob_hf.engines import OWN_OPTIMIZER, check_deepspeed, decorrelate_noise, engine_of
+from blob_hf.engines import OWN_OPTIMIZER, check_deepspeed, decorrelate_noise, engine_of, require_whole_models
 from blob_hf.errors import BlobError, NonFiniteLossError
 from blob_hf.evaluation_loop import EvaluationMixin
 from blob_hf.generation import generate_mean, generate_predictive, generate_samples, pad_to
@@ -115,6 +115,8 @@ class BlobTrainerMixin(EvaluationMixin, CheckpointMixin):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or fit, as the method does; see `CheckpointMixin.train` for resuming."""
+        if self.method.post_hoc or self.method.retrains:
+            require_whole_models(self.accelerator, self.method.name)
         fit = super().train
         return self.method.train(self, lambda resume: fit(resume, *args, **kwargs), resume_from_checkpoint)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from blob_hf.engines import require_deepspeed
+from blob_hf.engines import join_deepspeed, require_deepspeed
 from blob_hf.errors import BlobError
 from blob_hf.kl import KL_SCHEDULES
 from blob_hf.methods import METHODS, find_method
@@ -246,6 +246,7 @@ class BlobTrainingArguments(BlobArguments, TrainingArguments):
         self._validate_blob()
         require_deepspeed(self.deepspeed)
         super().__post_init__()
+        join_deepspeed(self)
 
 
 @dataclass
@@ -283,3 +284,4 @@ class BlobSeq2SeqTrainingArguments(BlobArguments, Seq2SeqTrainingArguments):
             raise BlobError("temperature_scaling calibrates class probabilities; for summaries leave it out")
         require_deepspeed(self.deepspeed)
         super().__post_init__()
+        join_deepspeed(self)

@@ -60,7 +60,7 @@ class MemberLinear(SampledLinear):
             self.register_buffer(f"_weight_{index}", weight.detach(), persistent=False)
             self.register_buffer(f"_bias_{index}", None if bias is None else bias.detach(), persistent=False)
         self.num_members = 1 + len(others)
-        self._first = 0
+        self._biases = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)
@@ -68,8 +68,7 @@ class MemberLinear(SampledLinear):
             return out
         if self._samples is None:
             return out + self.bias.to(out.dtype)
-        biases = self._stacked("bias", self._first, len(self._samples)).to(out.dtype)
-        blocks = out.view(len(biases), -1, out.shape[-1]) + biases.unsqueeze(1)
+        blocks = out.view(len(self._biases), -1, out.shape[-1]) + self._biases.to(out.dtype).unsqueeze(1)
         return blocks.view_as(out)
 
     def _stacked(self, name: str, first: int, count: int) -> Tensor:
@@ -94,12 +93,14 @@ class MemberLinear(SampledLinear):
 
     @contextmanager
     def frozen_samples(self, num_samples: int, seed: int, first: int = 0, antithetic: bool = False) -> Iterator[None]:
-        outer, self._first = self._first, first
+        outer = self._biases
+        if self.bias is not None:
+            self._biases = self._stacked("bias", first, num_samples)
         try:
             with super().frozen_samples(num_samples, seed, first, antithetic):
                 yield
         finally:
-            self._first = outer
+            self._biases = outer
 
     @torch.no_grad()
     def fix_at_sample(self, seed: int, index: int) -> None:
@@ -224,7 +225,7 @@ def load_members(model: Any, folders: Sequence[Path]) -> None:
     """
     first = model.active_adapter
     own = model.peft_config[first]
-    head = {name: value.detach().clone() for name, value in head_parameters(model).items()}
+    head = _head(model)
     names, heads = [first], [head]
     for number, path in enumerate(folders, start=2):
         folder, name = adapter_files.resolve(path), f"member-{number}"
@@ -232,15 +233,22 @@ def load_members(model: Any, folders: Sequence[Path]) -> None:
         model.add_adapter(name, copy.deepcopy(own))
         model.load_adapter(folder, name)
         names.append(name)
-        heads.append({key: value.detach().clone() for key, value in head_parameters(model).items()})
-    with torch.no_grad():  # loading a member has put its head in the base model
-        for key, parameter in head_parameters(model).items():
+        heads.append(_head(model))
+    parameters = head_parameters(model)
+    with torch.no_grad(), gathered(list(parameters.values()), write=True):
+        for key, parameter in parameters.items():  # loading a member has put its head in the base model
             parameter.copy_(head[key])
     model.set_adapter(first)
     _join_lora(model, names)
     _join_heads(model, names, heads)
     model.member_heads = dict(zip(names, heads, strict=True))
     model.method_facts = {"method": Ensemble.name, "members": names}
+
+
+def _head(model: PeftModel) -> dict[str, Tensor]:
+    parameters = head_parameters(model)
+    with gathered(list(parameters.values())):
+        return {name: value.detach().clone() for name, value in parameters.items()}
 
 
 def _check_alike(first: Any, other: Any, folder: Path) -> None:

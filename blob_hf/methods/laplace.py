@@ -31,6 +31,7 @@ from blob_hf.methods.base import TRAINING_FLAGS, Method
 from blob_hf.posterior import posterior_mean, sampled_layers
 from blob_hf.prediction import ClassPrediction, log_mean_exp
 from blob_hf.sampled import SampledLinear, layer_name, standard_normal
+from blob_hf.sharding import full_tensor, gathered, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ class LaplaceLinear(SampledLinear):
         noise = torch.stack([standard_normal(self.name, seed, i, shape, antithetic) for i in indices])
         factors = self.factors
         scaled = noise.to(self.weight.device) * factors.scale(self.prior_precision)
-        return self.weight + (factors.u_out @ scaled @ factors.u_in.T).to(self.weight.dtype)
+        with gathered([self.weight]):
+            return full_tensor(self.weight) + (factors.u_out @ scaled @ factors.u_in.T).to(self.weight.dtype)
 
     def covariance(self, gradients: Tensor) -> Tensor:
         """Covariance of outputs with these gradients `(rows, outputs, out, in)`: `(rows, outputs, outputs)`."""
@@ -169,6 +171,8 @@ class Laplace(Method):
     def predict_classes(self, model: Any, inputs: dict[str, Any], args: Any) -> ClassPrediction:
         if args.laplace_predictive == "sampled" or not self.num_samples(model, args):
             return super().predict_classes(model, inputs, args)
+        if is_sharded(model):
+            raise BlobError("the linearised predictive needs whole weights: take --laplace_predictive sampled, or DDP")
         return linearized_prediction(model, inputs, args.eval_samples, args.eval_seed, args.antithetic)
 
     def unread(self, args: Any) -> frozenset[str]:
