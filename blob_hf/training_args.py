@@ -93,7 +93,7 @@ class BlobArguments:
         num_anchors (`int`): training rows on which TFB measures the loss.
         tfb_tolerance (`float`): relative increase of the anchors' NLL that TFB allows.
         tfb_bound (`float`): largest sigma_q that TFB tries.
-        tfb_samples (`int`): posterior samples in TFB's loss.
+        tfb_samples (`int`): posterior samples in TFB's loss; few make sigma_q that of lucky draws.
         laplace_subset (`str`): LoRA weights with a Laplace posterior, `all` or those of the `last_layer`.
         laplace_prior (`str`): prior precision by the marginal likelihood (`marglik`) or held-out rows (`validation`).
         laplace_predictive (`str`): of the `linearized` network, or of `sampled` ones.
@@ -175,7 +175,7 @@ class BlobArguments:
         default=0.01, metadata={"help": "Relative increase of the anchors' NLL that TFB allows."}
     )
     tfb_bound: float = field(default=0.5, metadata={"help": "Largest sigma_q that TFB tries."})
-    tfb_samples: int = field(default=2, metadata={"help": "Posterior samples in TFB's loss."})
+    tfb_samples: int = field(default=10, metadata={"help": "Posterior samples in TFB's loss."})
     laplace_subset: str = field(
         default="all", metadata={"help": "LoRA weights with a Laplace posterior.", "choices": list(SUBSETS)}
     )
