@@ -152,7 +152,9 @@ class Ensemble(Method):
             others = facts["members"][1:]
             if not all(isinstance(name, str) and _MEMBER.fullmatch(name) for name in others):
                 raise BlobError(f"{folder / METHOD_FILE} is damaged: its members are {others!r}; get it again")
-            load_members(model, [folder / name for name in others])
+            beside = folder.parent  # PEFT's layout of a model whose first member is not named `default`
+            home = folder if all((folder / name).is_dir() for name in others) else beside
+            load_members(model, [home / name for name in others])
             model.method_facts = dict(facts)
 
     def train(self, trainer: Any, fit: Callable[[Any], TrainOutput], resume: Any) -> TrainOutput:

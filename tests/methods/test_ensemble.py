@@ -78,6 +78,11 @@ def test_a_saved_ensemble_predicts_the_same(members, tmp_path):
         assert other.method == "ensemble" and other.method_facts == model.method_facts
         first, second = (predict_classes(one, {"input_ids": ids}, 3).sample_log_probs for one in (model, other))
         torch.testing.assert_close(first, second)
+    # under another name PEFT's layout has the members beside the first one
+    named = BlobModel.from_pretrained(tmp_path / "saved", model=copy.deepcopy(base), adapter_name="x").eval()
+    named.save_pretrained(tmp_path / "named")
+    named = BlobModel.from_pretrained(tmp_path / "named" / "x", model=copy.deepcopy(base)).eval()
+    torch.testing.assert_close(predict_classes(named, {"input_ids": ids}, 3).sample_log_probs, first)
     # every part is an adapter of its own, and the first one is what plain PEFT sees
     for name, folder in zip(("", "member-2", "member-3"), folders, strict=True):
         torch.testing.assert_close(alone(base, tmp_path / "saved" / name, ids), alone(base, folder, ids))
