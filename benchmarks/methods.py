@@ -66,9 +66,10 @@ def make_trainer(method: str, folder: str, args: argparse.Namespace, model: torc
         use_cpu=True, dataloader_pin_memory=False, logging_strategy="no", num_anchors=args.rows // 2,
     )  # fmt: skip
     data = rows(args.rows)
-    given = {"model_init": lambda: new_model(method)} if METHODS[method].retrains else {"model": model}
-    if given == {"model": None}:
-        given = {"model": new_model(method)}
+    if METHODS[method].retrains:
+        given = {"model_init": lambda: new_model(method)}
+    else:
+        given = {"model": model or new_model(method)}
     return BlobTrainer(**given, args=settings, train_dataset=data, eval_dataset=data.select(range(32)))
 
 
