@@ -17,17 +17,19 @@ from transformers import (
     set_seed,
 )
 
-from blob_hf import BlobTrainer, BlobTrainingArguments, cli, runs
-from blob_hf.artifacts import CLASSIFICATION_METRICS, ClassifierRun
-from blob_hf.config import default_target_modules
+from blob_hf import BlobTrainer, BlobTrainingArguments
+from blob_hf.baselines import METHODS
+from blob_hf.cli import arguments as cli
+from blob_hf.cli import models as runs
+from blob_hf.cli.artifacts import CLASSIFICATION_METRICS, ClassifierRun
+from blob_hf.cli.evaluation import classification_metrics
+from blob_hf.cli.search import SearchArguments, check_backend, search
 from blob_hf.data import demo
 from blob_hf.data.glue import TASKS, load_classification, load_shifted, tokenize_classification
 from blob_hf.data.loading import first_rows, hold_out
-from blob_hf.evaluation import classification_metrics
-from blob_hf.hub import fetching
-from blob_hf.methods import METHODS
 from blob_hf.reporting.run_summary import DataSource
-from blob_hf.search import SearchArguments, check_backend, search
+from blob_hf.tuner.config import default_target_modules
+from blob_hf.utils.hub import fetching
 
 DEMO = {
     "model_name_or_path": str(demo.BACKBONE_DIR),

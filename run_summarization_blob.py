@@ -12,9 +12,12 @@ from pathlib import Path
 
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 
-from blob_hf import BlobError, BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments, cli, runs
-from blob_hf.artifacts import SUMMARIZATION_METRICS, SummarizerRun
-from blob_hf.config import default_target_modules
+from blob_hf import BlobError, BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments
+from blob_hf.baselines import METHODS
+from blob_hf.cli import arguments as cli
+from blob_hf.cli import models as runs
+from blob_hf.cli.artifacts import SUMMARIZATION_METRICS, SummarizerRun
+from blob_hf.cli.evaluation import rouge_compute_metrics, summaries_report
 from blob_hf.data import demo
 from blob_hf.data.loading import first_rows
 from blob_hf.data.summarization import (
@@ -26,12 +29,11 @@ from blob_hf.data.summarization import (
     scoring_rows,
     single_references,
 )
-from blob_hf.evaluation import rouge_compute_metrics, summaries_report
-from blob_hf.hub import fetching
-from blob_hf.methods import METHODS
 from blob_hf.metrics.bertscore import PUBLISHED_MODEL, BertScorer
 from blob_hf.metrics.similarity import rouge_utility
 from blob_hf.reporting.run_summary import DataSource
+from blob_hf.tuner.config import default_target_modules
+from blob_hf.utils.hub import fetching
 
 DEMO = {
     "model_name_or_path": str(demo.BACKBONE_DIR),

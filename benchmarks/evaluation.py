@@ -14,8 +14,8 @@ from peft import LoraConfig
 from train_step import minilm
 
 from blob_hf import BlobConfig, get_blob_model
-from blob_hf.model import get_lora_model
-from blob_hf.prediction import _sample_outputs
+from blob_hf.inference.predict import _sample_outputs
+from blob_hf.tuner.model import get_lora_model
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ from transformers import BartConfig, BartForConditionalGeneration
 
 from blob_hf import BlobConfig, get_blob_model
 from blob_hf.experiments.scores import rouge_of_pairs
-from blob_hf.generation import generate_predictive
-from blob_hf.model import get_lora_model
+from blob_hf.inference.generate import generate_predictive
+from blob_hf.tuner.model import get_lora_model
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "lm_head"]
 

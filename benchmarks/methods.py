@@ -24,9 +24,9 @@ from train_step import minilm
 from transformers import TrainerCallback
 
 from blob_hf import BlobConfig, BlobTrainer, BlobTrainingArguments, get_blob_model
-from blob_hf.methods import METHODS
-from blob_hf.methods.laplace import library_is_there
-from blob_hf.model import get_lora_model
+from blob_hf.baselines import METHODS
+from blob_hf.baselines.laplace import library_is_there
+from blob_hf.tuner.model import get_lora_model
 
 WARM_UP = 2
 POST_HOC = [name for name, method in METHODS.items() if method.post_hoc]

@@ -21,10 +21,10 @@ from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, BartConfig, BartForConditionalGeneration
 
 from blob_hf import BlobConfig, get_blob_model
-from blob_hf.dropout import no_base_dropout
-from blob_hf.model import get_lora_model
-from blob_hf.optimizer import DecoupledKLStep
-from blob_hf.posterior import kl_divergence, mean_posterior_std
+from blob_hf.trainer.dropout import no_base_dropout
+from blob_hf.trainer.kl.step import DecoupledKLStep
+from blob_hf.tuner.model import get_lora_model
+from blob_hf.tuner.posterior import kl_divergence, mean_posterior_std
 
 METHODS = ["lora", "shared", "local", "flipout"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict
 
 from blob_hf.data.loading import load_files, load_hub, require_columns
-from blob_hf.errors import BlobError
+from blob_hf.utils.errors import BlobError
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 
-from blob_hf.errors import BlobError
-from blob_hf.hub import fetching
+from blob_hf.utils.errors import BlobError
+from blob_hf.utils.hub import fetching
 
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 

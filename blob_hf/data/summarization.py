@@ -8,8 +8,8 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 
 from blob_hf.data.loading import check_limit, load_files, load_hub, require_columns
-from blob_hf.errors import BlobError
 from blob_hf.metrics.summarization import group_references
+from blob_hf.utils.errors import BlobError
 
 logger = logging.getLogger(__name__)
 

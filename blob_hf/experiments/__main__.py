@@ -4,10 +4,10 @@ import sys
 
 from accelerate import PartialState
 
-from blob_hf import cli
-from blob_hf.engines import leave
-from blob_hf.errors import BlobError
+from blob_hf.cli import arguments as cli
 from blob_hf.experiments import glue, mean, sampling, sensitivity
+from blob_hf.trainer.engines import leave
+from blob_hf.utils.errors import BlobError
 
 EXPERIMENTS = {"glue": glue.main, "sensitivity": sensitivity.main, "mean": mean.main, "sampling": sampling.main}
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, TopKLogitsWarper
 
-from blob_hf.generation import generate_posterior
-from blob_hf.posterior import posterior_mean, posterior_samples
-from blob_hf.prediction import repeat_rows
+from blob_hf.inference.generate import generate_posterior
+from blob_hf.inference.predict import repeat_rows
+from blob_hf.tuner.posterior import posterior_mean, posterior_samples
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blob_hf import cli
+from blob_hf.baselines import METHODS
+from blob_hf.cli import arguments as cli
 from blob_hf.data.glue import TASKS
-from blob_hf.errors import BlobError
 from blob_hf.experiments import glue_report
 from blob_hf.experiments.grid import GridArguments, GridRun, check_passed_on, complete_runs, refuse_failed
 from blob_hf.experiments.setup import setup_logging
-from blob_hf.methods import METHODS
+from blob_hf.utils.errors import BlobError
 
 
 @dataclass

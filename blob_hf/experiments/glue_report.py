@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from blob_hf import files
-from blob_hf.artifacts import CLASSIFICATION_METRICS, VERDICT_FILE
-from blob_hf.costs import COSTS_FILE
-from blob_hf.evaluation import MEAN_CURVE, rejection_curves
+from blob_hf.cli.artifacts import CLASSIFICATION_METRICS, VERDICT_FILE
+from blob_hf.cli.costs import COSTS_FILE
+from blob_hf.cli.evaluation import MEAN_CURVE, rejection_curves
 from blob_hf.experiments.statistics import Spread, paired_interval, spread
-from blob_hf.history import FILE_NAME
 from blob_hf.metrics.selective import RiskCoverage
 from blob_hf.reporting.classification_plots import plot_rejection, plot_reliability
 from blob_hf.reporting.grid_plots import plot_methods
 from blob_hf.reporting.kl_plots import plot_trajectories
 from blob_hf.reporting.tables import MEAN, text_table
+from blob_hf.trainer.kl.history import FILE_NAME
+from blob_hf.utils import files
 
 Key = tuple[str, str, int]  # task, method, seed
 SCALED = " + T"  # behind a method's name: with temperature scaling

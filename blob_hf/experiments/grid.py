@@ -16,8 +16,8 @@ from pathlib import Path
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from blob_hf.checkpoints import newest_complete
-from blob_hf.errors import BlobError
+from blob_hf.trainer.checkpoints import newest_complete
+from blob_hf.utils.errors import BlobError
 
 logger = logging.getLogger(__name__)
 

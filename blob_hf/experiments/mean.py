@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 
-from blob_hf import cli, files
+from blob_hf.cli import arguments as cli
 from blob_hf.data.summarization import Dialogue
 from blob_hf.experiments import units
 from blob_hf.experiments.scores import METRIC_NAMES, metrics_of, score_rows
@@ -27,7 +27,8 @@ from blob_hf.experiments.setup import (
     start,
 )
 from blob_hf.experiments.statistics import Comparison, compare
-from blob_hf.generation import generate_mean
+from blob_hf.inference.generate import generate_mean
+from blob_hf.utils import files
 
 # [K], experiment III: BART-base on DialogSum, 12,500 steps; BERTScore of deberta-xlarge-mnli, rescaled
 PUBLISHED = {

@@ -13,9 +13,8 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 
-from blob_hf import cli, files
+from blob_hf.cli import arguments as cli
 from blob_hf.data.summarization import Dialogue
-from blob_hf.errors import BlobError
 from blob_hf.experiments import units
 from blob_hf.experiments.arms import ARMS, PEERS, summaries
 from blob_hf.experiments.scores import AGGREGATES, METRIC_NAMES, metrics_of, score_rows
@@ -30,6 +29,8 @@ from blob_hf.experiments.setup import (
 from blob_hf.experiments.statistics import best_of, compare, decompose, mean_interval, sizes_up_to
 from blob_hf.metrics.similarity import minimum_bayes_risk, pairwise, rouge_utility
 from blob_hf.reporting.generation_plots import plot_curves, plot_densities
+from blob_hf.utils import files
+from blob_hf.utils.errors import BlobError
 
 _COMPARED = [
     ("blob-sample-greedy", "lora-sampling", "the published comparison: weight noise against token noise"),

@@ -13,13 +13,14 @@ from typing import Any
 import pandas as pd
 import seaborn as sns
 
-from blob_hf import cli, files
-from blob_hf.artifacts import VERDICT_FILE
+from blob_hf.cli import arguments as cli
+from blob_hf.cli.artifacts import VERDICT_FILE
 from blob_hf.experiments.grid import GridArguments, GridRun, check_passed_on, complete_runs, refuse_failed
 from blob_hf.experiments.setup import setup_logging
-from blob_hf.history import FILE_NAME
 from blob_hf.reporting.kl_plots import plot_trajectories
 from blob_hf.reporting.tables import text_table
+from blob_hf.trainer.kl.history import FILE_NAME
+from blob_hf.utils import files
 
 Key = tuple[float, float]  # beta, gamma
 

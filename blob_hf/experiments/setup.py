@@ -11,9 +11,8 @@ import transformers
 from accelerate import PartialState
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
 
-from blob_hf import adapter_files, cli
-from blob_hf.base_model import load_base_model
-from blob_hf.config import BlobConfig, default_target_modules
+from blob_hf.baselines import read_facts
+from blob_hf.cli import arguments as cli
 from blob_hf.data import demo
 from blob_hf.data.summarization import (
     DEFAULT_PROMPT,
@@ -24,13 +23,15 @@ from blob_hf.data.summarization import (
     scoring_rows,
     single_references,
 )
-from blob_hf.errors import BlobError
-from blob_hf.hub import fetching
-from blob_hf.methods import read_facts
 from blob_hf.metrics.bertscore import PUBLISHED_MODEL, BertScorer
-from blob_hf.model import BlobModel, get_blob_model, get_lora_model, load_lora
-from blob_hf.trainer import BlobSeq2SeqTrainer
-from blob_hf.training_args import BlobSeq2SeqTrainingArguments
+from blob_hf.trainer.trainer import BlobSeq2SeqTrainer
+from blob_hf.trainer.training_args import BlobSeq2SeqTrainingArguments
+from blob_hf.tuner import adapter_files
+from blob_hf.tuner.base_model import load_base_model
+from blob_hf.tuner.config import BlobConfig, default_target_modules
+from blob_hf.tuner.model import BlobModel, get_blob_model, get_lora_model, load_lora
+from blob_hf.utils.errors import BlobError
+from blob_hf.utils.hub import fetching
 
 logger = logging.getLogger(__name__)
 

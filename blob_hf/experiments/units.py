@@ -11,8 +11,8 @@ from typing import Any
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from blob_hf import files
-from blob_hf.errors import BlobError
+from blob_hf.utils import files
+from blob_hf.utils.errors import BlobError
 
 Key = tuple[str, int]  # arm, index of its (first) dialogue
 Row = dict[str, Any]  # dialogue, arm, sample, text

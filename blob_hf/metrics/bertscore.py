@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torchmetrics.functional.text.bert import bert_score
 from transformers import AutoModel, AutoTokenizer
 
-from blob_hf.errors import BlobError
-from blob_hf.hub import fetching
+from blob_hf.utils.errors import BlobError
+from blob_hf.utils.hub import fetching
 
 logger = logging.getLogger(__name__)
 

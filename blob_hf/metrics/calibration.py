@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import logsumexp
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from blob_hf.errors import BlobError
+from blob_hf.utils.errors import BlobError
 
 _BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
 

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from blob_hf.errors import BlobError
 from blob_hf.metrics.uncertainty import mutual_information, predictive_entropy, predictive_log_probs
+from blob_hf.utils.errors import BlobError
 
 DETECTION_METRICS = ("auroc", "aupr", "fpr95")
 

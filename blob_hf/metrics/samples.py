@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import logsumexp
 
-from blob_hf.errors import BlobError
+from blob_hf.utils.errors import BlobError
 
 NEAR = 0.01  # "enough": within 1 % of the NLL of all samples
 _SUBSETS = 100

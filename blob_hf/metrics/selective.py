@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from blob_hf.errors import BlobError
+from blob_hf.utils.errors import BlobError
 
 
 @dataclass(frozen=True)

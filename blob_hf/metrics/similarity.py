@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.cluster import AgglomerativeClustering
 
-from blob_hf.errors import BlobError
 from blob_hf.metrics.summarization import ROUGE_TYPES, rouge_per_example
+from blob_hf.utils.errors import BlobError
 
 # Scores `(pairs,)` in which higher is more alike, of candidates against references; symmetric in the two.
 Utility = Callable[[Sequence[str], Sequence[str]], NDArray[np.float64]]

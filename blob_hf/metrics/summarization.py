@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
-from blob_hf.errors import BlobError
+from blob_hf.utils.errors import BlobError
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
 _AGGREGATES: dict[str, Callable[[list[float]], float]] = {

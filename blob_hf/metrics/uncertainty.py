@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import entr, logsumexp
 
-from blob_hf.errors import BlobError
 from blob_hf.metrics.calibration import check_log_probs
+from blob_hf.utils.errors import BlobError
 
 
 def _check(sample_log_probs: ArrayLike) -> NDArray[np.float64]:

@@ -12,11 +12,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from blob_hf.errors import BlobError
 from blob_hf.metrics.calibration import ReliabilityBins, check_predictions, ece, reliability_bins
 from blob_hf.metrics.samples import NLLCurve
 from blob_hf.metrics.selective import RiskCoverage
 from blob_hf.reporting.plots import BLUE, GREY, ORANGE, legend_below, plot_style
+from blob_hf.utils.errors import BlobError
 
 
 def plot_reliability(

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-from blob_hf.errors import BlobError
 from blob_hf.metrics.selective import RiskCoverage
 from blob_hf.reporting.plots import plot_style
+from blob_hf.utils.errors import BlobError
 
 # Colour says whose weights and whether they are sampled, the dash says how tokens are chosen.
 _FAMILIES = ("blob-mean", "blob-sample", "lora", "mc_dropout-sample", "ensemble-sample", "tfb-sample")

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from blob_hf.errors import BlobError
-from blob_hf.posterior import LayerStatistics
 from blob_hf.reporting.plots import BLUE, GREEN, GREY, ORANGE, legend_below, plot_style
+from blob_hf.tuner.posterior import LayerStatistics
+from blob_hf.utils.errors import BlobError
 
 _SMALLEST = 1e-12  # pi_t below this is drawn here: the geometric schedule falls to 0 and a log axis has none
 _KL_COLUMNS = ("step", "kl", "kl_weight", "posterior_std")

@@ -8,10 +8,10 @@ import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from blob_hf import files
-from blob_hf.methods import METHODS
+from blob_hf.baselines import METHODS
 from blob_hf.reporting.run_summary import RunSummary
 from blob_hf.reporting.tables import STD_COLUMN, settings_table, to_markdown
+from blob_hf.utils import files
 from blob_hf.version import __version__
 
 _USE: dict[str | None, str] = {

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from blob_hf import files
 from blob_hf.reporting.run_summary import RunSummary
 from blob_hf.reporting.tables import settings_table, to_markdown
+from blob_hf.utils import files
 
 
 def write_report(folder: Path, run: RunSummary) -> None:

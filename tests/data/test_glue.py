@@ -6,7 +6,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from blob_hf.data import glue
 from blob_hf.data.glue import load_classification, tokenize_classification
-from blob_hf.errors import BlobError
+from blob_hf.utils.errors import BlobError
 
 ROWS = [
     {"sentence1": "a cat", "sentence2": "an animal", "label": 1},

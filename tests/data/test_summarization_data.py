@@ -13,7 +13,7 @@ from blob_hf.data.summarization import (
     load_summaries,
     scoring_rows,
 )
-from blob_hf.errors import BlobError
+from blob_hf.utils.errors import BlobError
 
 ROWS = [
     {"id": "test_0_1", "dialogue": "hello there", "summary": "they greet"},

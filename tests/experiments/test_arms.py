@@ -1,14 +1,14 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TARGETS, random_ids, randomize_b, tiny_bart, tiny_gpt2
+from helpers.models import TARGETS, random_ids, randomize_b, tiny_bart, tiny_gpt2
 from peft import LoraConfig
 from scipy import stats
 from transformers import TopKLogitsWarper
 
 from blob_hf import BlobConfig, get_blob_model
 from blob_hf.experiments.arms import ARMS, SeededTokenSampling, summaries, uniforms
-from blob_hf.model import get_lora_model
+from blob_hf.tuner.model import get_lora_model
 
 
 def blob(base=None, task="SEQ_2_SEQ_LM", targets="bart"):

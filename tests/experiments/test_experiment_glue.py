@@ -6,18 +6,18 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from running import run_experiment
+from helpers.running import run_experiment
 from scipy import stats
 from scipy.special import log_softmax
 
-from blob_hf.artifacts import CLASSIFICATION_METRICS
-from blob_hf.errors import BlobError
+from blob_hf.cli.artifacts import CLASSIFICATION_METRICS
 from blob_hf.experiments import glue_report, grid
 from blob_hf.experiments.glue import method_arguments
 from blob_hf.experiments.grid import GridArguments, GridRun, complete_runs
 from blob_hf.experiments.statistics import paired_interval, spread
-from blob_hf.history import COLUMNS
 from blob_hf.metrics import calibration_metrics
+from blob_hf.trainer.kl.history import COLUMNS
+from blob_hf.utils.errors import BlobError
 
 SEEDS = (1, 2, 3)
 

@@ -5,9 +5,9 @@ import sys
 
 import pandas as pd
 import pytest
-from running import run_experiment
+from helpers.running import run_experiment
 
-from blob_hf.artifacts import VERDICT_FILE
+from blob_hf.cli.artifacts import VERDICT_FILE
 from blob_hf.experiments.sensitivity import PUBLISHED
 
 VERDICT = {

@@ -10,7 +10,7 @@ import time
 
 import pandas as pd
 import pytest
-from running import run_experiment
+from helpers.running import run_experiment
 
 from blob_hf.experiments import setup
 from blob_hf.experiments.setup import ExperimentArguments, Summarizers

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from blob_hf.checkpoints import damage, newest_complete
+from blob_hf.trainer.checkpoints import damage, newest_complete
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = [

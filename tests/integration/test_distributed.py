@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blob_hf.checkpoints import damage, newest_complete
+from blob_hf.trainer.checkpoints import damage, newest_complete
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -22,9 +22,10 @@ RUN = """
 import json, os, signal, sys, torch
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification
-from blob_hf import BlobConfig, BlobTrainer, BlobTrainingArguments, cli, get_blob_model
-from blob_hf.engines import leave
-from blob_hf.posterior import gaussian_layers
+from blob_hf import BlobConfig, BlobTrainer, BlobTrainingArguments, get_blob_model
+from blob_hf.cli import arguments as cli
+from blob_hf.trainer.engines import leave
+from blob_hf.tuner.posterior import gaussian_layers
 out, per_device, engine, checkpoint, changes = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
 changes = json.loads(changes)
 fault, quiet = changes.pop("fault", None), changes.pop("quiet", False)
@@ -92,7 +93,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import BartConfig, BartForConditionalGeneration, DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 from blob_hf import BlobConfig, BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments, get_blob_model
-from blob_hf.engines import leave
+from blob_hf.trainer.engines import leave
 out, engine = sys.argv[1], sys.argv[2]
 words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<s>", "<pad>", "</s>", "<unk>"])}, unk_token="<unk>"))
 words = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")

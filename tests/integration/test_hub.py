@@ -7,16 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import Commit, Fault, Repo, card_errors, running
+from helpers.hub_server import Commit, Fault, Repo, card_errors, running
 from huggingface_hub import ModelCard
 
-from blob_hf import adapter_files
+from blob_hf.tuner import adapter_files
 
 ROOT = Path(__file__).resolve().parents[2]
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "posterior_std.safetensors", "README.md"}
 SETUP = """
 import logging, os, time, torch
-from conftest import TARGETS, randomize_b, tiny_bart
+from helpers.models import TARGETS, randomize_b, tiny_bart
 from peft import LoraConfig, PeftModel, get_peft_model
 from blob_hf import *
 logging.basicConfig(format="%(message)s")
@@ -87,9 +87,9 @@ def alice(hub, tmp_path):
 
 
 def last_error(result):
-    lines = [line for line in result["stderr"].splitlines() if line.startswith("blob_hf.errors.BlobError: ")]
+    lines = [line for line in result["stderr"].splitlines() if line.startswith("blob_hf.utils.errors.BlobError: ")]
     assert result["code"] == 1 and lines, result["stderr"][-2000:]
-    return lines[-1].removeprefix("blob_hf.errors.BlobError: ")
+    return lines[-1].removeprefix("blob_hf.utils.errors.BlobError: ")
 
 
 def files_on(hub, folder, revision="main", name="alice/adapter"):
@@ -212,7 +212,7 @@ def test_a_card_of_the_repo_stays_and_names_that_lead_out_are_refused(hub, alice
 
 
 TRAIN = """
-from training import blob_bert, trainer
+from helpers.training import blob_bert, trainer
 model = blob_bert(init_eps=0.5)
 model.get_base_model().save_pretrained("bert")
 model.peft_config["default"].base_model_name_or_path = os.path.abspath("bert")
@@ -251,7 +251,7 @@ def test_the_trainer_pushes_whole_adapters_with_every_strategy(hub, alice, tmp_p
     (tmp_path / "resume").mkdir()
     files_on(hub, tmp_path / "resume", name="alice/checkpoint")
     resumed = alice.run(f"""
-from training import blob_bert, trainer
+from helpers.training import blob_bert, trainer
 run = trainer("again", blob_bert(init_eps=0.5), max_steps=4)
 print("step:", run.train(resume_from_checkpoint="{tmp_path / "resume" / "last-checkpoint"}").global_step)
 """)
@@ -284,8 +284,8 @@ def test_a_script_pushes_its_run_with_its_card(hub, alice):
 def test_an_ensemble_goes_through_the_hub_and_a_later_adapter_leaves_nothing_of_it(alice):
     pushed = alice.run(
         """
-from blob_hf.methods.ensemble import load_members
-from blob_hf.model import get_lora_model, load_lora
+from blob_hf.baselines.ensemble import load_members
+from blob_hf.tuner.model import get_lora_model, load_lora
 
 def member(seed):
     torch.manual_seed(seed)

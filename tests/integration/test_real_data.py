@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import SHARED_DATA
+from helpers.data import SHARED_DATA
 from test_scripts import GLUE, SUMMARIZATION, run
 
 from blob_hf.data.glue import load_classification

@@ -4,13 +4,14 @@ import json
 
 import pandas as pd
 import pytest
+from helpers.running import GLUE, SUMMARIZATION
+from helpers.running import run_script as run
 from huggingface_hub import ModelCard
 from peft import AutoPeftModel, AutoPeftModelForSeq2SeqLM
-from running import GLUE, SUMMARIZATION
-from running import run_script as run
 from safetensors.torch import load_file
 
-from blob_hf import BlobModel, runs
+from blob_hf import BlobModel
+from blob_hf.cli import models as runs
 from blob_hf.data import demo
 
 QUICK = ["--demo", "--eval_samples", "2", "--disable_tqdm", "true", "--use_cpu", "true"]

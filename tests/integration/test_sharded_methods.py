@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from running import GLUE, ROOT, run_script
+from helpers.running import GLUE, ROOT, run_script
 from test_distributed import launch
 
-from blob_hf.methods.laplace import library_is_there
+from blob_hf.baselines.laplace import library_is_there
 
 pytestmark = pytest.mark.slow
 ZERO3 = ROOT / "ds_configs" / "zero3.json"

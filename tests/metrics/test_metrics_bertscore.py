@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from blob_hf.errors import BlobError
 from blob_hf.metrics import bertscore
 from blob_hf.metrics.bertscore import BertScorer
+from blob_hf.utils.errors import BlobError
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from scipy.special import log_softmax
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 from torchmetrics.classification import MulticlassCalibrationError
 
-from blob_hf.errors import BlobError
 from blob_hf.metrics import Calibration, accuracy, brier, calibration, calibration_metrics, ece, nll, reliability_bins
+from blob_hf.utils.errors import BlobError
 
 CERTAIN = np.log(np.array([[1.0, 1e-300], [1e-300, 1.0]]))
 

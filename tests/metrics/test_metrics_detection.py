@@ -3,8 +3,8 @@ import pytest
 from scipy.special import log_softmax
 from scipy.stats import entropy
 
-from blob_hf.errors import BlobError
 from blob_hf.metrics.detection import detection_metrics, detection_report, strangeness
+from blob_hf.utils.errors import BlobError
 
 
 def scores(seed=0, rounded=True):

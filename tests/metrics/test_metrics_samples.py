@@ -5,8 +5,8 @@ import pytest
 from scipy.special import log_softmax
 from sklearn.metrics import log_loss
 
-from blob_hf.errors import BlobError
 from blob_hf.metrics.samples import NLLCurve, nll_curve
+from blob_hf.utils.errors import BlobError
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from blob_hf.errors import BlobError
 from blob_hf.metrics.selective import prediction_rejection_ratio, risk_coverage
+from blob_hf.utils.errors import BlobError
 
 
 def test_curve_by_hand():

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from blob_hf.errors import BlobError
 from blob_hf.metrics.similarity import cluster_entropy, dissimilarity, minimum_bayes_risk, pairwise, rouge_utility
+from blob_hf.utils.errors import BlobError
 
 TEXTS = ["the cat sat", "a cat sat down", "the cat sat", "dogs bark at night", "", "the cats were sitting down"]
 

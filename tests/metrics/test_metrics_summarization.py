@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from blob_hf.errors import BlobError
 from blob_hf.metrics import MultiReferenceRouge, group_references, rouge, rouge_per_example, summarization
+from blob_hf.utils.errors import BlobError
 
 PREDICTIONS = ["Anna visits the doctors tomorrow.", "They argue about money", ""]
 REFERENCES = [

@@ -5,7 +5,6 @@ import torch
 from scipy.special import log_softmax
 from torch.distributions import Categorical
 
-from blob_hf.errors import BlobError
 from blob_hf.metrics import (
     Uncertainty,
     expected_entropy,
@@ -15,6 +14,7 @@ from blob_hf.metrics import (
     uncertainty,
     uncertainty_metrics,
 )
+from blob_hf.utils.errors import BlobError
 
 
 @pytest.fixture

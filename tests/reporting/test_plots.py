@@ -7,13 +7,9 @@ import pytest
 from scipy.special import log_softmax
 from scipy.stats import gaussian_kde
 
-from blob_hf.errors import BlobError
-from blob_hf.history import COLUMNS
-from blob_hf.kl import KLSchedule
 from blob_hf.metrics import reliability_bins
 from blob_hf.metrics.samples import NLLCurve
 from blob_hf.metrics.selective import risk_coverage
-from blob_hf.posterior import LayerStatistics
 from blob_hf.reporting.classification_plots import (
     plot_confidence,
     plot_nll_curve,
@@ -23,6 +19,10 @@ from blob_hf.reporting.classification_plots import (
 )
 from blob_hf.reporting.generation_plots import plot_curves, plot_densities, plot_risk_coverage
 from blob_hf.reporting.kl_plots import plot_kl, plot_posterior_std, plot_trajectories
+from blob_hf.trainer.kl.history import COLUMNS
+from blob_hf.trainer.kl.schedule import KLSchedule
+from blob_hf.tuner.posterior import LayerStatistics
+from blob_hf.utils.errors import BlobError
 
 
 def history(weights):

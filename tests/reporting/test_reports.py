@@ -1,6 +1,6 @@
 import pandas as pd
 import pytest
-from hub_server import card_errors
+from helpers.hub_server import card_errors
 from huggingface_hub import ModelCard, metadata_eval_result
 
 from blob_hf.reporting.model_card import model_card, write_model_card

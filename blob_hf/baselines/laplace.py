@@ -1,0 +1,347 @@
+"""Laplace-LoRA (Yang et al., ICLR 2024): a Gaussian around a trained LoRA, from the curvature of the loss there.
+
+laplace-torch fits a Kronecker-factored generalised Gauss-Newton matrix over the LoRA weights and the precision of
+their prior. Of a weight W (out, in) it gives the posterior
+
+    W ~ W_MAP + U_out (E / sqrt(l_out l_in^T + prior precision)) U_in^T,   E_ij ~ N(0, 1),
+
+with eigenvectors U and eigenvalues l of the two factors; A and B and all layers are independent.
+"""
+
+import importlib.util
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import TrainOutput
+
+from blob_hf.baselines.base import TRAINING_FLAGS, Method
+from blob_hf.inference.predict import ClassPrediction, log_mean_exp
+from blob_hf.tuner import adapter_files
+from blob_hf.tuner.base_model import in_head
+from blob_hf.tuner.posterior import posterior_mean, sampled_layers
+from blob_hf.tuner.sampled import SampledLinear, layer_name, standard_normal
+from blob_hf.utils.errors import BlobError
+from blob_hf.utils.sharding import full_tensor, gathered, is_sharded
+
+logger = logging.getLogger(__name__)
+
+SUBSETS = ("all", "last_layer")
+PRIORS = ("marglik", "validation")
+PREDICTIVES = ("linearized", "sampled")
+PRECISION_GRID = np.logspace(-2, 4, 13)  # for the choice by validation
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Eigenvalues and eigenvectors of the two Kronecker factors of one weight `(out, in)`."""
+
+    l_out: Tensor
+    l_in: Tensor
+    u_out: Tensor
+    u_in: Tensor
+
+    def scale(self, prior_precision: float) -> Tensor:
+        """Stds in the coordinates of the eigenvectors, `(out, in)`."""
+        return (torch.outer(self.l_out, self.l_in) + prior_precision).rsqrt()
+
+
+class LaplaceLinear(SampledLinear):
+    """LoRA's A or B with a Gaussian from the curvature of the loss."""
+
+    def __init__(self, linear: nn.Linear, layer: str, part: str, factors: Factors, prior_precision: float) -> None:
+        super().__init__(linear, layer, part)
+        self.prior_precision = prior_precision
+        for name, tensor in vars(factors).items():  # buffers follow the model; their file is written by `save`
+            self.register_buffer(name, tensor.to(linear.weight.device), persistent=False)
+
+    @property
+    def factors(self) -> Factors:
+        """The fitted curvature."""
+        return Factors(self.l_out, self.l_in, self.u_out, self.u_in)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def draw(self, num_samples: int, seed: int, first: int = 0, antithetic: bool = False) -> Tensor:
+        shape = (self.out_features, self.in_features)
+        indices = range(first, first + num_samples)
+        noise = torch.stack([standard_normal(self.name, seed, i, shape, antithetic) for i in indices])
+        factors = self.factors
+        scaled = noise.to(self.weight.device) * factors.scale(self.prior_precision)
+        with gathered([self.weight]):
+            return full_tensor(self.weight) + (factors.u_out @ scaled @ factors.u_in.T).to(self.weight.dtype)
+
+    def covariance(self, gradients: Tensor) -> Tensor:
+        """Covariance of outputs with these gradients `(rows, outputs, out, in)`: `(rows, outputs, outputs)`."""
+        factors = self.factors
+        rotated = factors.u_out.T @ gradients.float() @ factors.u_in * factors.scale(self.prior_precision)
+        flat = rotated.flatten(2)
+        return flat @ flat.transpose(1, 2)
+
+
+class Laplace(Method):
+    """A Kronecker-factored Laplace approximation over the weights of a trained LoRA."""
+
+    name = "laplace"
+    title = "Laplace-LoRA adapter"
+    about = (
+        "A trained LoRA adapter with a Laplace approximation over its weights (Laplace-LoRA): "
+        "`laplace.safetensors` holds the Kronecker factors of the curvature. `adapter_model.safetensors` is the "
+        "trained adapter, unchanged. N=0 is that adapter; N=S averages the probabilities of S draws, of the linearised "
+        "network (`blob_hf.baselines.laplace.linearized_prediction`) or of the sampled one (`posterior_samples`)."
+    )
+    limits = "A Gaussian at one mode of the loss, with A and B and all layers independent of one another."
+    citation = """@inproceedings{yang2024laplacelora,
+  title = {Bayesian Low-Rank Adaptation for Large Language Models},
+  author = {Yang, Adam X. and Robeyns, Maxime and Wang, Xi and Aitchison, Laurence},
+  booktitle = {International Conference on Learning Representations}, year = {2024}
+}"""
+    tags = ("bayesian", "uncertainty", "laplace")
+    flags = frozenset(
+        {
+            "laplace_subset", "laplace_prior", "laplace_predictive",
+            "eval_samples", "eval_seed", "antithetic", "posterior_batch_size",
+        }
+    )  # fmt: skip
+    sampled = True
+    post_hoc = True
+    summarizes = False
+    facts = {"prior_precision": (int, float)}
+
+    def attach(self, model: Any, facts: Mapping[str, Any], folder: Path | None = None) -> None:
+        if folder is None:
+            return
+        tensors = adapter_files.read_laplace(folder)
+        names = {name.rpartition(".")[0] for name in tensors}
+        factors = {n: Factors(**{key: tensors[f"{n}.{key}"] for key in Factors.__annotations__}) for n in names}
+        attach_factors(model, factors, facts["prior_precision"])
+        model.method_facts = dict(facts)
+
+    def train(self, trainer: Any, fit: Callable[[Any], TrainOutput], resume: Any) -> TrainOutput:
+        _require_library()
+        args, model, start = trainer.args, trainer.model, time.perf_counter()
+        held_out = trainer.calibration_dataset
+        if trainer.train_dataset is None or len(trainer.train_dataset) == 0:
+            raise BlobError("method laplace needs the training data, but there is none; give train_dataset")
+        if args.laplace_prior == "validation" and held_out is None:
+            raise BlobError("laplace_prior validation needs held-out rows: set the trainer's calibration_dataset")
+        if sampled_layers(model):
+            raise BlobError("method laplace needs a plain LoRA adapter, but this one has a posterior already")
+        weights = lora_weights(model, args.laplace_subset)
+        loader = trainer.plain_loader(trainer.train_dataset)
+        with posterior_mean(model):
+            model.eval()
+            factors, precision = fit_kron(_Logits(model, trainer), weights, loader, args.laplace_prior == "marglik")
+        attach_factors(model, factors, precision)
+        if args.laplace_prior == "validation":
+            precision = _choose_precision(trainer)
+        model.method_facts = {
+            "method": self.name, "prior_precision": precision, "prior": args.laplace_prior,
+            "subset": args.laplace_subset, "rows": len(trainer.train_dataset),
+        }  # fmt: skip
+        logger.info(
+            "Laplace: prior precision %.4g over %d weights", precision, sum(w.numel() for w in weights.values())
+        )
+        passes = len(PRECISION_GRID) * len(held_out) if args.laplace_prior == "validation" else 0
+        spent = {
+            "fit_runtime": time.perf_counter() - start,
+            "fit_forwards": len(trainer.train_dataset) + passes,
+        }
+        return TrainOutput(0, 0.0, spent)
+
+    def save(self, model: Any, folder: Path) -> None:
+        super().save(model, folder)
+        tensors = {
+            f"{layer.weight_name}.{key}": value.detach().cpu().contiguous().clone()
+            for layer in sampled_layers(model)
+            if isinstance(layer, LaplaceLinear)
+            for key, value in vars(layer.factors).items()
+        }
+        if tensors:
+            adapter_files.write_laplace(folder, tensors)
+
+    def predict_classes(self, model: Any, inputs: dict[str, Any], args: Any) -> ClassPrediction:
+        if args.laplace_predictive == "sampled" or not self.num_samples(model, args):
+            return super().predict_classes(model, inputs, args)
+        if is_sharded(model):
+            raise BlobError("the linearised predictive needs whole weights: take --laplace_predictive sampled, or DDP")
+        return linearized_prediction(model, inputs, args.eval_samples, args.eval_seed, args.antithetic)
+
+    def unread(self, args: Any) -> frozenset[str]:
+        return TRAINING_FLAGS
+
+    def check(self, args: Any) -> None:
+        if args.laplace_prior == "validation" and args.eval_samples == 0:
+            raise BlobError(
+                "laplace_prior validation compares predictives of samples: eval_samples must be >= 1, got 0"
+            )
+        if args.do_train:
+            _require_library()
+
+
+def library_is_there() -> bool:
+    """Whether laplace-torch is installed."""
+    return importlib.util.find_spec("laplace") is not None
+
+
+def _require_library() -> None:
+    if not library_is_there():
+        raise BlobError("method laplace fits with laplace-torch, which is not installed: pip install laplace-torch")
+
+
+# ----- fitting ----------------------------------------------------------------------------------------------------
+
+
+def lora_weights(model: Any, subset: str) -> dict[str, nn.Parameter]:
+    """LoRA's A and B by their names in the files; `last_layer`: those of the head, or of the last layer that has any.
+
+    (A frozen or fully trained head has no LoRA weights, so the last layer under LoRA stands for it.)
+    """
+    adapter = model.active_adapter
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, LoraLayer) and adapter in m.lora_A]
+    if subset == "last_layer":
+        base = model.get_base_model()
+        head = [(path, module) for path, module in layers if in_head(base, layer_name(path))]
+        layers = (head or layers)[-1:]
+    return {
+        f"{path}.{part}.weight": getattr(module, part)[adapter].weight
+        for path, module in layers
+        for part in ("lora_A", "lora_B")
+    }
+
+
+class _Logits(nn.Module):
+    """A classifier as laplace-torch wants it: from a batch to logits."""
+
+    def __init__(self, model: Any, trainer: Any) -> None:
+        super().__init__()
+        self.model = model
+        self._prepare = trainer._prepare_inputs
+
+    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+        inputs = self._prepare({name: value for name, value in batch.items() if name != "labels"})
+        return self.model(**inputs).logits.float()
+
+
+def fit_kron(
+    network: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    loader: DataLoader,
+    marginal_likelihood: bool = True,
+    likelihood: str = "classification",
+) -> tuple[dict[str, Factors], float]:
+    """Fit laplace-torch's Kronecker-factored GGN over some weights of a network, and their prior's precision.
+
+    Args:
+        network: From a batch of `loader` to outputs.
+        weights: By name; all others are fixed.
+        loader: Batches with "labels", once through the training data.
+        marginal_likelihood: Choose the precision that maximises it; else 1.
+
+    Returns:
+        Factors by name, and the prior precision.
+    """
+    from laplace import Laplace as fit_laplace
+
+    required = {parameter: parameter.requires_grad for parameter in network.parameters()}
+    chosen = {id(weight) for weight in weights.values()}
+    for parameter in network.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+    try:
+        approximation: Any = fit_laplace(
+            network, likelihood, subset_of_weights="all", hessian_structure="kron", prior_precision=1.0
+        )
+        approximation.fit(loader)
+        if marginal_likelihood:
+            approximation.optimize_prior_precision(method="marglik")
+        order = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    finally:
+        for parameter, needed in required.items():
+            parameter.requires_grad_(needed)
+    curvature = approximation.H
+    names = {id(weight): name for name, weight in weights.items()}
+    factors = {
+        names[id(weight)]: Factors(*(t.detach().float().clamp(min=0) for t in values), *(u.detach() for u in vectors))
+        for weight, values, vectors in zip(order, curvature.eigenvalues, curvature.eigenvectors, strict=True)
+    }
+    return factors, float(approximation.prior_precision.mean())
+
+
+def attach_factors(model: Any, factors: Mapping[str, Factors], prior_precision: float) -> None:
+    """Put a `LaplaceLinear` in the place of every A and B that has factors."""
+    adapter = model.active_adapter
+    odd = sorted(factors.keys() - lora_weights(model, "all").keys())
+    if odd:
+        raise BlobError(f"the Laplace posterior is of another model: it has factors of {odd[0]}, this model has not")
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and adapter in module.lora_A:
+            for part in ("lora_A", "lora_B"):
+                if (found := factors.get(f"{path}.{part}.weight")) is not None:
+                    weights: Any = getattr(module, part)
+                    weights[adapter] = LaplaceLinear(weights[adapter], layer_name(path), part, found, prior_precision)
+
+
+def _choose_precision(trainer: Any) -> float:
+    """The precision of the grid under which the predictive of held-out rows has the smallest NLL; set in the model."""
+    layers = [layer for layer in sampled_layers(trainer.model) if isinstance(layer, LaplaceLinear)]
+    nlls = []
+    for precision in PRECISION_GRID:
+        for layer in layers:
+            layer.prior_precision = float(precision)
+        nlls.append(trainer.predictive_nll(trainer.calibration_dataset))
+    best = float(PRECISION_GRID[int(np.argmin(nlls))])
+    for layer in layers:
+        layer.prior_precision = best
+    return best
+
+
+# ----- predicting -------------------------------------------------------------------------------------------------
+
+
+def linearized_prediction(
+    model: Any, inputs: dict[str, Any], num_samples: int, seed: int = 0, antithetic: bool = False
+) -> ClassPrediction:
+    """Classes under the network linearised in its weights at the mean: logits ~ N(f, J Sigma J^T), S draws of them.
+
+    Sample s has the same standard normal draw for every row, so that it does not depend on the batch.
+    """
+    with torch.no_grad(), posterior_mean(model):
+        mean = model(**inputs).logits.float()
+    covariance = logit_covariance(model, inputs, mean.shape[-1])
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors * values.clamp(min=0).sqrt().unsqueeze(1)
+    noise = [standard_normal("logits", seed, s, mean.shape[-1:], antithetic) for s in range(num_samples)]
+    draws = mean.unsqueeze(1) + torch.stack(noise).to(mean.device) @ root.transpose(1, 2)
+    samples = F.log_softmax(draws, dim=-1)
+    return ClassPrediction(log_mean_exp(samples, dim=1), samples, F.log_softmax(mean, dim=-1))
+
+
+def logit_covariance(model: Any, inputs: dict[str, Any], num_classes: int) -> Tensor:
+    """J Sigma J^T of each row, `(rows, classes, classes)`, float32.
+
+    Each row gets a copy of the weights of its own, like a sample, so that one backward pass a class gives the
+    gradients of all rows.
+    """
+    layers = [layer for layer in sampled_layers(model) if isinstance(layer, LaplaceLinear)]
+    rows = len(next(value for value in inputs.values() if isinstance(value, Tensor) and value.dim()))
+    with torch.enable_grad(), posterior_mean(model):
+        copies = [layer.weight.detach().expand(rows, -1, -1).clone().requires_grad_() for layer in layers]
+        for layer, copy in zip(layers, copies, strict=True):
+            layer._samples = copy
+        logits = model(**inputs).logits.float()
+        per_class = [
+            torch.autograd.grad(logits[:, c].sum(), copies, retain_graph=c < num_classes - 1)
+            for c in range(num_classes)
+        ]
+    with torch.no_grad():
+        gradients = [torch.stack(of_layer, dim=1) for of_layer in zip(*per_class, strict=True)]
+        parts = [layer.covariance(gradient) for layer, gradient in zip(layers, gradients, strict=True)]
+        return torch.stack(parts).sum(0)

@@ -1,0 +1,251 @@
+"""Training-free Bayesianization (Shi et al., NeurIPS 2025, arXiv 2412.05723): a posterior around a trained LoRA.
+
+With the compact SVD B = U diag(d) V^T, the product is B A = (U diag(d)) (V^T A). In these coordinates
+
+    A'_ij ~ N((V^T A)_ij, (sigma_q / d_i)^2),
+
+so that the noise of the product is sigma_q U E with E_ij ~ N(0, 1): isotropic in the column space of B. One number is
+left, sigma_q: the largest one under which the loss on some anchor examples hardly changes, found by bisection.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from torch.utils.data import Subset
+from transformers.trainer_utils import TrainOutput
+
+from blob_hf.baselines.base import TRAINING_FLAGS, Method
+from blob_hf.tuner.config import BlobConfig
+from blob_hf.tuner.posterior import attach_posterior, gaussian_layers
+from blob_hf.tuner.sampled import layer_name
+from blob_hf.utils.errors import BlobError
+
+logger = logging.getLogger(__name__)
+
+SEARCH_STEPS = 10  # bisections, as the released code: sigma_q to bound / 1024
+
+_RANK_TOLERANCE = 1e-6  # singular values below this share of the largest are directions that B does not have
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """The same product B A in the coordinates of B's singular vectors.
+
+    Attributes:
+        a: V^T A, `(rank, in)`.
+        b: U diag(d), `(out, rank)`.
+        unit_std: Stds of `a` for sigma_q = 1, `(rank,)`: 1 / d, and 0 in directions that B does not have.
+    """
+
+    a: Tensor
+    b: Tensor
+    unit_std: Tensor
+
+
+@torch.no_grad()
+def rotate(a: Tensor, b: Tensor) -> Rotated:
+    """Rotate A `(rank, in)` and B `(out, rank)` in float32; the product stays what it is."""
+    u, d, vh = torch.linalg.svd(b.float(), full_matrices=False)
+    # out may be smaller than the rank (a head of two classes): the missing directions get rows and columns of zeros
+    missing = a.shape[0] - len(d)
+    rotated_a = torch.nn.functional.pad(vh @ a.float(), (0, 0, 0, missing))
+    rotated_b = torch.nn.functional.pad(u * d, (0, missing))
+    kept = d > _RANK_TOLERANCE * d.max()
+    unit_std = torch.nn.functional.pad(torch.where(kept, 1 / d, 0.0), (0, missing))
+    return Rotated(rotated_a, rotated_b, unit_std)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What `largest_sigma` found.
+
+    Attributes:
+        sigma: The largest sigma_q that was accepted, 0 if none was.
+        change: Its change of the loss.
+        tried: (sigma_q, change) of every evaluation, in order.
+        at_bound: Whether even the upper bound was acceptable.
+    """
+
+    sigma: float
+    change: float
+    tried: tuple[tuple[float, float], ...]
+    at_bound: bool
+
+
+def largest_sigma(change: Callable[[float], float], tolerance: float, bound: float, steps: int) -> Search:
+    """The largest sigma in [0, bound] with change(sigma) <= tolerance, by bisection to bound / 2^steps.
+
+    Args:
+        change: Change of the anchors' loss at a sigma; with the same random numbers at each, so that it is continuous.
+        tolerance: >= 0.
+        bound, steps: Where to look, and how often.
+    """
+    tried = [(bound, change(bound))]
+    if tried[0][1] <= tolerance:
+        return Search(bound, tried[0][1], tuple(tried), at_bound=True)
+    low, low_change, high = 0.0, 0.0, bound
+    for _ in range(steps):
+        middle = (low + high) / 2
+        tried.append((middle, change(middle)))
+        if tried[-1][1] <= tolerance:
+            low, low_change = tried[-1]
+        else:
+            high = middle
+    return Search(low, low_change, tuple(tried), at_bound=False)
+
+
+class TFB(Method):
+    """A BLoB adapter around a trained LoRA, without gradients."""
+
+    name = "tfb"
+    title = "TFB adapter"
+    about = (
+        "A trained LoRA adapter made Bayesian without further training (TFB): isotropic Gaussian noise in the "
+        "coordinates of B's singular vectors, as wide as a bound on the loss of some anchor examples allows. "
+        "`adapter_model.safetensors` is the mean, the same network as the trained adapter; "
+        "`posterior_std.safetensors` holds the stds. N=0 is the mean; N=S averages the probabilities of S samples."
+    )
+    limits = "The width of the posterior is one number, found on the anchors; elsewhere it can be too wide or narrow."
+    citation = """@inproceedings{shi2025tfb,
+  title = {Training-Free Bayesianization for Low-Rank Adapters of Large Language Models},
+  author = {Shi, Haizhou and Wang, Yibin and Han, Ligong and Zhang, Huan and Wang, Hao},
+  booktitle = {Advances in Neural Information Processing Systems}, year = {2025}
+}"""
+    tags = ("bayesian", "uncertainty", "tfb")
+    flags = frozenset(
+        {
+            "num_anchors", "tfb_tolerance", "tfb_bound", "tfb_samples",
+            "eval_samples", "eval_seed", "antithetic", "posterior_batch_size",
+        }
+    )  # fmt: skip
+    sampled = True
+    post_hoc = True
+
+    def unread(self, args: Any) -> frozenset[str]:
+        return TRAINING_FLAGS
+
+    def check(self, args: Any) -> None:
+        for name, least in (("num_anchors", 1), ("tfb_samples", 1), ("tfb_tolerance", 0)):
+            if getattr(args, name) < least:
+                raise BlobError(f"{name} must be >= {least}, got {getattr(args, name)}")
+        if not args.tfb_bound > 0:
+            raise BlobError(f"tfb_bound must be > 0, got {args.tfb_bound}")
+
+    def attach(self, model: Any, facts: Mapping[str, Any], folder: Path | None = None) -> None:
+        model.method_facts = dict(facts)  # the posterior itself is that of a BLoB adapter
+
+    def train(self, trainer: Any, fit: Callable[[Any], TrainOutput], resume: Any) -> TrainOutput:
+        args = trainer.args
+        anchors = anchor_rows(trainer.train_dataset, args.num_anchors)
+        start = time.perf_counter()
+
+        facts = bayesianize_by_search(
+            trainer.model,
+            lambda num_samples: trainer.mean_nll(anchors, num_samples),
+            args.tfb_tolerance,
+            args.tfb_bound,
+            args.tfb_samples,
+        )
+        facts["anchors"] = len(anchors)
+        trainer.model.method_facts = {"method": self.name, **facts}
+        passes = 1 + len(facts["tried"]) * args.tfb_samples
+        return TrainOutput(0, 0.0, {"fit_runtime": time.perf_counter() - start, "fit_forwards": passes * len(anchors)})
+
+
+def anchor_rows(rows: Any, count: int) -> Any:
+    """At most `count` rows at random (always the same ones).
+
+    Raises:
+        BlobError: There are none.
+    """
+    if rows is None or len(rows) == 0:
+        raise BlobError("method tfb needs anchor examples, but there are none; give training data")
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    return rows.select(chosen) if isinstance(rows, Dataset) else Subset(rows, chosen)
+
+
+def bayesianize_by_search(
+    model: Any,
+    loss: Callable[[int], float],
+    tolerance: float,
+    bound: float,
+    num_samples: int,
+    steps: int = SEARCH_STEPS,
+) -> dict[str, Any]:
+    """Give a trained LoRA the widest posterior that hardly changes a loss, in place.
+
+    The criterion: with the mean NLL L_0 of the anchors under the trained adapter, and L_sigma the mean over samples of
+    the NLL under a sampled network,
+
+        (L_sigma - L_0) / L_0 <= tolerance.
+
+    Only an increase counts: where noise makes an overconfident adapter's loss smaller, that is no harm. The paper's
+    released code takes the absolute change, and divides it by the number of anchors, so that its threshold means
+    something else for every size of the anchor set; here it is the relative change of the loss, whatever the size.
+    The released code asks the adapter for the anchors' labels; here they are the data's own.
+
+    Args:
+        model: A `BlobModel` with a plain LoRA adapter; B and A are rotated (the product stays).
+        loss: Mean NLL of the anchors under a number of sampled networks; 0: under the mean.
+        tolerance, bound, steps: See `largest_sigma`.
+        num_samples: Networks that L_sigma is averaged over, the same at every sigma.
+
+    Returns:
+        sigma_q and how it was found, for method.json.
+
+    Raises:
+        BlobError: The adapter has a posterior already.
+    """
+    if gaussian_layers(model):
+        raise BlobError("method tfb needs a plain LoRA adapter, but this one has a posterior already")
+    baseline = loss(0)
+    unit = _rotate_all(model)
+    layers = gaussian_layers(model)
+
+    def set_sigma(sigma: float) -> None:
+        for name, layer in layers.items():
+            layer.set_std((sigma * unit[name]).unsqueeze(1).expand(-1, layer.in_features).to(layer.weight.device))
+
+    def change(sigma: float) -> float:
+        set_sigma(sigma)
+        return (loss(num_samples) - baseline) / baseline
+
+    found = largest_sigma(change, tolerance, bound, steps)
+    set_sigma(found.sigma)
+    if found.sigma == 0:
+        logger.warning(
+            "even sigma_q = %g raises the loss by more than %g: the posterior is a point", bound / 2**steps, tolerance
+        )
+    elif found.at_bound:
+        logger.warning("sigma_q is at its bound %g: the loss allows more; set tfb_bound higher", bound)
+    return {
+        "sigma_q": found.sigma, "relative_change": found.change, "tolerance": tolerance, "bound": bound,
+        "samples": num_samples, "anchor_nll": baseline, "tried": [list(pair) for pair in found.tried],
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def _rotate_all(model: Any) -> dict[str, Tensor]:
+    """Rotate every LoRA layer of the active adapter and attach a posterior; the unit stds by layer name."""
+    adapter = model.active_adapter
+    unit = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and adapter in module.lora_A:
+            a: Any = module.lora_A[adapter].weight
+            b: Any = module.lora_B[adapter].weight
+            rotated = rotate(a, b)
+            a.copy_(rotated.a)
+            b.copy_(rotated.b)
+            unit[layer_name(path)] = rotated.unit_std
+    config = BlobConfig.from_lora(model.peft_config[adapter])
+    attach_posterior(model, config, adapter)
+    model.peft_config[adapter] = config
+    return unit

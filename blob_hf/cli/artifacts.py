@@ -1,0 +1,273 @@
+"""The artifacts that a run leaves in its folder: metrics, predictions, plots, report and model card."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blob_hf.baselines.temperature import fit_temperature, scale
+from blob_hf.cli.costs import COSTS_FILE, training_costs
+from blob_hf.cli.evaluation import rejection_curves, selective_summarization
+from blob_hf.metrics.calibration import calibration_metrics
+from blob_hf.metrics.detection import detection_report
+from blob_hf.metrics.samples import NLLCurve, nll_curve
+from blob_hf.metrics.uncertainty import predictive_entropy
+from blob_hf.reporting.classification_plots import (
+    plot_confidence,
+    plot_nll_curve,
+    plot_rejection,
+    plot_reliability,
+    plot_shift,
+)
+from blob_hf.reporting.generation_plots import plot_risk_coverage
+from blob_hf.reporting.kl_plots import plot_kl, plot_posterior_std
+from blob_hf.reporting.model_card import write_model_card
+from blob_hf.reporting.report import write_report
+from blob_hf.reporting.run_summary import DataSource, Results
+from blob_hf.reporting.tables import results_table, to_text
+from blob_hf.trainer.engines import leave
+from blob_hf.trainer.kl.history import FILE_NAME
+from blob_hf.trainer.summary import summarize
+from blob_hf.tuner.posterior import posterior_statistics
+from blob_hf.utils import files
+from blob_hf.utils.errors import BlobError
+
+VERDICT_FILE = "kl_verdict.json"
+CLASSIFICATION_METRICS = ["accuracy", "ece", "nll", "brier"]
+SUMMARIZATION_METRICS = ["rouge1", "rouge2", "rougeL", "nll"]
+
+
+class Run:
+    """Trains through a trainer and leaves the artifacts of a run in its output folder.
+
+    Args:
+        trainer: A `BlobTrainer` or `BlobSeq2SeqTrainer`.
+        base_model: Hub id or folder of the base model.
+        data: The data, for titles and the model card.
+        task: Its tag on the Hub, "text-classification" or "summarization".
+        metric_names: Metrics of the final table, in order.
+        settings: Hyperparameters for report and model card, beyond the training arguments'.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        base_model: str,
+        data: DataSource,
+        task: str,
+        metric_names: list[str],
+        settings: Mapping[str, Any],
+        license: str | None = None,
+    ) -> None:
+        self.trainer, self.args = trainer, trainer.args
+        self.folder = Path(trainer.args.output_dir)
+        self.data, self.metric_names = data, metric_names
+        self.trained = False
+        self.results: list[Results] = []
+        self.plots: list[str] = []
+        self.notes: list[str] = []
+        self.costs: dict[str, float] = {}
+        self._facts: dict[str, Any] = {"base_model": base_model, "task": task, "settings": settings, "license": license}
+        trainer.card_from_run = True
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes files."""
+        return self.args.should_save
+
+    def train(self) -> None:
+        """Train, or resume if asked to; leave the adapter, train_results.json, kl_history.csv, plots/kl.png, state."""
+        self.trained = True
+        result = self.trainer.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+        self.trainer.save_model()
+        self.trainer.save_metrics("train", result.metrics)
+        self.costs = training_costs(self.trainer, result)
+        self.trainer.save_state()
+        if self.trainer.kl_diagnosis is not None:
+            self.add_plot("kl", lambda path: plot_kl(self.folder / FILE_NAME, path))
+            config = self.trainer.model.active_peft_config
+            layers = posterior_statistics(self.trainer.model, config.prior_std).layers
+            self.add_plot("posterior_std", lambda path: plot_posterior_std(layers, config.prior_std, path))
+
+    def add_results(
+        self, prefix: str, metrics: dict[str, float], split: str, rows: str = "", before_training: bool = False
+    ) -> None:
+        """Save {prefix}_results.json, with the number of samples N, and keep the table N=0 beside N=S for the end.
+
+        Args:
+            rows: What was evaluated, for the title, for example "408 examples".
+            before_training: Whether the model is not yet the adapter that will be saved.
+        """
+        self.trainer.save_metrics(prefix, metrics | {f"{prefix}_num_samples": self.trainer.num_eval_samples})
+        if self.costs and f"{prefix}_runtime" in metrics:
+            self.costs |= {"eval_runtime": metrics[f"{prefix}_runtime"], "networks": self.trainer.num_eval_samples}
+            self.costs["eval_rows"] = round(metrics[f"{prefix}_runtime"] * metrics[f"{prefix}_samples_per_second"])
+        table = results_table(metrics, prefix, self.metric_names, self.trainer.num_eval_samples)
+        title = f"{self.data.name}, {split}" + (f" ({rows})" if rows else "")
+        title = f"before training: {title}" if before_training else title
+        self.results.append(Results(title, split, table, in_index=not before_training))
+
+    def add_plot(self, name: str, draw: Callable[[Path], object]) -> None:
+        """Draw plots/{name}.png."""
+        if self.writes:
+            path = self.folder / "plots" / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw(path)
+            self.plots.append(f"plots/{name}.png")
+
+    def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write a JSON Lines file, whole or not at all."""
+        if self.writes:
+            files.write_text(self.folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def finish(self) -> None:
+        """Write report.md and the model card of a run that trained, push if asked, print the tables."""
+        if self.writes:
+            if self.costs:
+                files.write_text(self.folder / COSTS_FILE, json.dumps(self.costs, indent=2) + "\n")
+            if self.trained:  # an evaluation does not know how the adapter was trained
+                if self.trainer.kl_verdict is not None:
+                    verdict = json.dumps(self.trainer.kl_verdict.to_dict(), indent=2)
+                    files.write_text(self.folder / VERDICT_FILE, verdict + "\n")
+                summary = summarize(self.trainer, self.data, **self._facts)
+                summary.results, summary.plots, summary.notes = self.results, self.plots, self.notes
+                write_report(self.folder, summary)
+                write_model_card(self.folder, summary)
+            for results in self.results:
+                print(to_text(results.table, f"{self.args.method}: {results.title}"))
+            for note in [*self.notes, *([self.trainer.kl_verdict] if self.trained and self.trainer.kl_verdict else [])]:
+                print(note)
+            print(f"Everything is in {self.folder}")
+        if self.args.push_to_hub:
+            self.trainer.push_to_hub()
+        leave(self.trainer.accelerator)
+
+    def add_nll_curve(self, curve: NLLCurve, mean_nll: float, split: str, unit: str) -> None:
+        """Draw what more samples buy, and note how many are enough."""
+        if len(curve.samples) > 1:
+            name = "nll_by_samples" if split == "validation" else f"nll_by_samples_{split}"
+            self.add_plot(name, lambda path: plot_nll_curve(curve, mean_nll, path, unit))
+            self.notes.append(
+                f"samples ({split}): the NLL of {curve.enough} is within 1 % of that of all {curve.samples[-1]}"
+            )
+
+
+class ClassifierRun(Run):
+    """A `Run` of a classifier."""
+
+    temperatures: dict[str, float] | None = None  # of the samples' predictive and of the mean
+
+    def calibrate(self) -> None:
+        """Fit temperatures to the trainer's held-out rows and keep them in method.json; without training, read them.
+
+        Raises:
+            BlobError: There is nothing to fit them to, and none was saved.
+        """
+        model, rows = self.trainer.model, self.trainer.calibration_dataset
+        if rows is not None:
+            output = self.trainer.predict(rows, metric_key_prefix="calibration")
+            log_probs, _, mean = output.predictions
+            pairs = {"predictive": log_probs, "mean": mean}
+            found = {name: fit_temperature(values, output.label_ids) for name, values in pairs.items()}
+            model.method_facts = {"method": self.args.method, **model.method_facts, "temperatures": found}
+            if self.writes:
+                self.trainer.method.save(model, self.folder)
+        self.temperatures = model.method_facts.get("temperatures")
+        if self.temperatures is None:
+            raise BlobError(
+                "temperature_scaling: the adapter was saved without temperatures; fit them with --do_train "
+                "--temperature_scaling, which holds training rows out"
+            )
+
+    def _add_scaled(self, prefix: str, split: str, output: Any) -> None:
+        """Results with the temperatures, in {prefix}_temperature_results.json."""
+        if self.temperatures is None:
+            return
+        log_probs, _, mean = output.predictions
+        kinds = {"": (log_probs, "predictive"), "mean_": (mean, "mean")}
+        metrics: dict[str, float] = {}
+        for kind, (values, name) in kinds.items():
+            scaled = calibration_metrics(scale(values, self.temperatures[name]), output.label_ids)
+            metrics |= {f"{prefix}_{kind}{metric}": value for metric, value in scaled.items()}
+            metrics[f"{prefix}_{kind}temperature"] = self.temperatures[name]
+        count = self.trainer.num_eval_samples
+        self.trainer.save_metrics(f"{prefix}_temperature", metrics | {f"{prefix}_num_samples": count})
+        table = results_table(metrics, prefix, [*self.metric_names, "temperature"], count)
+        title = f"{self.data.name}, {split}, temperature-scaled"
+        self.results.append(Results(title, split, table.dropna(how="all", axis="columns"), in_index=False))
+
+    def add_predictions(self, prefix: str, split: str, output: Any) -> None:
+        """Save metrics and predictions of a split, and draw what they show.
+
+        Args:
+            output: Of `BlobTrainer.predict` with labels: log_probs, sample_log_probs, mean_log_probs.
+        """
+        log_probs, samples, mean = output.predictions
+        labels, num_samples = output.label_ids, self.trainer.num_eval_samples
+        self.add_results(prefix, output.metrics, split, f"{len(mean)} examples")
+        self._add_scaled(prefix, split, output)
+        shown = {"posterior mean (N=0)": mean} | ({f"{num_samples} samples": log_probs} if num_samples else {})
+        suffix = "" if split == "validation" else f"_{split}"
+        self.add_plot(f"reliability{suffix}", lambda path: plot_reliability(shown, labels, path))
+        self.add_plot(f"confidence{suffix}", lambda path: plot_confidence(shown, labels, path))
+        curves = rejection_curves(samples, mean, labels)
+        self.add_plot(f"accuracy_rejection{suffix}", lambda path: plot_rejection(curves, path))
+        if num_samples:
+            curve = nll_curve(samples, labels, self.args.antithetic)
+            self.add_nll_curve(curve, output.metrics[f"{prefix}_mean_nll"], split, "example")
+        rows = zip(log_probs.tolist(), mean.tolist(), labels.tolist(), strict=True)
+        names = ("log_probs", "mean_log_probs", "label")
+        self.write_rows(
+            f"{split}_predictions.jsonl",
+            ({"index": index, **dict(zip(names, row, strict=True))} for index, row in enumerate(rows)),
+        )
+
+    def add_shift(self, name: str, inside: Any, outside: Any) -> None:
+        """Save how well uncertainty tells other data from the run's own, in ood_{name}_results.json.
+
+        Args:
+            name: Of the other data.
+            inside: Output of `BlobTrainer.predict` on the run's own evaluation split.
+            outside: The same on the other data; with metrics of its own if its labels mean the same.
+        """
+        prefix = f"ood_{name}"
+        metrics = dict(outside.metrics or {})
+        reports = {"": 1, "mean_": 2} if self.trainer.num_eval_samples else {"mean_": 2}
+        scores: dict[str, tuple[Any, Any]] = {}
+        for kind, field in reports.items():
+            pair = [output.predictions[field] for output in (inside, outside)]
+            own, other = pair if kind == "" else [np.expand_dims(one, 1) for one in pair]
+            metrics |= {f"{prefix}_{kind}{key}": value for key, value in detection_report(own, other).items()}
+            title = f"{self.trainer.num_eval_samples} samples" if kind == "" else "posterior mean (N=0)"
+            scores[title] = predictive_entropy(own), predictive_entropy(other)
+        self.trainer.save_metrics(prefix, metrics)
+        kinds = ("entropy", "max_prob", "mutual_information")
+        detected = [f"{kind}_{metric}" for kind in kinds for metric in ("auroc", "aupr", "fpr95")]
+        shifted = [metric for metric in CLASSIFICATION_METRICS if f"{prefix}_mean_{metric}" in metrics]
+        table = results_table(metrics, prefix, shifted + detected, self.trainer.num_eval_samples)
+        table = table.dropna(how="all").dropna(how="all", axis="columns")
+        count = len(outside.predictions[0])
+        self.results.append(Results(f"out of distribution: {name} ({count} examples)", name, table, in_index=False))
+        own, other = ({title: pair[i] for title, pair in reversed(scores.items())} for i in (0, 1))
+        self.add_plot(prefix, lambda path: plot_shift(own, other, (self.data.name, name), path))
+
+
+class SummarizerRun(Run):
+    """A `Run` of a summarizer."""
+
+    def add_samples(self, mean_nll: float, split: str) -> None:
+        """Draw the NLL of the references by the number of samples, from the last scoring of a split."""
+        if self.trainer.num_eval_samples and self.trainer.nll_by_samples is not None:
+            nll = np.asarray(self.trainer.nll_by_samples, dtype=float)
+            curve = NLLCurve(np.arange(1, len(nll) + 1), nll, np.zeros_like(nll))
+            self.add_nll_curve(curve, mean_nll, split, "token")
+
+    def add_selective(self, rows: Sequence[Mapping[str, Any]], split: str) -> None:
+        """Draw risk against coverage for each uncertainty score of generated summaries, and keep the ratios."""
+        if self.trainer.num_eval_samples and len(rows) > 1 and "uncertainty" in rows[0]:
+            curves, ratios = selective_summarization(rows)
+            self.add_plot(f"risk_coverage_{split}", lambda path: plot_risk_coverage(curves, "1 - ROUGE-L", path))
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in ratios.items())
+            self.notes.append(f"prediction-rejection ratios ({split}): {shown}")

@@ -1,0 +1,1 @@
+"""What one does with a posterior: predict, generate, measure uncertainty, export samples."""

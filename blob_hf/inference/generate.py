@@ -1,0 +1,334 @@
+"""Decoding with a posterior: a text per sampled network, or one text of the posterior predictive.
+
+A posterior sample writes its text alone: one set of weights from the encoder to the last token. The samples run as
+sample-major blocks of one batch; the KV cache and beams keep the blocks contiguous.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from blob_hf.inference.predict import IGNORED_LABEL, log_mean_exp, repeat_rows
+from blob_hf.tuner.posterior import posterior_mean, posterior_samples
+from blob_hf.utils.errors import BlobError
+
+# Of a whole text: its negative length-normalised log predictive, and the means of its tokens' uncertainties.
+SEQUENCE_SCORES = ("token_nll", "token_entropy", "token_aleatoric", "mutual_information")
+
+# What generate() offers that needs a single network, or would hand out tensors in block order.
+_ONE_NETWORK = {
+    "assistant_model": "assisted decoding",
+    "prompt_lookup_num_tokens": "assisted decoding",
+    "assistant_early_exit": "assisted decoding",
+    "penalty_alpha": "contrastive decoding",
+    "dola_layers": "DoLa decoding",
+    "custom_generate": "custom decoding",
+    "streamer": "streaming",
+    "encoder_outputs": "passing encoder_outputs (each sample has its own encoder)",
+    "past_key_values": "passing a KV cache (each sample has its own)",
+    "output_attentions": "output_attentions",
+    "output_hidden_states": "output_hidden_states",
+}
+
+
+@torch.no_grad()
+def generate_mean(model: Any, inputs: dict[str, Any], **gen_kwargs: Any) -> Tensor:
+    """Generate with the posterior mean: `(batch, length)` token ids."""
+    with posterior_mean(model):
+        return model.generate(**inputs, **gen_kwargs)
+
+
+def generate_samples(
+    model: Any,
+    inputs: dict[str, Any],
+    num_samples: int,
+    seed: int = 0,
+    samples_per_batch: int | None = None,
+    antithetic: bool = False,
+    **gen_kwargs: Any,
+) -> Tensor:
+    """Generate once per posterior sample: `(batch, num_samples, length)` token ids, padded on the right."""
+    tokens = generate_posterior(model, num_samples, seed, samples_per_batch, antithetic, **inputs, **gen_kwargs)
+    return tokens.view(-1, num_samples, tokens.shape[-1])
+
+
+@torch.no_grad()
+def generate_posterior(
+    model: Any,
+    num_samples: int,
+    seed: int = 0,
+    samples_per_batch: int | None = None,
+    antithetic: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """What `model.generate(..., num_posterior_samples=S)` does: a text from each of S sampled networks.
+
+    Args:
+        model: With a posterior; encoder-decoder or decoder-only.
+        num_samples: S >= 1.
+        seed, antithetic: Name the samples (see `posterior_samples`).
+        samples_per_batch: Samples decoded together, to bound memory; default all.
+        kwargs: Inputs and settings of `generate`: greedy, beam search or token sampling, with its outputs
+            `sequences`, `sequences_scores`, `scores`, `logits` and `beam_indices` when asked for.
+
+    Returns:
+        As `generate` with `num_return_sequences=S`: rows `(batch * S, length)`, all samples of input 0 first.
+
+    Raises:
+        BlobError: S < 1, no posterior, or a way of decoding that needs a single network.
+    """
+    if num_samples < 1:
+        raise BlobError(f"num_posterior_samples must be >= 1, got {num_samples}; for none leave it out")
+    _refuse_one_network(model, kwargs)
+    batch = _batch_size(kwargs)
+    step = samples_per_batch or num_samples
+    parts = []
+    for first in range(0, num_samples, step):
+        count = min(step, num_samples - first)
+        with posterior_samples(model, count, seed, first, antithetic):
+            output = model.generate(**_repeated(kwargs, batch, count))
+        parts.append(_Part(output, first, count))
+    return _merge(parts, batch, num_samples, _pad_token(model, kwargs))
+
+
+def _refuse_one_network(model: Any, kwargs: dict[str, Any]) -> None:
+    config = kwargs.get("generation_config") or model.generation_config
+    for name, what in _ONE_NETWORK.items():
+        if kwargs.get(name, getattr(config, name, None)) not in (None, False):
+            raise BlobError(f"{what} is not supported together with posterior samples; leave out {name}")
+
+
+def _batch_size(kwargs: dict[str, Any]) -> int:
+    for name in ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids"):
+        if isinstance(kwargs.get(name), Tensor):
+            return len(kwargs[name])
+    raise BlobError("generating with posterior samples needs input_ids (or inputs_embeds)")
+
+
+def _repeated(kwargs: dict[str, Any], batch: int, times: int) -> dict[str, Any]:
+    """Sample-major copies of every tensor with a row per input."""
+    rows = {name: v for name, v in kwargs.items() if isinstance(v, Tensor) and v.dim() and len(v) == batch}
+    return {**kwargs, **repeat_rows(rows, times)}
+
+
+def _pad_token(model: Any, kwargs: dict[str, Any]) -> int:
+    config = kwargs.get("generation_config") or model.generation_config
+    for value in (kwargs.get("pad_token_id"), config.pad_token_id, config.eos_token_id):
+        if value is not None:
+            return int(value[0] if isinstance(value, (list, tuple)) else value)
+    return 0
+
+
+# ----- putting batches of samples together ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The output of `count` samples from `first` on: a tensor of sequences or a `GenerateOutput`."""
+
+    output: Any
+    first: int
+    count: int
+
+    @property
+    def sequences(self) -> Tensor:
+        return self.output if isinstance(self.output, Tensor) else self.output.sequences
+
+
+def _merge(parts: list[_Part], batch: int, total: int, pad: int) -> Any:
+    length = max(part.sequences.shape[-1] for part in parts)
+
+    def by_input(tensors: list[Tensor]) -> Tensor:
+        """Rows (sample, input, inner) of each part -> rows (input, sample of all parts, inner)."""
+        pairs = zip(tensors, parts, strict=True)
+        views = [value.view(part.count, batch, -1, *value.shape[1:]).transpose(0, 1) for value, part in pairs]
+        return torch.cat(views, dim=1).flatten(0, 2)
+
+    sequences = by_input([pad_to(part.sequences, length, pad) for part in parts])
+    if isinstance(parts[0].output, Tensor):
+        return sequences
+    first = parts[0].output
+    merged: dict[str, Any] = {"sequences": sequences}
+    if first.get("sequences_scores") is not None:
+        merged["sequences_scores"] = by_input([part.output.sequences_scores for part in parts])
+    for name in ("scores", "logits"):
+        if first.get(name) is not None:
+            steps = max(len(part.output[name]) for part in parts)
+            merged[name] = tuple(by_input([_step(part.output[name], t, pad) for part in parts]) for t in range(steps))
+    if first.get("beam_indices") is not None:
+        width = max(part.output.beam_indices.shape[-1] for part in parts)
+        beams = [pad_to(_renumbered(part, part.output.beam_indices, batch, total), width, -1) for part in parts]
+        merged["beam_indices"] = by_input(beams)
+    return type(first)(**merged)
+
+
+def _step(scores: tuple[Tensor, ...], t: int, pad: int) -> Tensor:
+    """Scores of step t; of a part that had ended by then, a certain pad token."""
+    if t < len(scores):
+        return scores[t]
+    ended = torch.full_like(scores[0], float("-inf"))
+    ended[:, pad] = 0.0
+    return ended
+
+
+def _renumbered(part: _Part, beam_indices: Tensor, batch: int, total: int) -> Tensor:
+    """Beam indices count rows (sample, input, beam); after the merge rows are (input, sample of all parts, beam)."""
+    scores = part.output.scores if part.output.get("scores") is not None else part.output.logits
+    beams = (len(scores[0]) if scores else int(beam_indices.max()) + 1) // (part.count * batch)
+    sample, row = beam_indices // (batch * beams), beam_indices // beams % batch
+    moved = (row * total + part.first + sample) * beams + beam_indices % beams
+    return torch.where(beam_indices >= 0, moved, beam_indices)
+
+
+def pad_to(tokens: Tensor, length: int, pad_token_id: int) -> Tensor:
+    """Pad the last dimension on the right up to `length`."""
+    return F.pad(tokens, (0, length - tokens.shape[-1]), value=pad_token_id)
+
+
+# ----- the posterior predictive ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenUncertainty:
+    """How sure the predictive is of each token of given texts, nats, 0 where the label is -100; all `(batch, length)`.
+
+    Attributes:
+        log_probs: log mean_s p(y_t | y_<t, x, A_s) of the token itself.
+        total: Entropy of the predictive over the next token, H[mean_s p].
+        aleatoric: mean_s H[p(. | A_s)]: what every network is unsure of.
+        epistemic: total - aleatoric >= 0: the mutual information of token and weights.
+    """
+
+    log_probs: Tensor
+    total: Tensor
+    aleatoric: Tensor
+    epistemic: Tensor
+
+
+class PredictiveProcessor(LogitsProcessor):
+    """Gives every block the predictive log mean_s p(y_t | y_<t, x, A_s), so that all blocks choose the same token.
+
+    It also keeps what `uncertainty` needs of each step: entropies, and the log-probabilities of the tokens that may be
+    chosen.
+
+    Args:
+        num_samples: Blocks S of the batch.
+        normalized: Whether the scores that arrive are log-probabilities (beam search) or logits (greedy).
+        candidates: How many of a row's likeliest tokens decoding may choose from.
+    """
+
+    def __init__(self, num_samples: int, normalized: bool, candidates: int = 1) -> None:
+        self.num_samples, self.normalized, self.candidates = num_samples, normalized, candidates
+        self._steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        log_probs = scores if self.normalized else scores.log_softmax(-1)
+        blocks = log_probs.view(self.num_samples, -1, scores.shape[-1])
+        probs = blocks.exp()
+        mean = probs.mean(0)
+        # where a probability underflows, its logarithm is still known
+        predictive = torch.where(mean > 0, mean.log(), log_mean_exp(blocks, dim=0) if (mean == 0).any() else mean)
+        aleatoric = -torch.where(probs > 0, probs * blocks, 0.0).sum(-1).mean(0)
+        top, token = predictive.topk(min(self.candidates, scores.shape[-1]), dim=-1)
+        self._steps.append((torch.special.entr(mean).sum(-1), aleatoric, top, token))
+        return predictive.repeat(self.num_samples, 1)
+
+    def uncertainty(self, tokens: Tensor, rows: Tensor) -> TokenUncertainty:
+        """Of the tokens that were chosen.
+
+        Args:
+            tokens: `(batch, length)`, -100 behind the end.
+            rows: `(batch, length)`: the row of the first block that each token was chosen from.
+        """
+        kept = tokens != IGNORED_LABEL
+        steps = range(tokens.shape[1])
+        rows = rows.masked_fill(~kept, 0)
+        at = [self._steps[t] for t in steps]
+        total = torch.stack([at[t][0][rows[:, t]] for t in steps], dim=1)
+        aleatoric = torch.stack([at[t][1][rows[:, t]] for t in steps], dim=1)
+        chosen = [at[t][3][rows[:, t]] == tokens[:, t : t + 1] for t in steps]
+        own = torch.stack([torch.where(chosen[t], at[t][2][rows[:, t]], 0.0).sum(-1) for t in steps], dim=1)
+        epistemic = (total - aleatoric).clamp(min=0.0)  # below 0 by rounding alone (Jensen)
+        return TokenUncertainty(*(value.masked_fill(~kept, 0.0) for value in (own, total, aleatoric, epistemic)))
+
+
+@dataclass(frozen=True)
+class PredictiveText:
+    """A text per input decoded from the posterior predictive.
+
+    Attributes:
+        sequences: `(batch, length)` token ids as `generate` returns them.
+        tokens: `(batch, new tokens)`: the generated ones, -100 behind the end.
+        uncertainty: Of each generated token, nats.
+    """
+
+    sequences: Tensor
+    tokens: Tensor
+    uncertainty: TokenUncertainty
+
+    @property
+    def scores(self) -> Tensor:
+        """`SEQUENCE_SCORES` of each text, means over its tokens in nats, `(batch, 4)`: higher is less certain."""
+        count = (self.tokens != IGNORED_LABEL).sum(-1).clamp(min=1)
+        parts = self.uncertainty
+        values = (-parts.log_probs, parts.total, parts.aleatoric, parts.epistemic)
+        return torch.stack([value.sum(-1) / count for value in values], dim=-1)
+
+
+@torch.no_grad()
+def generate_predictive(
+    model: Any, inputs: dict[str, Any], num_samples: int, seed: int = 0, antithetic: bool = False, **gen_kwargs: Any
+) -> PredictiveText:
+    """Decode one text per input from p(y_t | y_<t, x) = 1/S sum_s p(y_t | y_<t, x, A_s), greedily or with beams.
+
+    Eq. (5) of Wang et al. (NeurIPS 2024) at each token; all S networks read the same prefix. Where other processors
+    rule tokens out (`no_repeat_ngram_size`, `min_new_tokens`, ...), the uncertainty is that of what remains.
+
+    Args:
+        num_samples: S >= 1; the S networks decode in one batch.
+        gen_kwargs: For `generate`.
+
+    Raises:
+        BlobError: Token sampling was asked for, or what `generate_posterior` refuses.
+    """
+    if num_samples < 1:
+        raise BlobError(f"num_samples must be >= 1, got {num_samples}")
+    _refuse_one_network(model, gen_kwargs)
+    config = gen_kwargs.get("generation_config") or model.generation_config
+    if gen_kwargs.get("do_sample", config.do_sample) or gen_kwargs.get("num_return_sequences", 1) != 1:
+        raise BlobError("predictive decoding gives one text per input, greedily or with beams; leave out do_sample")
+    beams, ends = gen_kwargs.get("num_beams", config.num_beams) or 1, _end_tokens(model, gen_kwargs)
+    # a row's continuations that beam search looks at (transformers' beams_to_keep)
+    candidates = max(2, 1 + len(ends)) * beams if beams > 1 else 1
+    processor = PredictiveProcessor(num_samples, normalized=beams > 1, candidates=candidates)
+    own = gen_kwargs.pop("logits_processor", None) or []
+    gen_kwargs |= {"logits_processor": LogitsProcessorList([*own, processor]), "return_dict_in_generate": True}
+    batch = _batch_size(inputs)
+    with posterior_samples(model, num_samples, seed, antithetic=antithetic):
+        output = model.generate(**repeat_rows(inputs, num_samples), **gen_kwargs)
+    sequences = output.sequences[:batch]
+    tokens = _until_end(sequences[:, _prompt_length(model, inputs) :], ends)
+    rows = output.get("beam_indices")
+    rows = torch.arange(batch, device=tokens.device).unsqueeze(1).expand_as(tokens) if rows is None else rows[:batch]
+    return PredictiveText(sequences, tokens, processor.uncertainty(tokens, pad_to(rows, tokens.shape[1], 0)))
+
+
+def _end_tokens(model: Any, gen_kwargs: dict[str, Any]) -> list[int]:
+    config = gen_kwargs.get("generation_config") or model.generation_config
+    ends = gen_kwargs.get("eos_token_id", config.eos_token_id)
+    return list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [int(ends)]
+
+
+def _prompt_length(model: Any, inputs: dict[str, Any]) -> int:
+    """Tokens at the start of a sequence that were not chosen: the start token of a decoder, or the prompt."""
+    return 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+
+
+def _until_end(tokens: Tensor, ends: list[int]) -> Tensor:
+    """The tokens up to and with the first end token, -100 behind it."""
+    is_end = torch.isin(tokens, torch.tensor(ends, dtype=tokens.dtype, device=tokens.device))
+    return tokens.masked_fill(is_end.cumsum(-1) - is_end.long() > 0, IGNORED_LABEL)

@@ -1,0 +1,150 @@
+"""What differs between the engines that train on many processes: DDP, DeepSpeed ZeRO, FSDP."""
+
+import importlib.util
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+from peft import PeftModel
+from torch import Tensor, nn
+
+from blob_hf.tuner.base_model import head_parameters
+from blob_hf.tuner.posterior import gaussian_layers
+from blob_hf.utils.errors import BlobError
+from blob_hf.utils.sharding import full_tensor
+
+OWN_OPTIMIZER = (
+    "the DeepSpeed config has an 'optimizer' section, whose steps would leave out the KL: remove the section (the "
+    "Trainer's optimizer is used under ZeRO, too)"
+)
+
+
+def engine_of(accelerator: Any) -> str:
+    """Name of the engine whose optimizer state a checkpoint has: `torch` (one process or DDP), `fsdp`, `zero-2 x 4`.
+
+    ZeRO's states are shards of one number of processes; FSDP's are resharded on loading.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"zero-{accelerator.state.deepspeed_plugin.zero_stage} x {accelerator.num_processes}"
+    return "fsdp" if accelerator.distributed_type == DistributedType.FSDP else "torch"
+
+
+def require_whole_models(accelerator: Any, method: str) -> None:
+    """Refuse to fit a method, or to train several models, where an engine holds the one model.
+
+    Raises:
+        BlobError: This is DeepSpeed or FSDP.
+    """
+    if engine_of(accelerator) != "torch":
+        raise BlobError(
+            f"method {method} works with whole models, not under DeepSpeed or FSDP: train its LoRA adapters there "
+            "(--method lora), then make it from them in one process or under DDP"
+        )
+
+
+def require_deepspeed(config: Any) -> None:
+    """Raise a BlobError when a DeepSpeed config is given, but cannot be used.
+
+    Raises:
+        BlobError: DeepSpeed is not installed, the config is not readable, or it brings an optimizer of its own.
+    """
+    if not config:
+        return
+    if importlib.util.find_spec("deepspeed") is None:
+        raise BlobError("--deepspeed needs DeepSpeed: pip install 'blob_hf[deepspeed]'")
+    if not isinstance(config, dict):
+        try:
+            config = json.loads(Path(config).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BlobError(f"cannot read the DeepSpeed config {config}: {' '.join(str(error).split())}") from error
+    if "optimizer" in config:
+        raise BlobError(OWN_OPTIMIZER)
+
+
+def join_deepspeed(args: Any) -> None:
+    """Tell DeepSpeed of the processes that training arguments have connected.
+
+    On CPUs accelerate connects them by itself, and ZeRO-3 would load a model as if there were one process.
+    """
+    if args.deepspeed and args.world_size > 1:
+        import deepspeed.comm
+
+        if not deepspeed.comm.is_initialized():
+            deepspeed.comm.init_distributed(torch.distributed.get_backend(), verbose=False)
+
+
+def check_deepspeed(args: Any) -> None:
+    """Refuse a DeepSpeed config whose values contradict the training arguments (both would claim the batch size)."""
+    config = getattr(args, "hf_deepspeed_config", None)
+    mismatches = [line.removeprefix("- ") for line in getattr(config, "mismatches", [])]
+    if mismatches:
+        raise BlobError(
+            f"the DeepSpeed config contradicts the training arguments ({'; '.join(mismatches)}); set it to 'auto' there"
+        )
+
+
+# What FSDP2 cannot do, by a part of its own message
+_FSDP_LIMITS = {
+    "already managed by another FSDP group": "FSDP2 cannot shard the tied embeddings of this model (BART and T5 have "
+    "them): use --deepspeed ds_configs/zero3.json",
+    "model and optimizer must be passed together": "FSDP2 can evaluate only what it has trained in the same run: leave "
+    "out --compare_base, and evaluate a saved adapter in one process, under DDP or ZeRO-3",
+}
+
+
+@contextmanager
+def fsdp_limits() -> Iterator[None]:
+    """Inside the block the limits of FSDP2 are errors that say what to do."""
+    try:
+        yield
+    except ValueError as error:
+        for part, advice in _FSDP_LIMITS.items():
+            if part in str(error):
+                raise BlobError(advice) from error
+        raise
+
+
+def gathered_adapter(model: PeftModel) -> dict[str, Tensor]:
+    """The parameters that an adapter's files are made from, whole and on the CPU (a collective under FSDP2)."""
+    head = head_parameters(model)
+    return {
+        name: full_tensor(parameter.detach()).cpu()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or ".lora_" in name or name in head
+    }
+
+
+def decorrelate_noise(seed: int, accelerator: Any, model: nn.Module) -> None:
+    """Give each process noise of its own: with equal seeds the k-th rows of all processes would share theirs.
+
+    Noise that the batch is meant to share (`noise="shared"`) stays the same on all of them: N processes then train as
+    one process with the whole batch.
+    """
+    kinds = {layer.noise for layer in gaussian_layers(model).values()}
+    if accelerator.num_processes > 1 and "shared" not in kinds:
+        torch.manual_seed(seed + accelerator.process_index)
+
+
+def leave(accelerator: Accelerator | None = None) -> None:
+    """End a run on all processes together: one that exits first would abort the others' connections.
+
+    gloo's threads drop the tensors of a finished collective under Python's lock. A thread that still waits for the lock
+    while Python exits is killed, which aborts the process; nothing tells when they are done, so they get a moment.
+
+    Args:
+        accelerator: Ends its trackers, too.
+    """
+    state = PartialState()
+    state.wait_for_everyone()
+    if accelerator is None:
+        state.destroy_process_group()
+    else:
+        accelerator.end_training()
+    if state.num_processes > 1:
+        time.sleep(0.5)

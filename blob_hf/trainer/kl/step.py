@@ -1,0 +1,132 @@
+"""The decoupled KL step: plain SGD on the KL, after each step of any torch optimizer on the NLL.
+
+Like AdamW's decoupled weight decay: the KL gradient has a closed form and is elementwise in the parameter itself, so
+it needs no autograd and runs on whatever tensor the engine hands the optimizer: a parameter, a ZeRO flat
+partition, an FSDP shard. Decoupling matters: Adam would normalise the huge, spiky KL gradient, and clipping it
+would crush the NLL's (Wang et al., NeurIPS 2024, section 4 and the authors' code).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blob_hf.tuner.kl import kl_gradient_mean, kl_gradient_rho
+from blob_hf.tuner.layer import rho_from_std
+from blob_hf.tuner.posterior import gaussian_layers
+from blob_hf.utils.errors import BlobError
+
+
+class DecoupledKLStep:
+    """Applies `p -= kl_learning_rate * (lr_t / lr_0) * weight * dKL/dp` after every `optimizer.step()`.
+
+    Set `weight` to pi_t before each step. Construction splits the optimizer's param_groups, so do it before the
+    optimizer is wrapped (accelerate, DeepSpeed), scheduled or stepped.
+
+    Args:
+        optimizer: Any torch optimizer over the model's trainable parameters.
+        model: The model whose posterior is regularised.
+        prior_std: sigma_p.
+        parameterization: `"square"` or `"softplus"`.
+        kl_learning_rate: Rate of the KL's own SGD; it follows the optimizer's schedule (warm-up and decay) in shape.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        prior_std: float,
+        parameterization: str,
+        kl_learning_rate: float,
+    ) -> None:
+        self.optimizer = optimizer
+        self.weight = 0.0
+        self.prior_std, self.parameterization, self.kl_learning_rate = prior_std, parameterization, kl_learning_rate
+        split_posterior_groups(optimizer, model)
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+
+    @property
+    def lr_scale(self) -> float:
+        """lr_t / lr_0 of the coming step: the shape of the main schedule, which the KL's rate follows."""
+        return _lr_scale(next(group for group in self.optimizer.param_groups if group.get("blob_role")))
+
+    def remove(self) -> None:
+        """Detach from the optimizer."""
+        self._handle.remove()
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            role = group.get("blob_role")
+            if role is None:
+                continue
+            rate = self.kl_learning_rate * self.weight * _lr_scale(group)
+            for parameter in group["params"]:
+                if rate:
+                    self.apply(parameter, role, rate)
+                if role == "rho" and self.parameterization == "square":
+                    _keep_positive(parameter, optimizer.state.get(parameter, {}))
+
+    def apply(self, parameter: Tensor, role: str, rate: float) -> None:
+        """One SGD step on the KL, in place, which ends at the prior (mean 0, std sigma_p) rather than jump over it."""
+        if role == "mean":
+            parameter.sub_(kl_gradient_mean(parameter, self.prior_std), alpha=min(rate, self.prior_std**2))
+        else:
+            stepped = parameter - rate * kl_gradient_rho(parameter, self.prior_std, self.parameterization)
+            target = rho_from_std(torch.tensor(self.prior_std), self.parameterization).item()
+            parameter.copy_(_step_towards_prior(parameter, stepped, target, self.parameterization))
+
+
+def _lr_scale(group: dict[str, Any]) -> float:
+    return group["lr"] / (group.get("initial_lr", group["lr"]) or 1.0)
+
+
+def _step_towards_prior(old: Tensor, new: Tensor, target: float, parameterization: str) -> Tensor:
+    """Stop a step on the KL at its minimiser (std = prior std) instead of jumping over it.
+
+    The gradient grows like 1/G: where Adam has carried a G next to 0, a plain SGD step would throw its std far
+    beyond the prior. Everywhere else this changes nothing.
+    """
+    if parameterization == "square":  # G and -G are the same std
+        sign, old, new = old.sign(), old.abs(), new * old.sign()
+        return sign * torch.where(old < target, new.clamp(max=target), new.clamp(min=target))
+    return torch.where(old < target, new.clamp(max=target), new.clamp(min=target))
+
+
+def _keep_positive(g: Tensor, state: dict[str, Any]) -> None:
+    """Turn negative G into |G|, with its momentum: the same std and the same next steps.
+
+    Adam may carry a G through 0. A saved adapter holds stds, hence |G|, and a resumed run must fit its momentum.
+    """
+    sign = torch.where(g < 0, -1.0, 1.0).to(g.dtype)
+    g.mul_(sign)
+    for name in ("exp_avg", "momentum_buffer"):
+        if isinstance(state.get(name), Tensor):
+            state[name].mul_(sign)
+
+
+def split_posterior_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Give posterior means and rhos param_groups of their own, flagged by `blob_role` ("mean" or "rho").
+
+    They take every setting of the group they came from, except weight decay: the prior is their regulariser.
+
+    Raises:
+        BlobError: The optimizer holds no posterior parameter, or already has a learning-rate scheduler.
+    """
+    if any("initial_lr" in group for group in optimizer.param_groups):
+        raise BlobError("the optimizer already has a scheduler: pass it alone, as optimizers=(optimizer, None)")
+    roles: dict[Tensor, str] = {}
+    for layer in gaussian_layers(model).values():
+        roles[layer.weight], roles[layer.rho] = "mean", "rho"
+    groups: list[dict[str, Any]] = []
+    posterior: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        for role in (None, "mean", "rho"):
+            members = [parameter for parameter in group["params"] if roles.get(parameter) == role]
+            if members and role is None:
+                groups.append({**group, "params": members})
+            elif members:
+                posterior.append({**group, "params": members, "blob_role": role, "weight_decay": 0.0})
+    if not posterior:
+        raise BlobError("the optimizer holds no posterior parameters: make it after the BLoB model")
+    optimizer.param_groups[:] = groups + posterior

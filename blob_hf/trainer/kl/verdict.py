@@ -1,0 +1,196 @@
+"""What the KL did to a posterior: figures after training, and a verdict with its reason in one line.
+
+The thresholds are conventions, stated here and in docs/kl.md; each verdict shows the figures behind it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blob_hf.trainer.kl.diagnosis import LEAST_EXPOSURE
+from blob_hf.tuner.kl import kl_gradient_rho
+from blob_hf.tuner.layer import rho_from_std, std_from_rho
+from blob_hf.tuner.posterior import gaussian_layers, posterior_statistics
+from blob_hf.utils.sharding import full_tensor, gathered
+
+MOVED = 0.05  # a std has moved when it changed by more than 5 %
+COLLAPSED = 0.05  # nats per weight: what a mean of 0 and a std at 78 % of the prior still have
+SMALL_STD = 0.01  # std / |mean|: below, a sample differs from the mean by less than 1 %
+AGREE = 0.001  # the samples' own NLL is less than 0.1 % above that of their average
+
+ADVICE = {
+    "not applied": "take a larger gamma or a smaller kl_cycle_steps",
+    "prior collapse": "take a smaller gamma, a smaller beta or kl_schedule target",
+    "deterministic": "take a larger init_eps, or a larger gamma for more KL",
+    "healthy": "",
+}
+
+
+@dataclass(frozen=True)
+class KLFigures:
+    """The KL of a run from start to end.
+
+    Attributes:
+        schedule, cycle_steps, steps: The KL schedule, its cycle M and the optimizer steps.
+        total_weight: Sum of pi_t.
+        exposure: Sum of pi_t * lr_t / lr_0, which the decoupled KL step follows.
+        std_by_kl_alone: Factor by which the KL steps alone, without any NLL, would have changed a typical std; None
+            where that says nothing: the KL goes through the optimizer, or the stds began at the prior's.
+        mean_kl_loss, mean_elbo: Means over the steps of pi_t * KL and of NLL + KL, as the published tables have them.
+        num_weights: Entries of A.
+        kl_start, kl_end: KL(q || p), nats.
+        prior_std, std_start, std_end: sigma_p, and the means of Omega over all weights.
+        share_moved: Share of the weights whose std changed by more than 5 %.
+        std_to_mean: Median over the weights of Omega / |M|.
+        sample_gap: Mean NLL of single samples over that of their predictive, less 1; None without an evaluation.
+    """
+
+    schedule: str
+    cycle_steps: int
+    steps: int
+    total_weight: float
+    exposure: float
+    std_by_kl_alone: float | None
+    mean_kl_loss: float
+    mean_elbo: float
+    num_weights: int
+    kl_start: float
+    kl_end: float
+    prior_std: float
+    std_start: float
+    std_end: float
+    share_moved: float
+    std_to_mean: float
+    sample_gap: float | None = None
+
+    @property
+    def kl_per_weight(self) -> float:
+        """KL at the end, nats per weight."""
+        return self.kl_end / self.num_weights
+
+    def __str__(self) -> str:
+        alone = "" if self.std_by_kl_alone is None else f" (x {self.std_by_kl_alone:.3g} by the KL alone)"
+        agree = "" if self.sample_gap is None else f", samples' NLL {100 * self.sample_gap:.2f} % above their average's"
+        return (
+            f"sum of pi_t {self.total_weight:.3g} over {self.steps / self.cycle_steps:.2f} cycles, KL per weight "
+            f"{self.kl_start / self.num_weights:.3f} -> {self.kl_per_weight:.3f} nats, mean std / prior "
+            f"{self.std_start / self.prior_std:.3f} -> {self.std_end / self.prior_std:.3f}{alone}, "
+            f"{100 * self.share_moved:.0f} % of the stds moved, median std / |mean| {self.std_to_mean:.3g}{agree}"
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`name` is one of `ADVICE`; `reason` has the figures and their thresholds."""
+
+    name: str
+    reason: str
+    figures: KLFigures = field(repr=False)
+
+    def __str__(self) -> str:
+        advice = ADVICE[self.name]
+        return f"KL verdict: {self.name} ({self.reason}){f'; {advice}' if advice else ''}. {self.figures}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"verdict": self.name, "reason": self.reason, **asdict(self.figures)}
+
+
+def judge(figures: KLFigures, sample_gap: float | None = None) -> Verdict:
+    """Which of the four a posterior is; the first that fits, in the order of `ADVICE`.
+
+    Args:
+        sample_gap: See `KLFigures`; without it "deterministic" goes by std / |mean| alone.
+    """
+    figures = replace(figures, sample_gap=sample_gap)
+    alone = figures.std_by_kl_alone
+    if alone is None and figures.exposure < LEAST_EXPOSURE:
+        return Verdict("not applied", f"sum of pi_t < {LEAST_EXPOSURE:g}", figures)
+    if alone is not None and abs(math.log(alone)) < MOVED:
+        return Verdict("not applied", f"the KL alone would have changed the stds by less than {MOVED:.0%}", figures)
+    if figures.kl_per_weight < COLLAPSED:
+        return Verdict("prior collapse", f"the posterior is the prior: KL < {COLLAPSED:g} nats per weight", figures)
+    small = figures.std_to_mean < SMALL_STD
+    if small and (sample_gap is None or sample_gap < AGREE):
+        agree = "" if sample_gap is None else f", the samples' NLLs agree within {AGREE:.1%}"
+        return Verdict("deterministic", f"median std / |mean| < {SMALL_STD:g}{agree}", figures)
+    alike = ", though the samples predict alike" if sample_gap is not None and sample_gap < AGREE else ""
+    return Verdict("healthy", f"applied, away from the prior, and not a point{alike}", figures)
+
+
+def initial_stds(model: nn.Module) -> dict[str, Tensor]:
+    """The stds by layer name, on the CPU in bfloat16: enough to see a change of 5 %."""
+    stds = {}
+    for name, layer in gaussian_layers(model).items():
+        with torch.no_grad(), gathered([layer.rho]):
+            stds[name] = full_tensor(layer.std).to("cpu", torch.bfloat16)
+    return stds
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    prior_std: float,
+    parameterization: str,
+    schedule: Any,
+    history: Sequence[Mapping[str, float]],
+    start: Mapping[str, Tensor],
+    kl_learning_rate: float | None,
+) -> KLFigures:
+    """The figures of a finished run.
+
+    Args:
+        schedule: With `name` and `cycle_steps`.
+        history: Rows of `KLHistory`, one per optimizer step, at least one.
+        start: `initial_stds` before training.
+        kl_learning_rate: Rate of the decoupled KL step; None where the KL goes through the loss.
+    """
+    moved, ratios = 0.0, []
+    for name, layer in gaussian_layers(model).items():
+        with gathered([layer.weight, layer.rho]):
+            std, mean = full_tensor(layer.std).float().cpu(), full_tensor(layer.weight).float().cpu()
+            moved += float(((std / start[name].float()).log().abs() > MOVED).sum())
+            ratios.append((std / mean.abs()).flatten())
+    statistics = posterior_statistics(model, prior_std).total
+    std_start = sum(float(std.double().sum()) for std in start.values()) / statistics.num_weights
+    exposures = [row["kl_weight"] * row["lr_scale"] for row in history]
+    alone = None
+    if kl_learning_rate is not None and abs(math.log(prior_std / std_start)) > 2 * MOVED:
+        rates = [kl_learning_rate * exposure for exposure in exposures]
+        alone = std_by_kl_alone(std_start, prior_std, parameterization, rates) / std_start
+    return KLFigures(
+        schedule=schedule.name,
+        cycle_steps=schedule.cycle_steps,
+        steps=len(history),
+        total_weight=math.fsum(row["kl_weight"] for row in history),
+        exposure=math.fsum(exposures),
+        std_by_kl_alone=alone,
+        mean_kl_loss=math.fsum(row["kl_loss"] for row in history) / len(history),
+        mean_elbo=math.fsum(row["elbo"] for row in history) / len(history),
+        num_weights=statistics.num_weights,
+        kl_start=history[0]["kl"],
+        kl_end=statistics.kl,
+        prior_std=prior_std,
+        std_start=std_start,
+        std_end=statistics.mean_std,
+        share_moved=moved / statistics.num_weights,
+        std_to_mean=float(torch.cat(ratios).median()),
+    )
+
+
+def std_by_kl_alone(std: float, prior_std: float, parameterization: str, rates: Sequence[float]) -> float:
+    """Where SGD on the KL alone takes a std: what the KL could have done, whatever the NLL did.
+
+    Args:
+        rates: kl_learning_rate * pi_t * lr_t / lr_0 of each step.
+    """
+    rho, target = (rho_from_std(torch.tensor(s, dtype=torch.float64), parameterization) for s in (std, prior_std))
+    for rate in rates:
+        if rate > 0:
+            moved = rho - rate * kl_gradient_rho(rho, prior_std, parameterization)
+            rho = moved.clamp(max=target) if rho < target else moved.clamp(min=target)
+    return float(std_from_rho(rho, parameterization))

@@ -1,0 +1,287 @@
+"""Training arguments: transformers' own, plus the BLoB ones."""
+
+from dataclasses import dataclass, field
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from blob_hf.baselines import METHODS, find_method
+from blob_hf.baselines.laplace import PREDICTIVES, PRIORS, SUBSETS
+from blob_hf.trainer.engines import join_deepspeed, require_deepspeed
+from blob_hf.trainer.kl.schedule import KL_SCHEDULES
+from blob_hf.utils.errors import BlobError
+
+SCHEDULES = (*KL_SCHEDULES, "target")
+KL_GRADIENTS = ("decoupled", "loss")
+DECODINGS = ("mean", "samples", "predictive", "mbr")
+
+# Training arguments that make two runs different runs (the others only change what is shown or where it goes).
+DEFINING = [
+    "method",
+    "beta",
+    "gamma",
+    "kl_schedule",
+    "kl_cycle_steps",
+    "kl_weight",
+    "kl_target_nats_per_weight",
+    "kl_learning_rate",
+    "kl_gradient",
+    "train_samples",
+    "ensemble_size",
+    "ensemble_members",
+    "num_anchors",
+    "tfb_tolerance",
+    "tfb_bound",
+    "tfb_samples",
+    "laplace_subset",
+    "laplace_prior",
+    "temperature_scaling",
+    "calibration_samples",
+    "base_dropout",
+    "seed",
+    "data_seed",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "label_smoothing_factor",
+    "optim",
+    "bf16",
+    "fp16",
+]
+
+
+@dataclass
+class BlobArguments:
+    """The arguments that BLoB adds to `TrainingArguments`.
+
+    Parameters:
+        > The objective
+
+        beta (`float`, *optional*): std sigma_p of the prior on A. It is *not* a factor in front of the KL.
+        gamma (`float`): sets the period M of the KL re-weighting cycle, int(100 * n**(pi/gamma) / global batch).
+        kl_schedule (`str`): a key of `blob_hf.kl.KL_SCHEDULES`, or `target` (`blob_hf.kl_target`).
+        kl_cycle_steps (`int`, *optional*): M itself, instead of through gamma.
+        kl_weight (`float`): the weight of the `constant` schedule.
+        kl_target_nats_per_weight (`float`, *optional*): what the `target` schedule brings the KL down to.
+        kl_learning_rate (`float`): rate of the KL's own SGD step.
+        kl_gradient (`str`): `decoupled` (own SGD step after the optimizer's) or `loss` (through the loss).
+        train_samples (`int`): posterior samples per training step; their NLLs are averaged.
+        base_dropout (`bool`): keep the backbone's own dropout on in training.
+
+        > Evaluation
+
+        eval_samples (`int`): posterior samples N of the predictive; 0 is the posterior mean.
+        eval_seed (`int`): names the posterior samples.
+        antithetic (`bool`): draw them in pairs M + Omega eps, M - Omega eps.
+        posterior_batch_size (`int`, *optional*): samples evaluated in one batch, to bound memory.
+
+        > Method
+
+        method (`str`): a key of `blob_hf.methods.METHODS`; all else stays equal.
+        temperature_scaling (`bool`): also report classifiers with a temperature fitted to held-out rows.
+        calibration_samples (`int`, *optional*): training rows held out for it (and for `laplace_prior` validation).
+        ensemble_size (`int`): members K of an ensemble, trained one after another.
+        ensemble_members (`list[str]`, *optional*): adapters that are trained already, instead.
+        num_anchors (`int`): training rows on which TFB measures the loss.
+        tfb_tolerance (`float`): relative increase of the anchors' NLL that TFB allows.
+        tfb_bound (`float`): largest sigma_q that TFB tries.
+        tfb_samples (`int`): posterior samples in TFB's loss; few make sigma_q that of lucky draws.
+        laplace_subset (`str`): LoRA weights with a Laplace posterior, `all` or those of the `last_layer`.
+        laplace_prior (`str`): prior precision by the marginal likelihood (`marglik`) or held-out rows (`validation`).
+        laplace_predictive (`str`): of the `linearized` network, or of `sampled` ones.
+    """
+
+    beta: float | None = field(
+        default=None,
+        metadata={
+            "help": "Std sigma_p of the Gaussian prior on A (not a factor in front of the KL). "
+            "Default: the model's BlobConfig.prior_std, 0.2 in the scripts."
+        },
+    )
+    gamma: float = field(
+        default=8.0,
+        metadata={
+            "help": "Sets the period M of the KL re-weighting cycle: M = int(100 * n**(pi/gamma) / global_batch_size) "
+            "steps, n training examples. Larger gamma: shorter cycle, more KL per step."
+        },
+    )
+    kl_schedule: str = field(
+        default="geometric", metadata={"help": "How the KL is weighted over steps.", "choices": list(SCHEDULES)}
+    )
+    kl_cycle_steps: int | None = field(default=None, metadata={"help": "Cycle length M in steps, instead of gamma."})
+    kl_weight: float = field(default=0.0, metadata={"help": "Weight of the KL for --kl_schedule constant."})
+    kl_target_nats_per_weight: float | None = field(
+        default=None,
+        metadata={"help": "KL per weight of A (nats) that --kl_schedule target brings the posterior down to."},
+    )
+    kl_learning_rate: float = field(
+        default=0.002, metadata={"help": "Rate of the KL's own SGD step; follows the main schedule in shape."}
+    )
+    kl_gradient: str = field(
+        default="decoupled",
+        metadata={
+            "help": "decoupled: an SGD step on the KL after each optimizer step (as published); "
+            "loss: the KL's gradient goes through the loss and the optimizer.",
+            "choices": list(KL_GRADIENTS),
+        },
+    )
+    train_samples: int = field(default=1, metadata={"help": "Posterior samples per training step."})
+    eval_samples: int = field(
+        default=10, metadata={"help": "Posterior samples N for evaluation; 0 evaluates the posterior mean alone."}
+    )
+    eval_seed: int = field(default=0, metadata={"help": "Seed that names the posterior samples of evaluation."})
+    antithetic: bool = field(
+        default=False,
+        metadata={"help": "Draw the samples of evaluation in pairs eps, -eps: fewer are enough for the same NLL."},
+    )
+    posterior_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Posterior samples per batched forward in evaluation. Default: 1 for scores, all to generate."
+        },
+    )
+    base_dropout: bool = field(
+        default=False, metadata={"help": "Keep the backbone's own dropout in training (the paper has it off)."}
+    )
+    method: str = field(
+        default="blob",
+        metadata={
+            "help": "blob, or one of its peers: lora (maximum likelihood), map, mc_dropout, ensemble; laplace and tfb "
+            "are fitted to a trained adapter (--adapter_name_or_path).",
+            "choices": list(METHODS),
+        },
+    )
+    temperature_scaling: bool = field(
+        default=False,
+        metadata={"help": "Also report a classifier with a temperature fitted to held-out training rows."},
+    )
+    calibration_samples: int | None = field(
+        default=None, metadata={"help": "Training rows to hold out for that. Default: a tenth, at most 500."}
+    )
+    ensemble_size: int = field(default=3, metadata={"help": "Members K of --method ensemble, trained in sequence."})
+    ensemble_members: list[str] | None = field(
+        default=None, metadata={"help": "Trained adapters (folders or Hub repos) to make the ensemble of instead."}
+    )
+    num_anchors: int = field(default=200, metadata={"help": "Training rows on which TFB measures the loss."})
+    tfb_tolerance: float = field(
+        default=0.01, metadata={"help": "Relative increase of the anchors' NLL that TFB allows."}
+    )
+    tfb_bound: float = field(default=0.5, metadata={"help": "Largest sigma_q that TFB tries."})
+    tfb_samples: int = field(default=10, metadata={"help": "Posterior samples in TFB's loss."})
+    laplace_subset: str = field(
+        default="all", metadata={"help": "LoRA weights with a Laplace posterior.", "choices": list(SUBSETS)}
+    )
+    laplace_prior: str = field(
+        default="marglik",
+        metadata={"help": "Prior precision by marginal likelihood or held-out rows.", "choices": list(PRIORS)},
+    )
+    laplace_predictive: str = field(
+        default="linearized",
+        metadata={"help": "Predict with the linearised network, or sampled ones.", "choices": list(PREDICTIVES)},
+    )
+
+    def _validate_blob(self) -> None:
+        for name in ("beta", "gamma"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise BlobError(f"{name} must be > 0, got {value}")
+        for name, least in (("eval_samples", 0), ("train_samples", 1), ("kl_learning_rate", 0), ("kl_weight", 0)):
+            value = getattr(self, name)
+            if not value >= least:
+                raise BlobError(f"{name} must be >= {least}, got {value}")
+        for name in ("kl_cycle_steps", "posterior_batch_size", "calibration_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BlobError(f"{name} must be >= 1, got {value}")
+        for name, allowed in (
+            ("kl_schedule", SCHEDULES),
+            ("kl_gradient", KL_GRADIENTS),
+            ("method", tuple(METHODS)),
+            ("laplace_subset", SUBSETS),
+            ("laplace_prior", PRIORS),
+            ("laplace_predictive", PREDICTIVES),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise BlobError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        find_method(self.method).check(self)
+        self._validate_target()
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether some of the training rows are kept for calibration."""
+        return self.temperature_scaling or (self.method == "laplace" and self.laplace_prior == "validation")
+
+    def _validate_target(self) -> None:
+        target = self.kl_target_nats_per_weight
+        if (self.kl_schedule == "target") != (target is not None):
+            raise BlobError(
+                "kl_schedule target and kl_target_nats_per_weight need each other, got kl_schedule "
+                f"{self.kl_schedule} and kl_target_nats_per_weight {target}; give both or neither"
+            )
+        if target is None:
+            return
+        if not target > 0:
+            raise BlobError(f"kl_target_nats_per_weight must be > 0, got {target}")
+        if self.kl_gradient != "decoupled" or self.kl_learning_rate == 0:
+            raise BlobError(
+                "kl_schedule target steers the decoupled KL step: it needs kl_gradient decoupled and kl_learning_rate "
+                f"> 0, got {self.kl_gradient} and {self.kl_learning_rate:g}"
+            )
+
+
+@dataclass
+class BlobTrainingArguments(BlobArguments, TrainingArguments):
+    """`transformers.TrainingArguments` with `BlobArguments`."""
+
+    def __post_init__(self) -> None:
+        self._validate_blob()
+        require_deepspeed(self.deepspeed)
+        super().__post_init__()
+        join_deepspeed(self)
+
+
+@dataclass
+class BlobSeq2SeqTrainingArguments(BlobArguments, Seq2SeqTrainingArguments):
+    """`transformers.Seq2SeqTrainingArguments` with `BlobArguments`.
+
+    Parameters:
+        decoding (`str`): which text is the answer: the posterior `mean`'s alone; besides, those of the posterior
+            `samples` (no single answer); the posterior `predictive`'s; or of the samples the one of minimum Bayes risk
+            (`mbr`).
+    """
+
+    decoding: str = field(
+        default="samples",
+        metadata={
+            "help": "mean: the posterior mean's text alone; samples: also one of each posterior sample; predictive: "
+            "also one decoded from the samples' averaged probabilities; mbr: also the sample of least Bayes risk.",
+            "choices": list(DECODINGS),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self._validate_blob()
+        if self.decoding not in DECODINGS:
+            raise BlobError(f"decoding must be one of {', '.join(DECODINGS)}, got {self.decoding!r}")
+        method = find_method(self.method)
+        if self.decoding in ("predictive", "mbr") and (not method.sampled or self.eval_samples == 0):
+            raise BlobError(
+                f"decoding={self.decoding!r} needs posterior samples, but method is {self.method!r} with eval_samples="
+                f"{self.eval_samples if method.sampled else 0}; use decoding='mean'"
+            )
+        if not method.summarizes:
+            raise BlobError(f"method {self.method} predicts classes; for summaries take another method")
+        if self.temperature_scaling:
+            raise BlobError("temperature_scaling calibrates class probabilities; for summaries leave it out")
+        require_deepspeed(self.deepspeed)
+        super().__post_init__()
+        join_deepspeed(self)

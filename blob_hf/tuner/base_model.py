@@ -1,0 +1,134 @@
+"""The base model under an adapter: finding it again, and telling its task head from its backbone."""
+
+import importlib
+import os
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from blob_hf.tuner.config import BlobConfig
+from blob_hf.utils.errors import BlobError
+
+_HEAD_CLASSES = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
+
+
+def has_task_head(base: nn.Module) -> bool:
+    """Whether this is a classifier or the like, whose head no pretrained checkpoint holds."""
+    return type(base).__name__.endswith(_HEAD_CLASSES)
+
+
+def in_head(base: nn.Module, name: str) -> bool:
+    """Whether a submodule or parameter belongs to the task head: it lies outside the backbone."""
+    return has_task_head(base) and not name.startswith(f"{base.base_model_prefix}.")
+
+
+def targets_head(model: nn.Module, config: LoraConfig) -> bool:
+    """Whether `target_modules` names linear layers of the task head ("all-linear" leaves the head to PEFT)."""
+    targets = config.target_modules
+    if not targets or isinstance(targets, str):
+        return False
+    return any(
+        in_head(model, name) and any(name == target or name.endswith(f".{target}") for target in targets)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    )
+
+
+def head_parameters(peft_model: PeftModel) -> dict[str, nn.Parameter]:
+    """Frozen parameters of a task head under LoRA, by their name in the state dict of the PEFT model."""
+    base = peft_model.get_base_model()
+    names = (name for name, module in base.named_modules() if isinstance(module, LoraLayer))
+    if not any(in_head(base, name) for name in names):
+        return {}
+    return {
+        f"base_model.model.{name}": parameter
+        for name, parameter in base.named_parameters()
+        if in_head(base, name) and ".lora_" not in name and "modules_to_save" not in name
+    }
+
+
+def untie_adapted_layers(peft_model: PeftModel) -> None:
+    """Give layers with LoRA weights of their own where the base model ties them (an `lm_head` to the embeddings).
+
+    Merging into a tied weight would change the embeddings, too. The configuration then says that nothing is tied.
+    """
+    base: Any = peft_model.get_base_model()
+    adapted = {
+        parameter.data_ptr()
+        for module in base.modules()
+        if isinstance(module, LoraLayer)
+        for parameter in module.get_base_layer().parameters()
+    }
+    seen: set[int] = set()
+    for module in base.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.data_ptr() in seen & adapted:
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+                base.config.tie_word_embeddings = False
+            seen.add(parameter.data_ptr())
+
+
+def peft_loading(model: PeftModel) -> tuple[str, str]:
+    """How plain PEFT loads this adapter with its base model: the class, and arguments that it needs."""
+    base: Any = model.get_base_model()
+    arguments = f", num_labels={base.config.num_labels}" if has_task_head(base) else ""
+    task_type = model.active_peft_config.task_type
+    names = {"SEQ_CLS": "AutoPeftModelForSequenceClassification", "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM"}
+    return names.get(str(getattr(task_type, "value", task_type)), "AutoPeftModel"), arguments
+
+
+def load_base_model(path: str, config: BlobConfig, token: str | bool | None, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Load the base model that an adapter names, of the class it was trained with.
+
+    Args:
+        path: The adapter, for messages and for a base model kept beside it.
+        kwargs: For `from_pretrained`; they win over what the adapter recorded (num_labels, dtype).
+
+    Raises:
+        BlobError: No base model, no class, or a class that is not transformers' own.
+    """
+    mapping = config.auto_mapping or {}
+    name = config.base_model_name_or_path
+    nested = os.path.join(path, "base_model")  # a run on a model built from a config keeps its base here
+    if not (name and os.path.isdir(name)) and os.path.isdir(nested):
+        name = nested
+    if not name:
+        raise BlobError(f"the adapter in {path} does not name its base model; pass it as model=")
+    library, base_class = mapping.get("parent_library"), mapping.get("base_model_class")
+    if library and base_class:
+        if library.partition(".")[0] != "transformers":  # a config file must not make us import anything else
+            raise BlobError(
+                f"base model class {library}.{base_class} is not from transformers; pass the model as model="
+            )
+        auto_class = getattr(importlib.import_module(library), base_class)
+    elif config.task_type is not None:
+        auto_class = _auto_class(config.task_type)
+    else:
+        raise BlobError(f"the adapter in {path} names neither a task type nor a model class; pass it as model=")
+    kwargs = {name: mapping[name] for name in ("num_labels", "dtype") if name in mapping} | kwargs
+    if config.revision:
+        kwargs = {"revision": config.revision, **kwargs}
+    try:
+        return auto_class.from_pretrained(name, token=token, **kwargs)
+    except OSError as error:
+        raise BlobError(
+            f"cannot load the base model {name!r} of the adapter in {path}; pass it as model= "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _auto_class(task_type: str) -> Any:
+    import transformers
+
+    names = {
+        "SEQ_CLS": "AutoModelForSequenceClassification",
+        "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+        "CAUSAL_LM": "AutoModelForCausalLM",
+        "TOKEN_CLS": "AutoModelForTokenClassification",
+        "QUESTION_ANS": "AutoModelForQuestionAnswering",
+        "FEATURE_EXTRACTION": "AutoModel",
+    }
+    return getattr(transformers, names[task_type])

@@ -1,0 +1,128 @@
+"""`BlobConfig`: a `LoraConfig` with the four fields of the Gaussian posterior, and target modules by model family."""
+
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from peft import LoraConfig, PeftType
+
+from blob_hf.utils.errors import BlobError
+
+STD_PARAMETERIZATIONS = ("square", "softplus")
+NOISES = ("flipout", "local", "shared")
+
+# What LoRA is attached to, by `config.model_type`: the published settings for RoBERTa and BART, their equivalents
+# for BERT and T5. A classification head in the list gets LoRA on frozen random weights (as published).
+CLASSIFICATION_TARGETS = {
+    "roberta": ["query", "value", "classifier.dense", "classifier.out_proj"],
+    "bert": ["query", "value", "classifier"],
+    "bart": ["q_proj", "v_proj", "classification_head.dense", "classification_head.out_proj"],
+    "t5": ["q", "v", "classification_head.dense", "classification_head.out_proj"],
+}
+SEQ2SEQ_TARGETS = {
+    "bart": ["q_proj", "k_proj", "v_proj", "lm_head"],
+    "t5": ["q", "k", "v", "lm_head"],
+}
+
+
+@dataclass
+class BlobConfig(LoraConfig):
+    """Configuration of a BLoB adapter (Wang et al., NeurIPS 2024): every `LoraConfig` field, and those of q(A).
+
+    Args:
+        prior_std: Standard deviation sigma_p of the prior p(A_ij) = N(0, sigma_p^2); the paper's beta.
+        init_eps: Scale of the initial posterior std: G ~ U(init_eps / sqrt(2), init_eps), std = G^2.
+        std_parameterization: How the trained parameter gives the std: `"square"` (std = G * G, the paper's) or
+            `"softplus"` (std = log(1 + exp(rho))). Both start from the same stds.
+        noise: Training-time noise estimator, one of `"flipout"`, `"local"`, `"shared"` (see `blob_hf.layer`).
+
+    Raises:
+        BlobError: A field is outside its range, or a LoRA variant that is not plain LoRA is switched on.
+    """
+
+    prior_std: float = field(default=0.2, metadata={"help": "Std of the Gaussian prior on A (beta in the paper)."})
+    init_eps: float = field(default=0.05, metadata={"help": "G ~ U(eps/sqrt(2), eps), initial std = G^2."})
+    std_parameterization: str = field(default="square", metadata={"help": "'square' or 'softplus'."})
+    noise: str = field(default="flipout", metadata={"help": "'flipout', 'local' or 'shared'."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("prior_std", "init_eps"):
+            value = getattr(self, name)
+            if not value > 0:
+                hint = " (prior_std is the paper's beta)" if name == "prior_std" else ""
+                raise BlobError(f"{name} must be > 0, got {value}{hint}")
+        for name, allowed in (("std_parameterization", STD_PARAMETERIZATIONS), ("noise", NOISES)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise BlobError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        for item in fields(LoraConfig):
+            if item.metadata.get("is_lora_variant") and getattr(self, item.name):
+                raise BlobError(
+                    f"BLoB is a posterior over plain LoRA; switch off {item.name}={getattr(self, item.name)!r}"
+                )
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> "BlobConfig":
+        """Build from the fields of an adapter_config.json, of BLoB or of plain LoRA (PEFT's loading hook).
+
+        PEFT would pick the class by `peft_type`, which is LORA for both so that plain PEFT can load our files.
+        """
+        peft_type = kwargs.pop("peft_type", PeftType.LORA)
+        if peft_type != PeftType.LORA:
+            raise BlobError(f"BLoB needs a LoRA adapter, but this one has peft_type {peft_type!s}")
+        known = {item.name for item in fields(cls)}
+        unknown = sorted(set(kwargs) - known)
+        if unknown:
+            warnings.warn(
+                f"adapter_config.json has fields that this version does not know, ignored: {unknown}", stacklevel=2
+            )
+        return cls(**{name: value for name, value in kwargs.items() if name in known})
+
+    @classmethod
+    def from_lora(cls, lora: LoraConfig, posterior: "BlobConfig | None" = None) -> "BlobConfig":
+        """The LoRA fields of one config with the posterior fields of another (defaults if None)."""
+        kwargs = {item.name: getattr(lora, item.name) for item in fields(LoraConfig) if item.init}
+        kwargs.pop("peft_type", None)
+        own = {item.name for item in fields(cls)} - {item.name for item in fields(LoraConfig)}
+        if posterior is not None:
+            kwargs.update({name: getattr(posterior, name) for name in own})
+        return cls(**kwargs)
+
+    def to_lora(self) -> LoraConfig:
+        """The LoRA fields alone, as a plain `LoraConfig`."""
+        kwargs = {item.name: getattr(self, item.name) for item in fields(LoraConfig) if item.init}
+        kwargs.pop("peft_type", None)
+        return LoraConfig(**kwargs)
+
+
+def default_target_modules(model_type: str, task: str) -> list[str] | str:
+    """Target modules for a model family, or PEFT's `"all-linear"` for one without a preset.
+
+    Args:
+        model_type: `config.model_type` of the base model, for example `"roberta"`.
+        task: `"classification"` or `"summarization"`.
+    """
+    presets = {"classification": CLASSIFICATION_TARGETS, "summarization": SEQ2SEQ_TARGETS}[task]
+    return presets.get(model_type, "all-linear")
+
+
+def adapter_settings(config: LoraConfig, variational: bool = True) -> dict[str, Any]:
+    """An adapter's own settings by the names that reports and model cards show.
+
+    Args:
+        variational: Whether its posterior was trained, so that a prior and a noise had a part in it.
+    """
+    targets = config.target_modules or []
+    settings: dict[str, Any] = {
+        "LoRA": f"r={config.r}, alpha={config.lora_alpha}, dropout={config.lora_dropout}",
+        "target modules": targets if isinstance(targets, str) else ", ".join(sorted(targets)),
+    }
+    if isinstance(config, BlobConfig) and variational:
+        settings |= {
+            "beta (prior std)": config.prior_std,
+            "initial eps": config.init_eps,
+            "std parameterization": config.std_parameterization,
+            "noise": config.noise,
+        }
+    return settings

@@ -1,0 +1,104 @@
+"""The Gaussian A of one LoRA layer: its std, the training-time noise estimators, and frozen posterior samples.
+
+`GaussianA` takes the place of the `nn.Linear` that PEFT keeps in `lora_A[adapter]`. PEFT's own forward then does
+`lora_B(lora_A(dropout(x))) * scaling`, and everything about the posterior happens inside `lora_A(x)`.
+
+Why not PEFT's `LoraVariant` hook: AQLM, AWQ, EETQ, INC and TransformerEngine layers never look at it, so a posterior
+there would silently train as plain LoRA, and PEFT calls it private; a submodule needs no hook. It also gathers
+under ZeRO-3 by itself, because mean and rho belong to the module whose forward reads them, is toggled, moved and
+deleted by PEFT as part of `lora_A`, and leaves the posterior mean bit-identical to plain LoRA.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blob_hf.tuner.kl import gaussian_kl
+from blob_hf.tuner.noise import NOISE_ESTIMATORS
+from blob_hf.tuner.sampled import SampledLinear, standard_normal
+from blob_hf.utils.errors import BlobError
+from blob_hf.utils.sharding import full_tensor, gathered
+
+# ----- std <-> rho -----------------------------------------------------------------------------------------------
+
+
+def std_from_rho(rho: Tensor, parameterization: str) -> Tensor:
+    """Omega = G * G (`square`) or log(1 + exp(rho)) (`softplus`)."""
+    return rho * rho if parameterization == "square" else F.softplus(rho)
+
+
+def rho_from_std(std: Tensor, parameterization: str) -> Tensor:
+    """The inverse of `std_from_rho`. In double: then the root of a square is exact, and |G| survives a save."""
+    wide = std.double()
+    return (wide.sqrt() if parameterization == "square" else wide + torch.log(-torch.expm1(-wide))).to(std.dtype)
+
+
+@torch.no_grad()
+def std_to_save(rho: Tensor, parameterization: str) -> Tensor:
+    """Omega in a precision from which `rho_from_std` gives back float32 rho exactly, bit for bit.
+
+    G*G needs float32: |G| comes back, since the root halves the rounding error. softplus needs double.
+    """
+    return std_from_rho(rho.float() if parameterization == "square" else rho.double(), parameterization)
+
+
+# ----- the layer -------------------------------------------------------------------------------------------------
+
+
+class GaussianA(SampledLinear):
+    """LoRA's A with a Gaussian posterior: `weight` is the mean M (rank, in_features), `rho` gives the std Omega.
+
+    What `forward(x)` uses: frozen posterior samples if there are any (see `frozen_samples`); else the mean when in
+    eval mode or `mean_only`; else noise from the estimator `noise`.
+    """
+
+    def __init__(self, linear: nn.Linear, name: str, init_eps: float, parameterization: str, noise: str) -> None:
+        super().__init__(linear, name)
+        self.parameterization, self.noise = parameterization, noise
+        weight = linear.weight
+        with gathered([weight]):
+            if weight.dim() != 2 or weight.numel() == 0:
+                raise BlobError(f"lora_A of {name} is empty: it is a shard, gather the model before bayesianize")
+            g = torch.empty(weight.shape, dtype=torch.float32, device=weight.device).uniform_(
+                init_eps / 2**0.5, init_eps
+            )
+        self.rho = nn.Parameter(g if parameterization == "square" else rho_from_std(g * g, parameterization))
+        self.rho.requires_grad_(weight.requires_grad)
+
+    @property
+    def std(self) -> Tensor:
+        """Posterior standard deviations Omega (rank, in_features), differentiable in rho."""
+        return std_from_rho(self.rho, self.parameterization)
+
+    def kl(self, prior_std: float) -> Tensor:
+        """KL(q(A) || N(0, prior_std^2)) of this layer, nats."""
+        return gaussian_kl(self.weight, self.std, prior_std)
+
+    def train_forward(self, x: Tensor) -> Tensor:
+        mean, std = self.weight, self.std
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, mean = x.to(dtype), mean.to(dtype)
+        return NOISE_ESTIMATORS[self.noise](x, mean, std)
+
+    @torch.no_grad()
+    def draw(self, num_samples: int, seed: int, first: int = 0, antithetic: bool = False) -> Tensor:
+        """Posterior samples of A, shape (num_samples, rank, in_features).
+
+        Sample s depends on (seed, s, layer name) alone: not on the number of samples, the device, the rank, the
+        batch or any global random state. Antithetic samples 2k and 2k + 1 are M + Omega eps_k and M - Omega eps_k.
+        """
+        with gathered([self.weight, self.rho]):
+            mean, std = full_tensor(self.weight).float(), full_tensor(self.std).float()
+            indices = range(first, first + num_samples)
+            noise = torch.stack([standard_normal(self.name, seed, i, mean.shape, antithetic) for i in indices])
+            return (mean + std * noise.to(mean.device)).to(self.weight.dtype)
+
+    @torch.no_grad()
+    def set_std(self, std: Tensor) -> None:
+        """Set the posterior stds, (rank, in_features)."""
+        with gathered([self.rho]):
+            self.rho.copy_(rho_from_std(std, self.parameterization))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, std={self.parameterization}, noise={self.noise}"

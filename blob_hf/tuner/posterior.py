@@ -1,0 +1,203 @@
+"""Verbs on a whole model's posterior: attach it, fix it at its mean or at samples, measure it."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from blob_hf.tuner.config import BlobConfig
+from blob_hf.tuner.layer import GaussianA
+from blob_hf.tuner.sampled import SampledLinear, layer_name
+from blob_hf.utils.errors import BlobError
+from blob_hf.utils.sharding import full_tensor, gathered
+
+
+def attach_posterior(model: nn.Module, config: BlobConfig, adapter: str) -> None:
+    """Replace the point-valued A of every LoRA layer of `adapter` by a `GaussianA` around it, in place.
+
+    Raises:
+        BlobError: No LoRA layer of that name, or one that is not a linear layer (embeddings, convolutions).
+    """
+    found = False
+    for path, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        name = layer_name(path)
+        if adapter in module.lora_embedding_A:
+            raise BlobError(f"BLoB supports linear layers, but LoRA is attached to the embedding {name}; untarget it")
+        if adapter not in module.lora_A:
+            continue
+        linear = module.lora_A[adapter]
+        if not isinstance(linear, nn.Linear):
+            raise BlobError(
+                f"BLoB supports linear layers, but lora_A of {name} is {type(linear).__name__}; untarget it"
+            )
+        found = True
+        if not isinstance(linear, GaussianA):
+            module.lora_A[adapter] = GaussianA(linear, name, config.init_eps, config.std_parameterization, config.noise)
+    if not found:
+        raise BlobError(f"the model has no LoRA layers of an adapter named {adapter!r}")
+
+
+def gaussian_layers(model: nn.Module, adapter: str | None = None) -> dict[str, GaussianA]:
+    """The Gaussian A of every layer of one adapter (default: of all active ones), by layer name, in model order."""
+    layers = {}
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for key in module.active_adapters if adapter is None else [adapter]:
+                if key in module.lora_A and isinstance(layer := module.lora_A[key], GaussianA):
+                    layers[layer.name] = layer
+    return layers
+
+
+def sampled_layers(model: nn.Module) -> list[SampledLinear]:
+    """Every layer of the active adapters whose weights can be sampled: A, with some methods also B and heads."""
+    inactive = {
+        id(layer)
+        for module in model.modules()
+        if isinstance(module, LoraLayer)
+        for weights in (module.lora_A, module.lora_B)
+        for key, layer in weights.items()
+        if key not in module.active_adapters
+    }
+    return [module for module in model.modules() if isinstance(module, SampledLinear) and id(module) not in inactive]
+
+
+def samplable_layers(model: nn.Module) -> list[SampledLinear]:
+    """`sampled_layers` of a model that can be sampled from.
+
+    Raises:
+        BlobError: There is none, or the adapter is merged.
+    """
+    layers = sampled_layers(model)
+    if not layers:
+        raise BlobError("the model has no posterior to sample from; make one with get_blob_model or bayesianize")
+    if any(isinstance(module, LoraLayer) and module.merged for module in model.modules()):
+        raise BlobError("the adapter is merged into the base weights; unmerge_adapter() before sampling")
+    return layers
+
+
+@contextmanager
+def posterior_mean(model: nn.Module) -> Iterator[None]:
+    """Inside the block the network is the posterior mean, also in train mode and inside `posterior_samples`."""
+    layers = sampled_layers(model)
+    outer = [(layer.mean_only, layer._samples) for layer in layers]
+    for layer in layers:
+        layer.mean_only, layer._samples = True, None
+    try:
+        yield
+    finally:
+        for layer, (mean_only, samples) in zip(layers, outer, strict=True):
+            layer.mean_only, layer._samples = mean_only, samples
+
+
+@contextmanager
+def posterior_samples(
+    model: nn.Module, num_samples: int, seed: int = 0, first: int = 0, antithetic: bool = False
+) -> Iterator[None]:
+    """Inside the block the network is `num_samples` coherent posterior samples.
+
+    Inputs must be sample-major: `num_samples` equal blocks of rows (`tensor.repeat(num_samples, 1)`), block s for
+    sample `first + s`. One sample is one draw of all A matrices, the same for every token, layer and decoding step,
+    and the same weights on every device, rank and batch size for the same seed.
+
+    Args:
+        num_samples: S >= 1.
+        seed: Names the sequence of samples. No global random state is read or changed.
+        first: Index of the first sample, to walk through a sequence in parts.
+        antithetic: Samples in pairs M + Omega eps, M - Omega eps (Hammersley & Morton, 1956): each is a draw of the
+            posterior, but what is odd in eps cancels in the average of a pair, so fewer samples are enough.
+
+    Raises:
+        BlobError: num_samples < 1, the model has no posterior, or its adapter is merged.
+    """
+    if num_samples < 1:
+        raise BlobError(f"num_samples must be >= 1, got {num_samples}; for no samples use posterior_mean()")
+    with ExitStack() as stack:
+        for layer in samplable_layers(model):
+            stack.enter_context(layer.frozen_samples(num_samples, seed, first, antithetic))
+        yield
+
+
+def kl_divergence(model: nn.Module, prior_std: float) -> Tensor:
+    """KL(q || p) over all A matrices of the active adapters, nats, differentiable (scalar float32).
+
+    Under ZeRO-3 the shards are gathered for reading, so the result carries no gradient.
+    """
+    layers = list(gaussian_layers(model).values())
+    parameters = [parameter for layer in layers for parameter in (layer.weight, layer.rho)]
+    with gathered(parameters):
+        return torch.stack([full_tensor(layer.kl(prior_std)) for layer in layers]).sum()
+
+
+def mean_posterior_std(model: nn.Module) -> Tensor:
+    """Mean of Omega over all weights (scalar tensor, detached)."""
+    layers = list(gaussian_layers(model).values())
+    with torch.no_grad(), gathered([layer.rho for layer in layers]):
+        total = torch.stack([full_tensor(layer.std.sum()) for layer in layers]).sum()
+        return total / sum(layer.in_features * layer.out_features for layer in layers)
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Posterior of one layer, or of all together.
+
+    Attributes:
+        num_weights: Entries of A.
+        mean_std, min_std, max_std: Of the posterior std Omega.
+        kl: Nats.
+        signal_to_noise: Mean over weights of |M| / Omega.
+    """
+
+    num_weights: int
+    mean_std: float
+    min_std: float
+    max_std: float
+    kl: float
+    signal_to_noise: float
+
+
+@dataclass(frozen=True)
+class PosteriorStatistics:
+    """What `posterior_statistics` returns: `total` over the model and `layers` by name."""
+
+    total: LayerStatistics
+    layers: dict[str, LayerStatistics]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def posterior_statistics(model: nn.Module, prior_std: float) -> PosteriorStatistics:
+    """Std, KL and signal-to-noise ratio of the posterior, per layer and in total."""
+    layers = {}
+    for name, layer in gaussian_layers(model).items():
+        with gathered([layer.weight, layer.rho]):
+            mean, std = full_tensor(layer.weight).float(), full_tensor(layer.std)
+            layers[name] = LayerStatistics(
+                num_weights=std.numel(),
+                mean_std=std.mean().item(),
+                min_std=std.min().item(),
+                max_std=std.max().item(),
+                kl=full_tensor(layer.kl(prior_std)).item(),
+                signal_to_noise=(mean.abs() / std).mean().item(),
+            )
+    if not layers:
+        raise BlobError("the model has no posterior; make one with get_blob_model or bayesianize")
+    parts = list(layers.values())
+    count = sum(part.num_weights for part in parts)
+    total = LayerStatistics(
+        num_weights=count,
+        mean_std=sum(part.mean_std * part.num_weights for part in parts) / count,
+        min_std=min(part.min_std for part in parts),
+        max_std=max(part.max_std for part in parts),
+        kl=sum(part.kl for part in parts),
+        signal_to_noise=sum(part.signal_to_noise * part.num_weights for part in parts) / count,
+    )
+    return PosteriorStatistics(total, layers)

@@ -1,0 +1,114 @@
+"""A linear layer that can stand for many networks at once: one weight matrix for each block of a batch's rows.
+
+What makes a posterior sample one network is here; what the samples are drawn from is the subclass's: a Gaussian
+(`layer.GaussianA`), masks, the members of an ensemble, a Laplace approximation (`methods/`).
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blob_hf.utils.errors import BlobError
+
+
+class SampledLinear(nn.Linear):
+    """A linear layer without bias, in the place of LoRA's A or B, whose weights can be frozen at samples.
+
+    What `forward(x)` uses: frozen samples if there are any (see `frozen_samples`); else its weight, in train mode
+    through `train_forward`.
+
+    Args:
+        linear: What it takes the place of; the weight stays the same parameter.
+        layer: Name of the LoRA layer.
+        part: `lora_A` or `lora_B`.
+    """
+
+    def __init__(self, linear: nn.Linear, layer: str, part: str = "lora_A") -> None:
+        nn.Module.__init__(self)  # not nn.Linear's: the trained or freshly initialised weight is taken over as it is
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight
+        self.register_parameter("bias", None)
+        self.name = layer if part == "lora_A" else f"{layer}.{part}"  # names its random numbers
+        self.weight_name = f"base_model.model.{layer}.{part}.weight"  # in the files of an adapter
+        self.mean_only = False
+        self._samples: Tensor | None = None
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._samples is not None:
+            return _sample_major_linear(x, self._samples, self.name)
+        if self.mean_only or not self.training:
+            return F.linear(x, self.weight)
+        return self.train_forward(x)
+
+    def train_forward(self, x: Tensor) -> Tensor:
+        """The layer in train mode, where a subclass may add noise."""
+        return F.linear(x, self.weight)
+
+    def draw(self, num_samples: int, seed: int, first: int = 0, antithetic: bool = False) -> Tensor:
+        """Samples `first` ... of the weight, shape (num_samples, out_features, in_features).
+
+        Sample s depends on (seed, s, layer name) alone: not on the number of samples, the device, the rank, the
+        batch or any global random state.
+        """
+        raise NotImplementedError
+
+    @contextmanager
+    def frozen_samples(self, num_samples: int, seed: int, first: int = 0, antithetic: bool = False) -> Iterator[None]:
+        """Use samples `first` ... `first + num_samples - 1` of seed `seed` inside the block (sample-major rows)."""
+        outer, self._samples = self._samples, self.draw(num_samples, seed, first, antithetic)
+        try:
+            yield
+        finally:
+            self._samples = outer
+
+    def drawn(self, seed: int, index: int) -> dict[str, Tensor]:
+        """The tensors of one sample by their names in the files of an adapter."""
+        return {self.weight_name: self.draw(1, seed, index)[0]}
+
+    def plain(self) -> nn.Linear:
+        """An ordinary linear layer with the same parameters."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+    @torch.no_grad()
+    def fix_at_sample(self, seed: int, index: int) -> None:
+        """Overwrite the weight by one sample."""
+        self.weight.copy_(self.draw(1, seed, index)[0])
+
+
+def _sample_major_linear(x: Tensor, samples: Tensor, name: str) -> Tensor:
+    """x (S * rows, ..., in) times its own W_s (S, out, in) per block of rows -> (S * rows, ..., out)."""
+    num_samples = samples.shape[0]
+    samples = samples.to(x.dtype)
+    if num_samples == 1:
+        return F.linear(x, samples[0])
+    if x.shape[0] % num_samples:
+        raise BlobError(
+            f"{num_samples} posterior samples are frozen, so inputs must be {num_samples} equal blocks of rows "
+            f"(sample-major), got {x.shape[0]} rows in {name}; repeat the batch with tensor.repeat({num_samples}, 1)"
+        )
+    out = x.reshape(num_samples, -1, x.shape[-1]) @ samples.transpose(1, 2)
+    return out.view(*x.shape[:-1], samples.shape[1])
+
+
+def layer_name(path: str) -> str:
+    """Name of a LoRA layer from its path in the PEFT model."""
+    return path.removeprefix("base_model.model.")
+
+
+def sample_generator(name: str, seed: int, index: int) -> torch.Generator:
+    """The random numbers of one layer in sample `index` of `seed`, on every device and rank the same."""
+    key = hashlib.sha256(f"{seed}/{index}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+
+
+def standard_normal(name: str, seed: int, index: int, shape: Sequence[int], antithetic: bool = False) -> Tensor:
+    """eps of sample `index`; antithetic samples 2k and 2k + 1 have eps_k and -eps_k."""
+    noise = torch.randn(tuple(shape), generator=sample_generator(name, seed, index // 2 if antithetic else index))
+    return -noise if antithetic and index % 2 else noise

@@ -1,0 +1,29 @@
+"""Commands as a user runs them, in this process."""
+
+import runpy
+import sys
+from pathlib import Path
+
+from blob_hf.experiments.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[2]
+GLUE, SUMMARIZATION = "run_glue_blob.py", "run_summarization_blob.py"
+
+
+def run_script(monkeypatch, script, *arguments):
+    """Exit code of a script."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as exit_:
+        return exit_.code
+    return 0
+
+
+def run_experiment(*arguments):
+    """Exit code of `python -m blob_hf.experiments`."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as exit_:
+        return exit_.code
+    return 0
