@@ -1,10 +1,32 @@
 """blob_hf: fine-tune language models with BLoB, LoRA whose A matrix is a Gaussian posterior."""
 
-from blob_hf.inference.export import export_samples
-from blob_hf.trainer.trainer import BlobSeq2SeqTrainer, BlobTrainer
-from blob_hf.trainer.training_args import BlobSeq2SeqTrainingArguments, BlobTrainingArguments
-from blob_hf.tuner.config import BlobConfig
-from blob_hf.tuner.model import BlobModel, bayesianize, get_blob_model
+from blob_hf.baselines import (
+    LaplaceConfig,
+    TFBConfig,
+    attach_mc_dropout,
+    fit_laplace,
+    fit_tfb,
+    join_members,
+    prior_weight_decay,
+    train_members,
+)
+from blob_hf.inference import (
+    ClassPrediction,
+    PredictiveText,
+    export_samples,
+    generate_mean,
+    generate_predictive,
+    generate_samples,
+    predict_classes,
+    score_targets,
+)
+from blob_hf.trainer import (
+    BlobSeq2SeqTrainer,
+    BlobSeq2SeqTrainingArguments,
+    BlobTrainer,
+    BlobTrainingArguments,
+)
+from blob_hf.tuner import BlobConfig, BlobModel, Sampling, bayesianize, get_blob_model, get_lora_model, load_lora
 from blob_hf.utils.errors import BlobError
 from blob_hf.version import __version__
 
@@ -16,8 +38,26 @@ __all__ = [
     "BlobSeq2SeqTrainingArguments",
     "BlobTrainer",
     "BlobTrainingArguments",
+    "ClassPrediction",
+    "LaplaceConfig",
+    "PredictiveText",
+    "Sampling",
+    "TFBConfig",
     "__version__",
+    "attach_mc_dropout",
     "bayesianize",
     "export_samples",
+    "fit_laplace",
+    "fit_tfb",
+    "generate_mean",
+    "generate_predictive",
+    "generate_samples",
     "get_blob_model",
+    "get_lora_model",
+    "join_members",
+    "load_lora",
+    "predict_classes",
+    "prior_weight_decay",
+    "score_targets",
+    "train_members",
 ]

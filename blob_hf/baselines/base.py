@@ -1,114 +1,116 @@
-"""The interface of a method: what it trains or fits, how it draws a network or a prediction, what it saves."""
+"""method.json: how an adapter was made, where its own files do not tell. Found by the method's name when it is loaded."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
-from transformers.trainer_utils import TrainOutput
-
-from blob_hf.inference.predict import ClassPrediction, predict_classes
-from blob_hf.tuner.adapter_files import METHOD_FILE
-from blob_hf.tuner.posterior import sampled_layers
+from blob_hf.reporting.run_summary import MethodCard
+from blob_hf.tuner.model import BlobModel
+from blob_hf.tuner.registry import Companion, register_companion
 from blob_hf.utils import files
+from blob_hf.utils.errors import BlobError
 
-_LORA = """@inproceedings{hu2022lora,
-  title = {LoRA: Low-Rank Adaptation of Large Language Models},
-  author = {Hu, Edward J. and others}, booktitle = {International Conference on Learning Representations}, year = {2022}
-}"""
-
-
-# What a method that trains nothing does not read (and what `--demo` does not set for all methods).
-TRAINING_FLAGS = frozenset(
-    {"lora_r", "lora_alpha", "lora_dropout", "target_modules", "weight_decay", "resume_from_checkpoint"}
-)
+METHOD_FILE = "method.json"
+_WITHOUT_FACTS = ("blob", "lora")  # their adapters are told apart by their configuration
 
 
-class Method:
-    """A way to a fine-tuned adapter and to its uncertainty; by itself maximum likelihood, which has none.
-
-    A sampled method puts `SampledLinear` layers in the place of LoRA's A (or A and B): evaluation, generation and
-    reports draw from those through `posterior_samples`, whatever they are drawn from.
+@register_companion
+class MethodState(Companion):
+    """What a method found or chose in making an adapter: a frozen dataclass for each method, saved as method.json.
 
     Attributes:
-        name: As in `--method`.
-        title, about, limits, tags, citation: What the model card says of its adapters.
-        flags: Arguments that only some methods read, this one among them.
-        facts: What method.json has to hold of an adapter of this method, and of which type.
-        variational: Trains a posterior with the BLoB objective.
-        sampled: Has networks to draw.
-        post_hoc: Is fitted to an adapter that has been trained already.
-        retrains: Trains several fresh models; the trainer then needs a `model_init`.
-        summarizes: Works for encoder-decoder models.
-        default_dropout: LoRA's dropout, unless it is given.
+        name: Of the method.
+        card: What the model card says of its adapters.
+        required: Fields that method.json has to hold, and their types.
     """
 
-    name = "lora"
-    title = "LoRA adapter"
-    about = "Plain LoRA (maximum likelihood), trained with blob_hf for comparison with BLoB."
-    limits = "A point estimate: it does not know what it does not know."
-    tags: tuple[str, ...] = ()
-    citation = _LORA
-    flags: frozenset[str] = frozenset()
-    facts: Mapping[str, type | tuple[type, ...]] = {}
-    variational = False
-    sampled = False
-    post_hoc = False
-    retrains = False
-    summarizes = True
-    default_dropout = 0.0
+    slot: ClassVar[str] = "method"
+    files: ClassVar[tuple[str, ...]] = (METHOD_FILE,)
+    card: ClassVar[MethodCard]
+    required: ClassVar[Mapping[str, type | tuple[type, ...]]] = {}
 
-    def check(self, args: Any) -> None:
-        """Refuse arguments that this method cannot work with, before anything is loaded.
+    @classmethod
+    def load(cls, folder: Path) -> "MethodState | None":
+        """The state of the method that method.json names.
 
         Raises:
-            BlobError: naming the argument.
+            BlobError: The file is damaged, or of a method that this version does not know.
         """
+        facts = read_facts(folder)
+        name = facts.pop("method", _WITHOUT_FACTS[0])
+        if name in _WITHOUT_FACTS:
+            return None
+        kind: Any = find_method(name)
+        for key, type_ in kind.required.items():
+            if not isinstance(facts.get(key), type_):
+                raise BlobError(
+                    f"{folder / METHOD_FILE} is damaged: {key} of method {name} is {facts.get(key)!r}; get it again"
+                )
+        known = {field.name for field in dataclasses.fields(kind)}
+        return kind(**{key: value for key, value in facts.items() if key in known})
 
-    def num_samples(self, model: Any, args: Any) -> int:
-        """Networks that an evaluation draws: 0 for a point estimate, and as long as there is nothing to draw from."""
-        return args.eval_samples if sampled_layers(model) else 0
+    def facts(self) -> dict[str, Any]:
+        """The fields, by name."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
 
-    def attach(self, model: Any, facts: Mapping[str, Any], folder: Path | None = None) -> None:
-        """Make a plain LoRA model one of this method, in place.
+    def save(self, model: BlobModel, folder: Path) -> None:
+        files.write_text(folder / METHOD_FILE, json.dumps({"method": self.name, **self.facts()}, indent=2) + "\n")
 
-        Args:
-            model: A `BlobModel` without a posterior.
-            facts: Of method.json, empty for a new adapter.
-            folder: Of the saved adapter, None for a new one.
-        """
-
-    def unread(self, args: Any) -> frozenset[str]:
-        """Arguments beside other methods' flags that do nothing here, with these arguments."""
-        return frozenset()
-
-    def weight_decay(self, trainer: Any) -> float:
-        """The optimizer's weight decay."""
-        return trainer.args.weight_decay
-
-    def train(self, trainer: Any, fit: Callable[[Any], TrainOutput], resume: Any) -> TrainOutput:
-        """Train or fit the trainer's model.
-
-        Args:
-            fit: One training by gradient of the trainer's model; takes `resume`.
-        """
-        return fit(resume)
-
-    def predict_classes(self, model: Any, inputs: dict[str, Any], args: Any) -> ClassPrediction:
-        """Predictions of a classifier with `num_samples` samples and with the mean."""
-        together = args.posterior_batch_size or 1
-        count = self.num_samples(model, args)
-        return predict_classes(model, inputs, count, args.eval_seed, together, args.antithetic)
-
-    def settings(self, model: Any) -> dict[str, Any]:
-        """What was found or chosen for a model, by the names that reports and model cards show."""
+    def settings(self) -> dict[str, object]:
         return {
-            name.replace("_", " "): value
-            for name, value in getattr(model, "method_facts", {}).items()
-            if isinstance(value, (int, float, str)) and name != "method"
+            key.replace("_", " "): value
+            for key, value in self.facts().items()
+            if isinstance(value, (int, float, str)) and not isinstance(value, bool)
         }
 
-    def save(self, model: Any, folder: Path) -> None:
-        """Write what the adapter's own files do not hold: method.json, for a model that has facts."""
-        if model.method_facts:
-            files.write_text(folder / METHOD_FILE, json.dumps(model.method_facts, indent=2) + "\n")
+
+Kind = TypeVar("Kind", bound=type[MethodState])
+_METHODS: dict[str, type[MethodState]] = {}
+
+
+def register_method(name: str) -> Callable[[Kind], Kind]:
+    """Have adapters whose method.json has this name loaded with this state (a class decorator)."""
+
+    def register(kind: Kind) -> Kind:
+        kind.name = name
+        _METHODS[name] = kind
+        MethodState.files = tuple(dict.fromkeys((*MethodState.files, *kind.files)))  # one slot: any method's files
+        return kind
+
+    return register
+
+
+def method_names() -> tuple[str, ...]:
+    """Every method that an adapter may be of."""
+    return (*_WITHOUT_FACTS, *_METHODS)
+
+
+def find_method(name: str) -> type[MethodState]:
+    """The state of the method of a name.
+
+    Raises:
+        BlobError: There is none, or not in this version.
+    """
+    if name not in _METHODS:
+        raise BlobError(f"method must be one of {', '.join(method_names())}, got {name!r}")
+    return _METHODS[name]
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What method.json holds, an empty dict without one.
+
+    Raises:
+        BlobError: The file is damaged.
+    """
+    file = folder / METHOD_FILE
+    if not file.is_file():
+        return {}
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(facts["method"], str):
+            raise TypeError
+    except (ValueError, KeyError, TypeError) as error:
+        raise BlobError(f"{file} is damaged: it does not name a method; get it again") from error
+    return facts

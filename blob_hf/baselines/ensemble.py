@@ -7,10 +7,10 @@ one batch, or one `generate`, serves all members. A classification head is part 
 
 import copy
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,22 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers.trainer_utils import TrainOutput
 
-from blob_hf.baselines.base import Method
+from blob_hf.baselines.base import METHOD_FILE, MethodState, register_method
+from blob_hf.reporting.run_summary import MethodCard
 from blob_hf.trainer.checkpoints import newest_complete
+from blob_hf.trainer.training_args import DEFINING, BlobTrainingArguments, changed_arguments
+from blob_hf.trainer.trainer import num_trained
 from blob_hf.tuner import adapter_files
-from blob_hf.tuner.adapter_files import METHOD_FILE
+from blob_hf.tuner.adapter_files import NAMES
 from blob_hf.tuner.base_model import head_parameters
+from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.sampled import SampledLinear, layer_name
+from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import full_tensor, gathered
 
-FOLDER = "_members"  # of a run: the trainings of its members, with their checkpoints; pushes leave out names with _
 FINISHED = "finished.json"  # in a member's training: its settings and what came out
 
 
@@ -60,7 +63,7 @@ class MemberLinear(SampledLinear):
         for index, (weight, bias) in enumerate(others):  # buffers follow the model from device to device
             self.register_buffer(f"_weight_{index}", weight.detach(), persistent=False)
             self.register_buffer(f"_bias_{index}", None if bias is None else bias.detach(), persistent=False)
-        self.num_members = 1 + len(others)
+        self.num_networks: int = 1 + len(others)
         self._biases = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,162 +75,174 @@ class MemberLinear(SampledLinear):
         blocks = out.view(len(self._biases), -1, out.shape[-1]) + self._biases.to(out.dtype).unsqueeze(1)
         return blocks.view_as(out)
 
-    def _stacked(self, name: str, first: int, count: int) -> Tensor:
+    def _stacked(self, name: str, sampling: Sampling) -> Tensor:
         own = getattr(self, name)
         with gathered([own]):
-            every = [full_tensor(own), *(getattr(self, f"_{name}_{i}") for i in range(self.num_members - 1))]
-            return torch.stack([tensor.detach() for tensor in every[first : first + count]])
+            every = [full_tensor(own), *(getattr(self, f"_{name}_{i}") for i in range(self.num_networks - 1))]
+            return torch.stack([every[index].detach() for index in sampling.indices])
 
     @torch.no_grad()
-    def draw(self, num_samples: int, seed: int, first: int = 0, antithetic: bool = False) -> Tensor:
-        if first + num_samples > self.num_members:
+    def draw(self, sampling: Sampling) -> Tensor:
+        if sampling.indices.stop > self.num_networks:
             raise BlobError(
-                f"the ensemble has {self.num_members} members, but {first + num_samples} samples were asked for"
+                f"the ensemble has {self.num_networks} members, but {sampling.indices.stop} samples were asked for"
             )
-        return self._stacked("weight", first, num_samples)
+        return self._stacked("weight", sampling)
 
-    def drawn(self, seed: int, index: int) -> dict[str, Tensor]:
-        tensors = super().drawn(seed, index)
+    def drawn(self, sample: Sampling) -> dict[str, Tensor]:
+        tensors = super().drawn(sample)
         if self.bias is not None:
-            tensors[self.weight_name.removesuffix("weight") + "bias"] = self._stacked("bias", index, 1)[0]
+            tensors[self.weight_name.removesuffix("weight") + "bias"] = self._stacked("bias", sample)[0]
         return tensors
 
     @contextmanager
-    def frozen_samples(self, num_samples: int, seed: int, first: int = 0, antithetic: bool = False) -> Iterator[None]:
+    def frozen_samples(self, sampling: Sampling) -> Iterator[None]:
         outer = self._biases
         if self.bias is not None:
-            self._biases = self._stacked("bias", first, num_samples)
+            self._biases = self._stacked("bias", sampling)
         try:
-            with super().frozen_samples(num_samples, seed, first, antithetic):
+            with super().frozen_samples(sampling):
                 yield
         finally:
             self._biases = outer
 
     @torch.no_grad()
-    def fix_at_sample(self, seed: int, index: int) -> None:
-        bias = None if self.bias is None else self._stacked("bias", index, 1)[0]
-        super().fix_at_sample(seed, index)
+    def fix_at_sample(self, sample: Sampling) -> None:
+        bias = None if self.bias is None else self._stacked("bias", sample)[0]
+        super().fix_at_sample(sample)
         if bias is not None:
             self.bias.copy_(bias)
 
 
-class Ensemble(Method):
-    """K adapters of different seeds, trained one after another, or each elsewhere and put together here."""
+@register_method("ensemble")
+@dataclass(frozen=True)
+class EnsembleState(MethodState):
+    """The members.
 
-    name = "ensemble"
-    title = "ensemble of LoRA adapters"
-    about = (
-        "An ensemble of plain LoRA adapters of different seeds: the first one here, the others in the subfolders "
-        "`member-2`, `member-3` ... N=0 is the first member; N=K averages the probabilities of all K."
-    )
-    limits = "The members start from different seeds on the same data; what all of them get wrong stays hidden."
-    citation = """@inproceedings{lakshminarayanan2017ensembles,
+    Attributes:
+        members: Names of their adapters in the model, the first one's first.
+    """
+
+    members: list[str] = field(default_factory=list)
+
+    files = (METHOD_FILE, *(f"member-*/{name}" for name in NAMES))
+    required = {"members": list}
+    card = MethodCard(
+        title="ensemble of LoRA adapters",
+        about=(
+            "An ensemble of plain LoRA adapters of different seeds: the first one here, the others in the subfolders "
+            "`member-2`, `member-3` ... N=0 is the first member; N=K averages the probabilities of all K."
+        ),
+        limits="The members start from different seeds on the same data; what all of them get wrong stays hidden.",
+        citation="""@inproceedings{lakshminarayanan2017ensembles,
   title = {Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles},
   author = {Lakshminarayanan, Balaji and Pritzel, Alexander and Blundell, Charles},
   booktitle = {Advances in Neural Information Processing Systems}, year = {2017}
-}"""
-    tags = ("uncertainty", "ensemble")
-    flags = frozenset({"ensemble_size", "ensemble_members", "eval_samples", "posterior_batch_size"})
-    sampled = True
-    retrains = True
-    facts = {"members": list}
+}""",
+        tags=("uncertainty", "ensemble"),
+        sampled=True,
+    )
 
-    def check(self, args: Any) -> None:
-        members = args.ensemble_members
-        size = args.ensemble_size if members is None else len(members)
-        if size < 2:
-            what = "ensemble_size" if members is None else "the number of ensemble_members"
-            raise BlobError(f"{what} must be >= 2, got {size}; one adapter is method lora")
+    def settings(self) -> dict[str, object]:
+        return {"members": len(self.members)}
 
-    def unread(self, args: Any) -> frozenset[str]:
-        return frozenset({"ensemble_size"}) if args.ensemble_members else frozenset()
-
-    def settings(self, model: Any) -> dict[str, Any]:
-        return {**super().settings(model), "members": len(model.method_facts.get("members", ()))}
-
-    def num_samples(self, model: Any, args: Any) -> int:
-        return len(model.method_facts["members"]) if super().num_samples(model, args) else 0
-
-    def attach(self, model: Any, facts: Mapping[str, Any], folder: Path | None = None) -> None:
-        if folder is not None:
-            others = facts["members"][1:]
-            if not all(isinstance(name, str) and _MEMBER.fullmatch(name) for name in others):
-                raise BlobError(f"{folder / METHOD_FILE} is damaged: its members are {others!r}; get it again")
-            beside = folder.parent  # PEFT's layout of a model whose first member is not named `default`
-            home = folder if all((folder / name).is_dir() for name in others) else beside
-            load_members(model, [home / name for name in others])
-            model.method_facts = dict(facts)
-
-    def train(self, trainer: Any, fit: Callable[[Any], TrainOutput], resume: Any) -> TrainOutput:
-        args = trainer.args
-        if trainer.model_init is None:
-            raise BlobError("method ensemble makes several models: give the trainer model_init= instead of model=")
-        if args.ensemble_members:
-            folders = [adapter_files.resolve(member) for member in args.ensemble_members]
-            outputs = []
-        else:
-            folders = [Path(args.output_dir, FOLDER, str(k + 1)) for k in range(args.ensemble_size)]
-            outputs = [_train_member(trainer, fit, k, folder) for k, folder in enumerate(folders)]
-        model = trainer.call_model_init()
-        if not args.ensemble_members:  # else it begins with the first one
-            model.load_adapter(folders[0], model.active_adapter)
-        load_members(model, folders[1:])
-        trainer.take_model(model)
-        steps, losses = sum(one.global_step for one in outputs), [one.training_loss for one in outputs]
-        runtime = sum(one.metrics.get("train_runtime", 0.0) for one in outputs)
-        loss = sum(losses) / len(losses) if losses else math.nan
-        return TrainOutput(steps, loss, {"train_runtime": runtime, "train_loss": loss} if outputs else {})
+    def attach(self, model: BlobModel, folder: Path) -> None:
+        others = self.members[1:]
+        if not all(isinstance(name, str) and _MEMBER.fullmatch(name) for name in others):
+            raise BlobError(f"{folder / METHOD_FILE} is damaged: its members are {others!r}; get it again")
+        beside = folder.parent  # PEFT's layout of a model whose first member is not named `default`
+        home = folder if all((folder / name).is_dir() for name in others) else beside
+        join_members(model, [home / name for name in others])
 
 
-def _train_member(trainer: Any, fit: Callable[[Any], TrainOutput], index: int, folder: Path) -> TrainOutput:
-    """Train member `index` as `--method lora` with the seed `seed + index` would; go on with what is there already.
+# ----- training members -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainedMember:
+    """A member's training: where its adapter is, and what it cost.
+
+    Attributes:
+        runtime: Seconds.
+        trained_parameters: By gradient.
+    """
+
+    folder: Path
+    steps: int
+    loss: float
+    runtime: float
+    trained_parameters: int
+
+
+def train_members(
+    make_trainer: Callable[[Any], Any], args: BlobTrainingArguments, size: int, folder: Path
+) -> list[TrainedMember]:
+    """Train members of the seeds `args.seed`, `args.seed + 1`, ..., each as plain LoRA with its seed would be.
+
+    What is there already is gone on with, or reused.
+
+    Args:
+        make_trainer: From a member's training arguments to a trainer of a fresh plain LoRA model.
+        size: K >= 2.
+        folder: A folder for each member's training is made here.
 
     Raises:
-        BlobError: What is there was trained with other settings.
+        BlobError: size < 2, or what is there was trained with other settings.
     """
-    args = trainer.args
-    settings = json.loads(json.dumps(trainer.defining_settings(), default=str))
-    settings = {name: value for name, value in settings.items() if not name.startswith("ensemble_")}
+    check_size(size)
+    return [_train_member(make_trainer, args, index, folder / str(index + 1)) for index in range(size)]
+
+
+def check_size(size: int) -> None:
+    """Refuse an ensemble of fewer than two."""
+    if size < 2:
+        raise BlobError(f"an ensemble needs 2 members or more, got {size}; one adapter is method lora")
+
+
+def _train_member(make_trainer: Callable[[Any], Any], args: Any, index: int, folder: Path) -> TrainedMember:
+    settings = json.loads(json.dumps({name: getattr(args, name) for name in DEFINING}, default=str))
     if (folder / FINISHED).is_file():
         finished = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
         changed = [name for name in settings if finished["settings"].get(name) != settings[name]]
         if changed:
             raise BlobError(f"{folder} holds a member trained with another {changed[0]}; choose another --output_dir")
-        trainer.trained_parameters += finished["trained_parameters"]
-        return TrainOutput(finished["steps"], finished["loss"], {"train_runtime": finished["runtime"]})
-    before = trainer.trained_parameters
-    kept = {name: getattr(args, name) for name in ("output_dir", "seed", "push_to_hub")}
-    args.output_dir, args.seed, args.push_to_hub = str(folder), args.seed + index, False
-    try:
-        output = fit(True if newest_complete(folder) else None)
+    else:
+        own = changed_arguments(args, output_dir=str(folder), seed=args.seed + index, push_to_hub=False)
+        trainer = make_trainer(own)
+        output = trainer.train(True if newest_complete(folder) else None)
         trainer.save_model(str(folder))
-    finally:
-        for name, value in kept.items():
-            setattr(args, name, value)
-    if args.should_save:
         finished = {
             "settings": settings,
             "steps": output.global_step,
             "loss": output.training_loss,
             "runtime": output.metrics.get("train_runtime", 0.0),
-            "trained_parameters": trainer.trained_parameters - before,
+            "trained_parameters": num_trained(trainer.model),
         }
-        files.write_text(folder / FINISHED, json.dumps(finished, indent=1, default=str) + "\n")
-    trainer.accelerator.wait_for_everyone()  # before anyone reads the member or starts over
-    return output
+        if args.should_save:
+            files.write_text(folder / FINISHED, json.dumps(finished, indent=1, default=str) + "\n")
+        trainer.accelerator.wait_for_everyone()  # before anyone reads the member or starts over
+    costs = (finished["steps"], finished["loss"], finished["runtime"], finished["trained_parameters"])
+    return TrainedMember(folder, *costs)
 
 
 # ----- putting members together -----------------------------------------------------------------------------------
 
 
-def load_members(model: Any, folders: Sequence[Path]) -> None:
-    """Load further members into a `BlobModel` that holds the first one, and make its layers those of all.
+def join_members(model: BlobModel, folders: Sequence[str | Path]) -> EnsembleState:
+    """Load further members into a model that holds the first one, and make its layers those of all, in place.
+
+    Args:
+        model: With the first member's plain LoRA adapter.
+        folders: Folders or Hub repos of the others.
+
+    Returns:
+        The members; the model has them as its companion.
 
     Raises:
         BlobError: A member's adapter is missing, damaged or of another shape.
     """
-    first = model.active_adapter
-    own = model.peft_config[first]
+    first = str(model.active_adapter)
+    own: Any = model.peft_config[first]
     head = _head(model)
     names, heads = [first], [head]
     for number, path in enumerate(folders, start=2):
@@ -244,8 +259,10 @@ def load_members(model: Any, folders: Sequence[Path]) -> None:
     model.set_adapter(first)
     _join_lora(model, names)
     _join_heads(model, names, heads)
-    model.member_heads = dict(zip(names, heads, strict=True))
-    model.method_facts = {"method": Ensemble.name, "members": names}
+    model.adapter_heads = dict(zip(names, heads, strict=True))
+    state = EnsembleState(names)
+    model.set_companion(state)
+    return state
 
 
 def _head(model: PeftModel) -> dict[str, Tensor]:

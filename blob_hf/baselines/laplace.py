@@ -10,9 +10,8 @@ with eigenvectors U and eigenvalues l of the two factors; A and B and all layers
 
 import importlib.util
 import logging
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,16 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import TrainOutput
 
-from blob_hf.baselines.base import TRAINING_FLAGS, Method
-from blob_hf.inference.predict import ClassPrediction, log_mean_exp
-from blob_hf.tuner import adapter_files
+from blob_hf.baselines.base import METHOD_FILE, MethodState, register_method
+from blob_hf.inference.predict import ClassPrediction, log_mean_exp, predict_classes
+from blob_hf.reporting.run_summary import MethodCard
+from blob_hf.tuner.adapter_files import read_beside, write_beside
 from blob_hf.tuner.base_model import in_head
+from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import posterior_mean, sampled_layers
 from blob_hf.tuner.sampled import SampledLinear, layer_name, standard_normal
+from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import full_tensor, gathered, is_sharded
 
@@ -39,6 +40,7 @@ SUBSETS = ("all", "last_layer")
 PRIORS = ("marglik", "validation")
 PREDICTIVES = ("linearized", "sampled")
 PRECISION_GRID = np.logspace(-2, 4, 13)  # for the choice by validation
+FACTORS_FILE = "laplace.safetensors"
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,8 @@ class LaplaceLinear(SampledLinear):
         return Factors(self.l_out, self.l_in, self.u_out, self.u_in)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def draw(self, num_samples: int, seed: int, first: int = 0, antithetic: bool = False) -> Tensor:
-        shape = (self.out_features, self.in_features)
-        indices = range(first, first + num_samples)
-        noise = torch.stack([standard_normal(self.name, seed, i, shape, antithetic) for i in indices])
+    def draw(self, sampling: Sampling) -> Tensor:
+        noise = standard_normal(self.name, sampling, (self.out_features, self.in_features))
         factors = self.factors
         scaled = noise.to(self.weight.device) * factors.scale(self.prior_precision)
         with gathered([self.weight]):
@@ -87,104 +87,138 @@ class LaplaceLinear(SampledLinear):
         return flat @ flat.transpose(1, 2)
 
 
-class Laplace(Method):
-    """A Kronecker-factored Laplace approximation over the weights of a trained LoRA."""
+@dataclass(frozen=True)
+class LaplaceConfig:
+    """Settings of the fit.
 
-    name = "laplace"
-    title = "Laplace-LoRA adapter"
-    about = (
-        "A trained LoRA adapter with a Laplace approximation over its weights (Laplace-LoRA): "
-        "`laplace.safetensors` holds the Kronecker factors of the curvature. `adapter_model.safetensors` is the "
-        "trained adapter, unchanged. N=0 is that adapter; N=S averages the probabilities of S draws, of the linearised "
-        "network (`blob_hf.baselines.laplace.linearized_prediction`) or of the sampled one (`posterior_samples`)."
-    )
-    limits = "A Gaussian at one mode of the loss, with A and B and all layers independent of one another."
-    citation = """@inproceedings{yang2024laplacelora,
+    Args:
+        subset: LoRA weights with a Laplace posterior: `"all"`, or those of the `"last_layer"`.
+        prior: Prior precision by the marginal likelihood (`"marglik"`), or by the predictive of held-out rows
+            (`"validation"`).
+        predictive: How classes are predicted: with the `"linearized"` network, or with `"sampled"` ones.
+
+    Raises:
+        BlobError: A field is none of its values.
+    """
+
+    subset: str = "all"
+    prior: str = "marglik"
+    predictive: str = "linearized"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("subset", SUBSETS), ("prior", PRIORS), ("predictive", PREDICTIVES)):
+            if getattr(self, name) not in allowed:
+                raise BlobError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+
+@register_method("laplace")
+@dataclass(frozen=True)
+class LaplaceState(MethodState):
+    """The prior's precision, and how it was chosen.
+
+    Attributes:
+        rows: Training examples of the fit.
+        predictive: See `LaplaceConfig`; a choice of the moment, not saved.
+    """
+
+    prior_precision: float = 1.0
+    prior: str = "marglik"
+    subset: str = "all"
+    rows: int = 0
+    predictive: str = "linearized"
+
+    files = (METHOD_FILE, FACTORS_FILE)
+    required = {"prior_precision": (int, float)}
+    card = MethodCard(
+        title="Laplace-LoRA adapter",
+        about=(
+            "A trained LoRA adapter with a Laplace approximation over its weights (Laplace-LoRA): "
+            "`laplace.safetensors` holds the Kronecker factors of the curvature. `adapter_model.safetensors` is the "
+            "trained adapter, unchanged. N=0 is that adapter; N=S averages the probabilities of S draws, of the linearised "
+            "network (`blob_hf.baselines.laplace.linearized_prediction`) or of the sampled one (`posterior_samples`)."
+        ),
+        limits="A Gaussian at one mode of the loss, with A and B and all layers independent of one another.",
+        citation="""@inproceedings{yang2024laplacelora,
   title = {Bayesian Low-Rank Adaptation for Large Language Models},
   author = {Yang, Adam X. and Robeyns, Maxime and Wang, Xi and Aitchison, Laurence},
   booktitle = {International Conference on Learning Representations}, year = {2024}
-}"""
-    tags = ("bayesian", "uncertainty", "laplace")
-    flags = frozenset(
-        {
-            "laplace_subset", "laplace_prior", "laplace_predictive",
-            "eval_samples", "eval_seed", "antithetic", "posterior_batch_size",
-        }
-    )  # fmt: skip
-    sampled = True
-    post_hoc = True
-    summarizes = False
-    facts = {"prior_precision": (int, float)}
+}""",
+        tags=("bayesian", "uncertainty", "laplace"),
+        sampled=True,
+    )
 
-    def attach(self, model: Any, facts: Mapping[str, Any], folder: Path | None = None) -> None:
-        if folder is None:
-            return
-        tensors = adapter_files.read_laplace(folder)
+    def facts(self) -> dict[str, Any]:
+        return {name: value for name, value in super().facts().items() if name != "predictive"}
+
+    def attach(self, model: BlobModel, folder: Path) -> None:
+        tensors = read_beside(folder, FACTORS_FILE)
         names = {name.rpartition(".")[0] for name in tensors}
         factors = {n: Factors(**{key: tensors[f"{n}.{key}"] for key in Factors.__annotations__}) for n in names}
-        attach_factors(model, factors, facts["prior_precision"])
-        model.method_facts = dict(facts)
+        attach_factors(model, factors, self.prior_precision)
 
-    def train(self, trainer: Any, fit: Callable[[Any], TrainOutput], resume: Any) -> TrainOutput:
-        _require_library()
-        args, model, start = trainer.args, trainer.model, time.perf_counter()
-        held_out = trainer.calibration_dataset
-        if trainer.train_dataset is None or len(trainer.train_dataset) == 0:
-            raise BlobError("method laplace needs the training data, but there is none; give train_dataset")
-        if args.laplace_prior == "validation" and held_out is None:
-            raise BlobError("laplace_prior validation needs held-out rows: set the trainer's calibration_dataset")
-        if sampled_layers(model):
-            raise BlobError("method laplace needs a plain LoRA adapter, but this one has a posterior already")
-        weights = lora_weights(model, args.laplace_subset)
-        loader = trainer.plain_loader(trainer.train_dataset)
-        with posterior_mean(model):
-            model.eval()
-            factors, precision = fit_kron(_Logits(model, trainer), weights, loader, args.laplace_prior == "marglik")
-        attach_factors(model, factors, precision)
-        if args.laplace_prior == "validation":
-            precision = _choose_precision(trainer)
-        model.method_facts = {
-            "method": self.name, "prior_precision": precision, "prior": args.laplace_prior,
-            "subset": args.laplace_subset, "rows": len(trainer.train_dataset),
-        }  # fmt: skip
-        logger.info(
-            "Laplace: prior precision %.4g over %d weights", precision, sum(w.numel() for w in weights.values())
-        )
-        passes = len(PRECISION_GRID) * len(held_out) if args.laplace_prior == "validation" else 0
-        spent = {
-            "fit_runtime": time.perf_counter() - start,
-            "fit_forwards": len(trainer.train_dataset) + passes,
-        }
-        return TrainOutput(0, 0.0, spent)
-
-    def save(self, model: Any, folder: Path) -> None:
+    def save(self, model: BlobModel, folder: Path) -> None:
         super().save(model, folder)
         tensors = {
             f"{layer.weight_name}.{key}": value.detach().cpu().contiguous().clone()
-            for layer in sampled_layers(model)
-            if isinstance(layer, LaplaceLinear)
+            for layer in _laplace_layers(model)
             for key, value in vars(layer.factors).items()
         }
         if tensors:
-            adapter_files.write_laplace(folder, tensors)
+            write_beside(folder, FACTORS_FILE, tensors)
 
-    def predict_classes(self, model: Any, inputs: dict[str, Any], args: Any) -> ClassPrediction:
-        if args.laplace_predictive == "sampled" or not self.num_samples(model, args):
-            return super().predict_classes(model, inputs, args)
+    def predict_classes(self, model: nn.Module, inputs: dict[str, Any], sampling: Sampling) -> ClassPrediction | None:
+        """Of the linearised network, unless sampled ones were asked for."""
+        if self.predictive == "sampled":
+            return None
         if is_sharded(model):
-            raise BlobError("the linearised predictive needs whole weights: take --laplace_predictive sampled, or DDP")
-        return linearized_prediction(model, inputs, args.eval_samples, args.eval_seed, args.antithetic)
+            raise BlobError("the linearised predictive needs whole weights: take predictive 'sampled', or DDP")
+        return linearized_prediction(model, inputs, sampling)
 
-    def unread(self, args: Any) -> frozenset[str]:
-        return TRAINING_FLAGS
 
-    def check(self, args: Any) -> None:
-        if args.laplace_prior == "validation" and args.eval_samples == 0:
-            raise BlobError(
-                "laplace_prior validation compares predictives of samples: eval_samples must be >= 1, got 0"
-            )
-        if args.do_train:
-            _require_library()
+def fit_laplace(
+    model: BlobModel,
+    loader: DataLoader,
+    config: LaplaceConfig | None = None,
+    held_out: DataLoader | None = None,
+    sampling: Sampling | None = None,
+) -> LaplaceState:
+    """Give a trained LoRA classifier a Laplace approximation, in place.
+
+    Args:
+        model: With a plain LoRA adapter.
+        loader: Batches of the training data with "labels", each row once.
+        held_out: Other batches, for the prior `"validation"`.
+        sampling: Of the predictive there, default 10 samples.
+
+    Returns:
+        What was chosen; the model has it as its companion.
+
+    Raises:
+        BlobError: laplace-torch is not installed, there are no rows, or the adapter has a posterior already.
+    """
+    require_library()
+    config = config or LaplaceConfig()
+    rows = len(loader.dataset)  # type: ignore[arg-type]
+    if rows == 0:
+        raise BlobError("method laplace needs the training data, but there is none")
+    if config.prior == "validation" and held_out is None:
+        raise BlobError("the prior 'validation' needs held-out rows, but there are none")
+    if sampled_layers(model):
+        raise BlobError("method laplace needs a plain LoRA adapter, but this one has a posterior already")
+    weights = lora_weights(model, config.subset)
+    with posterior_mean(model):
+        model.eval()
+        factors, precision = fit_kron(_Logits(model), weights, loader, config.prior == "marglik")
+    attach_factors(model, factors, precision)
+    state = LaplaceState(precision, config.prior, config.subset, rows, config.predictive)
+    model.set_companion(state)
+    if held_out is not None and config.prior == "validation":
+        state = replace(state, prior_precision=_choose_precision(model, held_out, sampling or Sampling()))
+        model.set_companion(state)
+    logger.info(
+        "Laplace: prior precision %.4g over %d weights", state.prior_precision, sum(w.numel() for w in weights.values())
+    )
+    return state
 
 
 def library_is_there() -> bool:
@@ -192,7 +226,7 @@ def library_is_there() -> bool:
     return importlib.util.find_spec("laplace") is not None
 
 
-def _require_library() -> None:
+def require_library() -> None:
     if not library_is_there():
         raise BlobError("method laplace fits with laplace-torch, which is not installed: pip install laplace-torch")
 
@@ -200,7 +234,7 @@ def _require_library() -> None:
 # ----- fitting ----------------------------------------------------------------------------------------------------
 
 
-def lora_weights(model: Any, subset: str) -> dict[str, nn.Parameter]:
+def lora_weights(model: BlobModel, subset: str) -> dict[str, nn.Parameter]:
     """LoRA's A and B by their names in the files; `last_layer`: those of the head, or of the last layer that has any.
 
     (A frozen or fully trained head has no LoRA weights, so the last layer under LoRA stands for it.)
@@ -221,14 +255,16 @@ def lora_weights(model: Any, subset: str) -> dict[str, nn.Parameter]:
 class _Logits(nn.Module):
     """A classifier as laplace-torch wants it: from a batch to logits."""
 
-    def __init__(self, model: Any, trainer: Any) -> None:
+    def __init__(self, model: BlobModel) -> None:
         super().__init__()
         self.model = model
-        self._prepare = trainer._prepare_inputs
 
-    def forward(self, batch: Mapping[str, Any]) -> Tensor:
-        inputs = self._prepare({name: value for name, value in batch.items() if name != "labels"})
-        return self.model(**inputs).logits.float()
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return self.model(**_inputs(self.model, batch)).logits.float()
+
+
+def _inputs(model: BlobModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
 
 
 def fit_kron(
@@ -275,7 +311,7 @@ def fit_kron(
     return factors, float(approximation.prior_precision.mean())
 
 
-def attach_factors(model: Any, factors: Mapping[str, Factors], prior_precision: float) -> None:
+def attach_factors(model: BlobModel, factors: Mapping[str, Factors], prior_precision: float) -> None:
     """Put a `LaplaceLinear` in the place of every A and B that has factors."""
     adapter = model.active_adapter
     odd = sorted(factors.keys() - lora_weights(model, "all").keys())
@@ -289,25 +325,36 @@ def attach_factors(model: Any, factors: Mapping[str, Factors], prior_precision: 
                     weights[adapter] = LaplaceLinear(weights[adapter], layer_name(path), part, found, prior_precision)
 
 
-def _choose_precision(trainer: Any) -> float:
+def _choose_precision(model: BlobModel, held_out: DataLoader, sampling: Sampling) -> float:
     """The precision of the grid under which the predictive of held-out rows has the smallest NLL; set in the model."""
-    layers = [layer for layer in sampled_layers(trainer.model) if isinstance(layer, LaplaceLinear)]
-    nlls = []
-    for precision in PRECISION_GRID:
+    layers = _laplace_layers(model)
+
+    def nll(precision: float) -> float:
         for layer in layers:
-            layer.prior_precision = float(precision)
-        nlls.append(trainer.predictive_nll(trainer.calibration_dataset))
-    best = float(PRECISION_GRID[int(np.argmin(nlls))])
+            layer.prior_precision = precision
+        total, count = 0.0, 0
+        for batch in held_out:
+            labels = batch["labels"].to(model.device)
+            log_probs = predict_classes(model, _inputs(model, batch), sampling).log_probs
+            total += F.nll_loss(log_probs, labels, reduction="sum").item()
+            count += len(labels)
+        return total / count
+
+    best = min((float(precision) for precision in PRECISION_GRID), key=nll)
     for layer in layers:
         layer.prior_precision = best
     return best
+
+
+def _laplace_layers(model: nn.Module) -> list[LaplaceLinear]:
+    return [layer for layer in sampled_layers(model) if isinstance(layer, LaplaceLinear)]
 
 
 # ----- predicting -------------------------------------------------------------------------------------------------
 
 
 def linearized_prediction(
-    model: Any, inputs: dict[str, Any], num_samples: int, seed: int = 0, antithetic: bool = False
+    model: nn.Module, inputs: dict[str, Any], sampling: Sampling
 ) -> ClassPrediction:
     """Classes under the network linearised in its weights at the mean: logits ~ N(f, J Sigma J^T), S draws of them.
 
@@ -318,19 +365,19 @@ def linearized_prediction(
     covariance = logit_covariance(model, inputs, mean.shape[-1])
     values, vectors = torch.linalg.eigh(covariance)
     root = vectors * values.clamp(min=0).sqrt().unsqueeze(1)
-    noise = [standard_normal("logits", seed, s, mean.shape[-1:], antithetic) for s in range(num_samples)]
-    draws = mean.unsqueeze(1) + torch.stack(noise).to(mean.device) @ root.transpose(1, 2)
+    noise = standard_normal("logits", sampling, mean.shape[-1:])
+    draws = mean.unsqueeze(1) + noise.to(mean.device) @ root.transpose(1, 2)
     samples = F.log_softmax(draws, dim=-1)
     return ClassPrediction(log_mean_exp(samples, dim=1), samples, F.log_softmax(mean, dim=-1))
 
 
-def logit_covariance(model: Any, inputs: dict[str, Any], num_classes: int) -> Tensor:
+def logit_covariance(model: nn.Module, inputs: dict[str, Any], num_classes: int) -> Tensor:
     """J Sigma J^T of each row, `(rows, classes, classes)`, float32.
 
     Each row gets a copy of the weights of its own, like a sample, so that one backward pass a class gives the
     gradients of all rows.
     """
-    layers = [layer for layer in sampled_layers(model) if isinstance(layer, LaplaceLinear)]
+    layers = _laplace_layers(model)
     rows = len(next(value for value in inputs.values() if isinstance(value, Tensor) and value.dim()))
     with torch.enable_grad(), posterior_mean(model):
         copies = [layer.weight.detach().expand(rows, -1, -1).clone().requires_grad_() for layer in layers]

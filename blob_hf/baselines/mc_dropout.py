@@ -4,7 +4,7 @@ A sample is one mask over the input features of each LoRA layer, held for every 
 feature j of x is dropping column j of A, so a sample is a network with the weights A diag(m) / (1 - p).
 """
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,15 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from blob_hf.baselines.base import Method
+from blob_hf.baselines.base import MethodState, register_method
+from blob_hf.reporting.run_summary import MethodCard
+from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.sampled import SampledLinear, layer_name, sample_generator
+from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import full_tensor, gathered
+
+DEFAULT_DROPOUT = 0.1
 
 
 class MaskedA(SampledLinear):
@@ -32,42 +37,53 @@ class MaskedA(SampledLinear):
         return (1 - uniform if antithetic and index % 2 else uniform) >= self.rate
 
     @torch.no_grad()
-    def draw(self, num_samples: int, seed: int, first: int = 0, antithetic: bool = False) -> Tensor:
-        indices = range(first, first + num_samples)
-        masks = torch.stack([self.mask(seed, index, antithetic) for index in indices]).to(self.weight.device)
+    def draw(self, sampling: Sampling) -> Tensor:
+        masks = torch.stack([self.mask(sampling.seed, index, sampling.antithetic) for index in sampling.indices])
         with gathered([self.weight]):
-            return full_tensor(self.weight) * masks.unsqueeze(1) / (1 - self.rate)
+            return full_tensor(self.weight) * masks.to(self.weight.device).unsqueeze(1) / (1 - self.rate)
 
 
-class MCDropout(Method):
-    """Plain LoRA trained with `lora_dropout`; its samples are dropout masks."""
+@register_method("mc_dropout")
+@dataclass(frozen=True)
+class MCDropoutState(MethodState):
+    """Nothing was fitted: the rate is `lora_dropout` of adapter_config.json."""
 
-    name = "mc_dropout"
-    title = "MC-dropout LoRA adapter"
-    about = (
-        "LoRA trained with dropout on its input, which stays on at prediction (MC dropout): one mask per layer and "
-        "sample. N=0 is the network without dropout; N=S averages the probabilities of S masks. The files are those "
-        "of a plain LoRA adapter; the rate is `lora_dropout` of adapter_config.json."
-    )
-    limits = "The uncertainty is that of dropout on LoRA's inputs, with a rate that was chosen and not learned."
-    citation = """@inproceedings{gal2016dropout,
+    card = MethodCard(
+        title="MC-dropout LoRA adapter",
+        about=(
+            "LoRA trained with dropout on its input, which stays on at prediction (MC dropout): one mask per layer and "
+            "sample. N=0 is the network without dropout; N=S averages the probabilities of S masks. The files are those "
+            "of a plain LoRA adapter; the rate is `lora_dropout` of adapter_config.json."
+        ),
+        limits="The uncertainty is that of dropout on LoRA's inputs, with a rate that was chosen and not learned.",
+        citation="""@inproceedings{gal2016dropout,
   title = {Dropout as a Bayesian Approximation: Representing Model Uncertainty in Deep Learning},
   author = {Gal, Yarin and Ghahramani, Zoubin},
   booktitle = {International Conference on Machine Learning}, year = {2016}
-}"""
-    tags = ("bayesian", "uncertainty", "mc-dropout")
-    flags = frozenset({"eval_samples", "eval_seed", "antithetic", "posterior_batch_size"})
-    sampled = True
-    default_dropout = 0.1
+}""",
+        tags=("bayesian", "uncertainty", "mc-dropout"),
+        sampled=True,
+    )
 
-    def attach(self, model: Any, facts: Mapping[str, Any], folder: Path | None = None) -> None:
-        rate = model.active_peft_config.lora_dropout
-        if not 0 < rate < 1:
-            bound = "< 1" if rate > 0 else "> 0"
-            raise BlobError(f"method mc_dropout needs an adapter with lora_dropout {bound}, got {rate:g}")
-        adapter = model.active_adapter
-        for path, module in model.named_modules():
-            if isinstance(module, LoraLayer) and adapter in module.lora_A:
-                linear: Any = module.lora_A[adapter]
-                module.lora_A[adapter] = MaskedA(linear, layer_name(path), rate)
-        model.method_facts = dict(facts) or {"method": self.name}
+    def attach(self, model: BlobModel, folder: Path) -> None:
+        attach_mc_dropout(model)
+
+
+def attach_mc_dropout(model: BlobModel) -> BlobModel:
+    """Make a plain LoRA model with dropout one whose samples are dropout masks, in place.
+
+    Raises:
+        BlobError: The adapter has no dropout.
+    """
+    config: Any = model.active_peft_config
+    rate = config.lora_dropout
+    if not 0 < rate < 1:
+        bound = "< 1" if rate > 0 else "> 0"
+        raise BlobError(f"method mc_dropout needs an adapter with lora_dropout {bound}, got {rate:g}")
+    adapter = model.active_adapter
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and adapter in module.lora_A:
+            linear: Any = module.lora_A[adapter]
+            module.lora_A[adapter] = MaskedA(linear, layer_name(path), rate)
+    model.set_companion(MCDropoutState())
+    return model

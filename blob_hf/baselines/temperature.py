@@ -4,9 +4,21 @@ For a predictive of several networks it is applied to the averaged probabilities
 Thiery, NeurIPS 2021).
 """
 
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
+
+from blob_hf.baselines.base import METHOD_FILE, read_facts
+from blob_hf.tuner.model import BlobModel
+from blob_hf.tuner.registry import Companion, register_companion
+from blob_hf.utils import files
+from blob_hf.utils.errors import BlobError
+
+TEMPERATURE_FILE = "temperature.json"
 
 _BOUNDS = (np.log(0.02), np.log(50.0))  # of log T
 
@@ -31,3 +43,30 @@ def fit_temperature(log_probs: np.ndarray, labels: np.ndarray) -> float:
         return float(-scale(log_probs, np.exp(log_temperature))[rows, labels].mean())
 
     return float(np.exp(minimize_scalar(nll, bounds=_BOUNDS, method="bounded", options={"xatol": 1e-5}).x))
+
+
+@register_companion
+@dataclass(frozen=True)
+class Temperatures(Companion):
+    """Temperatures of an adapter, of whatever method: of the samples' predictive, and of the mean's."""
+
+    predictive: float
+    mean: float
+
+    slot = "temperature"
+    name = "temperature"
+    files = (TEMPERATURE_FILE,)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Temperatures | None":
+        file = folder / TEMPERATURE_FILE
+        try:
+            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+            if found is None:  # adapters of the first version had them in method.json
+                file, found = folder / METHOD_FILE, read_facts(folder).get("temperatures")
+            return None if found is None else cls(float(found["predictive"]), float(found["mean"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise BlobError(f"{file} is damaged: it has no temperatures; get it again") from error
+
+    def save(self, model: BlobModel, folder: Path) -> None:
+        files.write_text(folder / TEMPERATURE_FILE, json.dumps(asdict(self), indent=2) + "\n")

@@ -9,10 +9,8 @@ left, sigma_q: the largest one under which the loss on some anchor examples hard
 """
 
 import logging
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,10 +18,11 @@ from datasets import Dataset
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.utils.data import Subset
-from transformers.trainer_utils import TrainOutput
 
-from blob_hf.baselines.base import TRAINING_FLAGS, Method
+from blob_hf.baselines.base import MethodState, register_method
+from blob_hf.reporting.run_summary import MethodCard
 from blob_hf.tuner.config import BlobConfig
+from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import attach_posterior, gaussian_layers
 from blob_hf.tuner.sampled import layer_name
 from blob_hf.utils.errors import BlobError
@@ -102,62 +101,73 @@ def largest_sigma(change: Callable[[float], float], tolerance: float, bound: flo
     return Search(low, low_change, tuple(tried), at_bound=False)
 
 
-class TFB(Method):
-    """A BLoB adapter around a trained LoRA, without gradients."""
+@dataclass(frozen=True)
+class TFBConfig:
+    """Settings of the search.
 
-    name = "tfb"
-    title = "TFB adapter"
-    about = (
-        "A trained LoRA adapter made Bayesian without further training (TFB): isotropic Gaussian noise in the "
-        "coordinates of B's singular vectors, as wide as a bound on the loss of some anchor examples allows. "
-        "`adapter_model.safetensors` is the mean, the same network as the trained adapter; "
-        "`posterior_std.safetensors` holds the stds. N=0 is the mean; N=S averages the probabilities of S samples."
-    )
-    limits = "The width of the posterior is one number, found on the anchors; elsewhere it can be too wide or narrow."
-    citation = """@inproceedings{shi2025tfb,
+    Args:
+        tolerance: Relative increase of the loss that is allowed, >= 0.
+        bound: Largest sigma_q to try, > 0.
+        num_samples: Networks that the loss is averaged over, the same at every sigma; few make sigma_q that of lucky
+            draws.
+        steps: Bisections.
+
+    Raises:
+        BlobError: A field is outside its range.
+    """
+
+    tolerance: float = 0.01
+    bound: float = 0.5
+    num_samples: int = 10
+    steps: int = SEARCH_STEPS
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_samples", 1), ("tolerance", 0)):
+            if getattr(self, name) < least:
+                raise BlobError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        if not self.bound > 0:
+            raise BlobError(f"bound must be > 0, got {self.bound}")
+
+
+@register_method("tfb")
+@dataclass(frozen=True)
+class TFBState(MethodState):
+    """sigma_q, and how it was found.
+
+    Attributes:
+        relative_change: Of the loss at sigma_q.
+        samples: Networks in the loss.
+        anchor_nll: The loss under the trained adapter, nats.
+        tried: (sigma_q, relative change) of every evaluation.
+        anchors: Examples that the loss was measured on, 0 if it is not known.
+    """
+
+    sigma_q: float = 0.0
+    relative_change: float = 0.0
+    tolerance: float = 0.0
+    bound: float = 0.0
+    samples: int = 0
+    anchor_nll: float = 0.0
+    tried: list[list[float]] = field(default_factory=list)
+    anchors: int = 0
+
+    card = MethodCard(
+        title="TFB adapter",
+        about=(
+            "A trained LoRA adapter made Bayesian without further training (TFB): isotropic Gaussian noise in the "
+            "coordinates of B's singular vectors, as wide as a bound on the loss of some anchor examples allows. "
+            "`adapter_model.safetensors` is the mean, the same network as the trained adapter; "
+            "`posterior_std.safetensors` holds the stds. N=0 is the mean; N=S averages the probabilities of S samples."
+        ),
+        limits="The width of the posterior is one number, found on the anchors; elsewhere it can be too wide or narrow.",
+        citation="""@inproceedings{shi2025tfb,
   title = {Training-Free Bayesianization for Low-Rank Adapters of Large Language Models},
   author = {Shi, Haizhou and Wang, Yibin and Han, Ligong and Zhang, Huan and Wang, Hao},
   booktitle = {Advances in Neural Information Processing Systems}, year = {2025}
-}"""
-    tags = ("bayesian", "uncertainty", "tfb")
-    flags = frozenset(
-        {
-            "num_anchors", "tfb_tolerance", "tfb_bound", "tfb_samples",
-            "eval_samples", "eval_seed", "antithetic", "posterior_batch_size",
-        }
-    )  # fmt: skip
-    sampled = True
-    post_hoc = True
-
-    def unread(self, args: Any) -> frozenset[str]:
-        return TRAINING_FLAGS
-
-    def check(self, args: Any) -> None:
-        for name, least in (("num_anchors", 1), ("tfb_samples", 1), ("tfb_tolerance", 0)):
-            if getattr(args, name) < least:
-                raise BlobError(f"{name} must be >= {least}, got {getattr(args, name)}")
-        if not args.tfb_bound > 0:
-            raise BlobError(f"tfb_bound must be > 0, got {args.tfb_bound}")
-
-    def attach(self, model: Any, facts: Mapping[str, Any], folder: Path | None = None) -> None:
-        model.method_facts = dict(facts)  # the posterior itself is that of a BLoB adapter
-
-    def train(self, trainer: Any, fit: Callable[[Any], TrainOutput], resume: Any) -> TrainOutput:
-        args = trainer.args
-        anchors = anchor_rows(trainer.train_dataset, args.num_anchors)
-        start = time.perf_counter()
-
-        facts = bayesianize_by_search(
-            trainer.model,
-            lambda num_samples: trainer.mean_nll(anchors, num_samples),
-            args.tfb_tolerance,
-            args.tfb_bound,
-            args.tfb_samples,
-        )
-        facts["anchors"] = len(anchors)
-        trainer.model.method_facts = {"method": self.name, **facts}
-        passes = 1 + len(facts["tried"]) * args.tfb_samples
-        return TrainOutput(0, 0.0, {"fit_runtime": time.perf_counter() - start, "fit_forwards": passes * len(anchors)})
+}""",
+        tags=("bayesian", "uncertainty", "tfb"),
+        sampled=True,
+    )
 
 
 def anchor_rows(rows: Any, count: int) -> Any:
@@ -172,14 +182,9 @@ def anchor_rows(rows: Any, count: int) -> Any:
     return rows.select(chosen) if isinstance(rows, Dataset) else Subset(rows, chosen)
 
 
-def bayesianize_by_search(
-    model: Any,
-    loss: Callable[[int], float],
-    tolerance: float,
-    bound: float,
-    num_samples: int,
-    steps: int = SEARCH_STEPS,
-) -> dict[str, Any]:
+def fit_tfb(
+    model: BlobModel, loss: Callable[[int], float], config: TFBConfig | None = None, num_anchors: int = 0
+) -> TFBState:
     """Give a trained LoRA the widest posterior that hardly changes a loss, in place.
 
     The criterion: with the mean NLL L_0 of the anchors under the trained adapter, and L_sigma the mean over samples of
@@ -195,17 +200,18 @@ def bayesianize_by_search(
     Args:
         model: A `BlobModel` with a plain LoRA adapter; B and A are rotated (the product stays).
         loss: Mean NLL of the anchors under a number of sampled networks; 0: under the mean.
-        tolerance, bound, steps: See `largest_sigma`.
-        num_samples: Networks that L_sigma is averaged over, the same at every sigma.
+        config: The search.
+        num_anchors: How many there are, for the record.
 
     Returns:
-        sigma_q and how it was found, for method.json.
+        sigma_q and how it was found; the model has it as its companion.
 
     Raises:
         BlobError: The adapter has a posterior already.
     """
     if gaussian_layers(model):
         raise BlobError("method tfb needs a plain LoRA adapter, but this one has a posterior already")
+    config = config or TFBConfig()
     baseline = loss(0)
     unit = _rotate_all(model)
     layers = gaussian_layers(model)
@@ -216,26 +222,31 @@ def bayesianize_by_search(
 
     def change(sigma: float) -> float:
         set_sigma(sigma)
-        return (loss(num_samples) - baseline) / baseline
+        return (loss(config.num_samples) - baseline) / baseline
 
-    found = largest_sigma(change, tolerance, bound, steps)
+    found = largest_sigma(change, config.tolerance, config.bound, config.steps)
     set_sigma(found.sigma)
     if found.sigma == 0:
         logger.warning(
-            "even sigma_q = %g raises the loss by more than %g: the posterior is a point", bound / 2**steps, tolerance
+            "even sigma_q = %g raises the loss by more than %g: the posterior is a point",
+            config.bound / 2**config.steps,
+            config.tolerance,
         )
     elif found.at_bound:
-        logger.warning("sigma_q is at its bound %g: the loss allows more; set tfb_bound higher", bound)
-    return {
-        "sigma_q": found.sigma, "relative_change": found.change, "tolerance": tolerance, "bound": bound,
-        "samples": num_samples, "anchor_nll": baseline, "tried": [list(pair) for pair in found.tried],
-    }  # fmt: skip
+        logger.warning("sigma_q is at its bound %g: the loss allows more; set a larger bound", config.bound)
+    state = TFBState(
+        sigma_q=found.sigma, relative_change=found.change, tolerance=config.tolerance, bound=config.bound,
+        samples=config.num_samples, anchor_nll=baseline, tried=[list(pair) for pair in found.tried],
+        anchors=num_anchors,
+    )  # fmt: skip
+    model.set_companion(state)
+    return state
 
 
 @torch.no_grad()
-def _rotate_all(model: Any) -> dict[str, Tensor]:
+def _rotate_all(model: BlobModel) -> dict[str, Tensor]:
     """Rotate every LoRA layer of the active adapter and attach a posterior; the unit stds by layer name."""
-    adapter = model.active_adapter
+    adapter = str(model.active_adapter)
     unit = {}
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_A:
@@ -245,7 +256,8 @@ def _rotate_all(model: Any) -> dict[str, Tensor]:
             a.copy_(rotated.a)
             b.copy_(rotated.b)
             unit[layer_name(path)] = rotated.unit_std
-    config = BlobConfig.from_lora(model.peft_config[adapter])
+    lora: Any = model.peft_config[adapter]
+    config = BlobConfig.from_lora(lora)
     attach_posterior(model, config, adapter)
     model.peft_config[adapter] = config
     return unit

@@ -1,1 +1,20 @@
-"""What one does with a posterior: predict, generate, measure uncertainty, export samples."""
+"""Floor 2, what one does with a posterior: predict, generate, measure uncertainty, export samples."""
+
+from blob_hf.inference.export import export_samples
+from blob_hf.inference.generate import generate_mean, generate_posterior, generate_predictive, generate_samples
+from blob_hf.inference.predict import ClassPrediction, TokenScores, predict_classes, score_targets
+from blob_hf.inference.uncertainty import PredictiveText, TokenUncertainty
+
+__all__ = [
+    "ClassPrediction",
+    "PredictiveText",
+    "TokenScores",
+    "TokenUncertainty",
+    "export_samples",
+    "generate_mean",
+    "generate_posterior",
+    "generate_predictive",
+    "generate_samples",
+    "predict_classes",
+    "score_targets",
+]

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
-from blob_hf.inference.predict import IGNORED_LABEL, log_mean_exp, repeat_rows
+from blob_hf.inference.predict import IGNORED_LABEL, repeat_rows
+from blob_hf.inference.uncertainty import PredictiveProcessor, PredictiveText
+from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import posterior_mean, posterior_samples
+from blob_hf.tuner.registry import VERBS
+from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
-
-# Of a whole text: its negative length-normalised log predictive, and the means of its tokens' uncertainties.
-SEQUENCE_SCORES = ("token_nll", "token_entropy", "token_aleatoric", "mutual_information")
 
 # What generate() offers that needs a single network, or would hand out tensors in block order.
 _ONE_NETWORK = {
@@ -43,35 +44,20 @@ def generate_mean(model: Any, inputs: dict[str, Any], **gen_kwargs: Any) -> Tens
 
 
 def generate_samples(
-    model: Any,
-    inputs: dict[str, Any],
-    num_samples: int,
-    seed: int = 0,
-    samples_per_batch: int | None = None,
-    antithetic: bool = False,
-    **gen_kwargs: Any,
+    model: BlobModel, inputs: dict[str, Any], sampling: Sampling | int, **gen_kwargs: Any
 ) -> Tensor:
     """Generate once per posterior sample: `(batch, num_samples, length)` token ids, padded on the right."""
-    tokens = generate_posterior(model, num_samples, seed, samples_per_batch, antithetic, **inputs, **gen_kwargs)
-    return tokens.view(-1, num_samples, tokens.shape[-1])
+    tokens = generate_posterior(model, sampling, **inputs, **gen_kwargs)
+    return tokens.view(-1, Sampling.of(sampling).num_samples, tokens.shape[-1])
 
 
 @torch.no_grad()
-def generate_posterior(
-    model: Any,
-    num_samples: int,
-    seed: int = 0,
-    samples_per_batch: int | None = None,
-    antithetic: bool = False,
-    **kwargs: Any,
-) -> Any:
-    """What `model.generate(..., num_posterior_samples=S)` does: a text from each of S sampled networks.
+def generate_posterior(model: BlobModel, sampling: Sampling | int, **kwargs: Any) -> Any:
+    """What `model.generate(..., sampling=Sampling(S))` does: a text from each of S sampled networks.
 
     Args:
         model: With a posterior; encoder-decoder or decoder-only.
-        num_samples: S >= 1.
-        seed, antithetic: Name the samples (see `posterior_samples`).
-        samples_per_batch: Samples decoded together, to bound memory; default all.
+        sampling: S >= 1 samples; `batch_size` of them are decoded together, default all.
         kwargs: Inputs and settings of `generate`: greedy, beam search or token sampling, with its outputs
             `sequences`, `sequences_scores`, `scores`, `logits` and `beam_indices` when asked for.
 
@@ -81,18 +67,18 @@ def generate_posterior(
     Raises:
         BlobError: S < 1, no posterior, or a way of decoding that needs a single network.
     """
-    if num_samples < 1:
-        raise BlobError(f"num_posterior_samples must be >= 1, got {num_samples}; for none leave it out")
+    wanted = Sampling.of(sampling).required()
     _refuse_one_network(model, kwargs)
     batch = _batch_size(kwargs)
-    step = samples_per_batch or num_samples
     parts = []
-    for first in range(0, num_samples, step):
-        count = min(step, num_samples - first)
-        with posterior_samples(model, count, seed, first, antithetic):
-            output = model.generate(**_repeated(kwargs, batch, count))
-        parts.append(_Part(output, first, count))
-    return _merge(parts, batch, num_samples, _pad_token(model, kwargs))
+    for part in wanted.batches():
+        with posterior_samples(model, part):
+            output = model.generate(**_repeated(kwargs, batch, part.num_samples))
+        parts.append(_Part(output, part.first - wanted.first, part.num_samples))
+    return _merge(parts, batch, wanted.num_samples, _pad_token(model, kwargs))
+
+
+VERBS.generate = generate_posterior
 
 
 def _refuse_one_network(model: Any, kwargs: dict[str, Any]) -> None:
@@ -192,96 +178,9 @@ def pad_to(tokens: Tensor, length: int, pad_token_id: int) -> Tensor:
 # ----- the posterior predictive ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TokenUncertainty:
-    """How sure the predictive is of each token of given texts, nats, 0 where the label is -100; all `(batch, length)`.
-
-    Attributes:
-        log_probs: log mean_s p(y_t | y_<t, x, A_s) of the token itself.
-        total: Entropy of the predictive over the next token, H[mean_s p].
-        aleatoric: mean_s H[p(. | A_s)]: what every network is unsure of.
-        epistemic: total - aleatoric >= 0: the mutual information of token and weights.
-    """
-
-    log_probs: Tensor
-    total: Tensor
-    aleatoric: Tensor
-    epistemic: Tensor
-
-
-class PredictiveProcessor(LogitsProcessor):
-    """Gives every block the predictive log mean_s p(y_t | y_<t, x, A_s), so that all blocks choose the same token.
-
-    It also keeps what `uncertainty` needs of each step: entropies, and the log-probabilities of the tokens that may be
-    chosen.
-
-    Args:
-        num_samples: Blocks S of the batch.
-        normalized: Whether the scores that arrive are log-probabilities (beam search) or logits (greedy).
-        candidates: How many of a row's likeliest tokens decoding may choose from.
-    """
-
-    def __init__(self, num_samples: int, normalized: bool, candidates: int = 1) -> None:
-        self.num_samples, self.normalized, self.candidates = num_samples, normalized, candidates
-        self._steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        log_probs = scores if self.normalized else scores.log_softmax(-1)
-        blocks = log_probs.view(self.num_samples, -1, scores.shape[-1])
-        probs = blocks.exp()
-        mean = probs.mean(0)
-        # where a probability underflows, its logarithm is still known
-        predictive = torch.where(mean > 0, mean.log(), log_mean_exp(blocks, dim=0) if (mean == 0).any() else mean)
-        aleatoric = -torch.where(probs > 0, probs * blocks, 0.0).sum(-1).mean(0)
-        top, token = predictive.topk(min(self.candidates, scores.shape[-1]), dim=-1)
-        self._steps.append((torch.special.entr(mean).sum(-1), aleatoric, top, token))
-        return predictive.repeat(self.num_samples, 1)
-
-    def uncertainty(self, tokens: Tensor, rows: Tensor) -> TokenUncertainty:
-        """Of the tokens that were chosen.
-
-        Args:
-            tokens: `(batch, length)`, -100 behind the end.
-            rows: `(batch, length)`: the row of the first block that each token was chosen from.
-        """
-        kept = tokens != IGNORED_LABEL
-        steps = range(tokens.shape[1])
-        rows = rows.masked_fill(~kept, 0)
-        at = [self._steps[t] for t in steps]
-        total = torch.stack([at[t][0][rows[:, t]] for t in steps], dim=1)
-        aleatoric = torch.stack([at[t][1][rows[:, t]] for t in steps], dim=1)
-        chosen = [at[t][3][rows[:, t]] == tokens[:, t : t + 1] for t in steps]
-        own = torch.stack([torch.where(chosen[t], at[t][2][rows[:, t]], 0.0).sum(-1) for t in steps], dim=1)
-        epistemic = (total - aleatoric).clamp(min=0.0)  # below 0 by rounding alone (Jensen)
-        return TokenUncertainty(*(value.masked_fill(~kept, 0.0) for value in (own, total, aleatoric, epistemic)))
-
-
-@dataclass(frozen=True)
-class PredictiveText:
-    """A text per input decoded from the posterior predictive.
-
-    Attributes:
-        sequences: `(batch, length)` token ids as `generate` returns them.
-        tokens: `(batch, new tokens)`: the generated ones, -100 behind the end.
-        uncertainty: Of each generated token, nats.
-    """
-
-    sequences: Tensor
-    tokens: Tensor
-    uncertainty: TokenUncertainty
-
-    @property
-    def scores(self) -> Tensor:
-        """`SEQUENCE_SCORES` of each text, means over its tokens in nats, `(batch, 4)`: higher is less certain."""
-        count = (self.tokens != IGNORED_LABEL).sum(-1).clamp(min=1)
-        parts = self.uncertainty
-        values = (-parts.log_probs, parts.total, parts.aleatoric, parts.epistemic)
-        return torch.stack([value.sum(-1) / count for value in values], dim=-1)
-
-
 @torch.no_grad()
 def generate_predictive(
-    model: Any, inputs: dict[str, Any], num_samples: int, seed: int = 0, antithetic: bool = False, **gen_kwargs: Any
+    model: BlobModel, inputs: dict[str, Any], sampling: Sampling | int, **gen_kwargs: Any
 ) -> PredictiveText:
     """Decode one text per input from p(y_t | y_<t, x) = 1/S sum_s p(y_t | y_<t, x, A_s), greedily or with beams.
 
@@ -289,14 +188,13 @@ def generate_predictive(
     rule tokens out (`no_repeat_ngram_size`, `min_new_tokens`, ...), the uncertainty is that of what remains.
 
     Args:
-        num_samples: S >= 1; the S networks decode in one batch.
+        sampling: S >= 1 samples; the S networks decode in one batch.
         gen_kwargs: For `generate`.
 
     Raises:
         BlobError: Token sampling was asked for, or what `generate_posterior` refuses.
     """
-    if num_samples < 1:
-        raise BlobError(f"num_samples must be >= 1, got {num_samples}")
+    drawn = Sampling.of(sampling).required()
     _refuse_one_network(model, gen_kwargs)
     config = gen_kwargs.get("generation_config") or model.generation_config
     if gen_kwargs.get("do_sample", config.do_sample) or gen_kwargs.get("num_return_sequences", 1) != 1:
@@ -304,12 +202,12 @@ def generate_predictive(
     beams, ends = gen_kwargs.get("num_beams", config.num_beams) or 1, _end_tokens(model, gen_kwargs)
     # a row's continuations that beam search looks at (transformers' beams_to_keep)
     candidates = max(2, 1 + len(ends)) * beams if beams > 1 else 1
-    processor = PredictiveProcessor(num_samples, normalized=beams > 1, candidates=candidates)
+    processor = PredictiveProcessor(drawn.num_samples, normalized=beams > 1, candidates=candidates)
     own = gen_kwargs.pop("logits_processor", None) or []
     gen_kwargs |= {"logits_processor": LogitsProcessorList([*own, processor]), "return_dict_in_generate": True}
     batch = _batch_size(inputs)
-    with posterior_samples(model, num_samples, seed, antithetic=antithetic):
-        output = model.generate(**repeat_rows(inputs, num_samples), **gen_kwargs)
+    with posterior_samples(model, drawn):
+        output = model.generate(**repeat_rows(inputs, drawn.num_samples), **gen_kwargs)
     sequences = output.sequences[:batch]
     tokens = _until_end(sequences[:, _prompt_length(model, inputs) :], ends)
     rows = output.get("beam_indices")

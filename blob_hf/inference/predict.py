@@ -3,13 +3,15 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import posterior_mean, posterior_samples
+from blob_hf.tuner.sampling import Sampling
 
 IGNORED_LABEL = -100
 
@@ -56,20 +58,28 @@ def repeat_rows(inputs: dict[str, Any], times: int) -> dict[str, Any]:
     }
 
 
+@runtime_checkable
+class OwnPredictive(Protocol):
+    """A companion of an adapter whose classes are not predicted by averaging sampled networks."""
+
+    def predict_classes(self, model: nn.Module, inputs: dict[str, Any], sampling: Sampling) -> ClassPrediction | None:
+        """Its prediction; None for that of sampled networks after all."""
+
+
+def predict_classes(model: nn.Module, inputs: dict[str, Any], sampling: Sampling) -> ClassPrediction:
+    """Predict classes with the posterior mean and with posterior samples (num_samples 0: the mean alone)."""
+    own = _own_predictive(model) if sampling.num_samples else None
+    found = own.predict_classes(model, inputs, sampling) if own is not None else None
+    return sampled_prediction(model, inputs, sampling) if found is None else found
+
+
 @torch.no_grad()
-def predict_classes(
-    model: nn.Module,
-    inputs: dict[str, Any],
-    num_samples: int,
-    seed: int = 0,
-    samples_per_forward: int = 1,
-    antithetic: bool = False,
-) -> ClassPrediction:
-    """Predict classes with the posterior mean and with `num_samples` posterior samples (0: the mean alone)."""
+def sampled_prediction(model: nn.Module, inputs: dict[str, Any], sampling: Sampling) -> ClassPrediction:
+    """Eq. (5): the average of the probabilities of sampled networks."""
     mean = _mean_output(model, inputs)
     samples = [
         block
-        for output in _sample_outputs(model, inputs, num_samples, seed, samples_per_forward, antithetic)
+        for output in sample_outputs(model, inputs, sampling)
         for block in _log_softmax(output).split(len(mean.logits))
     ]
     mean_log_probs = _log_softmax(mean)
@@ -79,17 +89,18 @@ def predict_classes(
     return ClassPrediction(log_mean_exp(stacked, dim=1), stacked, mean_log_probs)
 
 
+def _own_predictive(model: Any) -> OwnPredictive | None:
+    while hasattr(model, "module"):  # DDP, DeepSpeed
+        model = model.module
+    companions = model.companions.get(model.active_adapter, {}) if isinstance(model, BlobModel) else {}
+    return next((one for one in companions.values() if isinstance(one, OwnPredictive)), None)
+
+
 @torch.no_grad()
 def score_targets(
-    model: nn.Module,
-    inputs: dict[str, Any],
-    labels: Tensor,
-    num_samples: int,
-    seed: int = 0,
-    samples_per_forward: int = 1,
-    antithetic: bool = False,
+    model: nn.Module, inputs: dict[str, Any], labels: Tensor, sampling: Sampling
 ) -> TokenScores:
-    """Score target tokens under the posterior mean and under the predictive of `num_samples` samples.
+    """Score target tokens under the posterior mean and under the predictive of posterior samples.
 
     Args:
         inputs: Model inputs whose logits line up with `labels`, `(batch, length)`.
@@ -99,7 +110,7 @@ def score_targets(
     total, predictive = None, mean
     sums: list[Tensor] = []
     prefixes: list[Tensor] = []
-    for output in _sample_outputs(model, inputs, num_samples, seed, samples_per_forward, antithetic):
+    for output in sample_outputs(model, inputs, sampling):
         for logits in output.logits.split(len(labels)):
             scores = token_log_probs(logits, labels)
             total = scores if total is None else torch.logaddexp(total, scores)
@@ -132,11 +143,8 @@ def _mean_output(model: nn.Module, inputs: dict[str, Any]) -> Any:
         return model(**inputs)
 
 
-def _sample_outputs(
-    model: nn.Module, inputs: dict[str, Any], num_samples: int, seed: int, samples_per_forward: int, antithetic: bool
-) -> Iterator[Any]:
-    """Outputs for all posterior samples, a few at a time, sample-major."""
-    for first in range(0, num_samples, samples_per_forward):
-        count = min(samples_per_forward, num_samples - first)
-        with posterior_samples(model, count, seed, first, antithetic):
-            yield model(**repeat_rows(inputs, count))
+def sample_outputs(model: nn.Module, inputs: dict[str, Any], sampling: Sampling) -> Iterator[Any]:
+    """Outputs for all posterior samples, `batch_size` (default 1) at a time, sample-major."""
+    for part in sampling.batches(default=1):
+        with posterior_samples(model, part):
+            yield model(**repeat_rows(inputs, part.num_samples))

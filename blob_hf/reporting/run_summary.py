@@ -31,6 +31,22 @@ class Results:
     in_index: bool = True
 
 
+@dataclass(frozen=True)
+class MethodCard:
+    """What a model card says of every adapter of a method.
+
+    Attributes:
+        sampled: Whether there are networks to draw.
+    """
+
+    title: str
+    about: str
+    limits: str
+    citation: str
+    tags: tuple[str, ...] = ()
+    sampled: bool = False
+
+
 @dataclass
 class RunSummary:
     """A run, or an adapter of which no run is known (then `data` is None).

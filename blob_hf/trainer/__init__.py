@@ -1,1 +1,6 @@
-"""Training with transformers' Trainer."""
+"""Floor 3, training with transformers' Trainer."""
+
+from blob_hf.trainer.trainer import BlobSeq2SeqTrainer, BlobTrainer
+from blob_hf.trainer.training_args import BlobSeq2SeqTrainingArguments, BlobTrainingArguments
+
+__all__ = ["BlobSeq2SeqTrainer", "BlobSeq2SeqTrainingArguments", "BlobTrainer", "BlobTrainingArguments"]

@@ -18,8 +18,9 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from blob_hf.trainer.engines import fsdp_limits, gathered_adapter
+from blob_hf.trainer.engines import gathered_adapter
 from blob_hf.tuner import adapter_files
+from blob_hf.tuner.registry import companion_files
 from blob_hf.utils import files, hub
 from blob_hf.utils.errors import BlobError
 
@@ -36,7 +37,7 @@ def seal(folder: Path) -> None:
     files.write_text(folder / SEAL, json.dumps(_checksums(folder), indent=1) + "\n")
 
 
-def damage(folder: Path) -> str | None:
+def find_corruption(folder: Path) -> str | None:
     """What is wrong with a checkpoint, None if it is complete: all files are there as they were written."""
     try:
         listed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
@@ -52,7 +53,7 @@ def newest_complete(run_folder: str | os.PathLike[str]) -> str | None:
     folder = Path(run_folder)
     steps = {path: int(match[1]) for path in folder.glob("*/") if (match := _NAME.fullmatch(path.name))}
     for path in sorted(steps, key=lambda path: steps[path], reverse=True):
-        reason = damage(path)
+        reason = find_corruption(path)
         if reason is None:
             return str(path)
         logger.warning("skipping the torn checkpoint %s: %s", path, reason)
@@ -101,8 +102,7 @@ class CheckpointMixin(_Base):
         self.resumed_from = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if self.resumed_from is not None:
             self.check_resumable(Path(self.resumed_from))
-        with fsdp_limits():
-            return super().train(self.resumed_from, *args, **kwargs)
+        return super().train(self.resumed_from, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """transformers' `save_model`; also under FSDP with sharded states the adapter is gathered and written whole."""
@@ -192,8 +192,8 @@ class CheckpointMixin(_Base):
         """When a push of a checkpoint begins: put its whole adapter beside the card (transformers knows no std)."""
         if self._pushed is not None:
             with files.staged(self.args.output_dir) as folder:
-                for name in adapter_files.NAMES:
-                    if (file := Path(self._pushed, name)).is_file():
+                for pattern in (*adapter_files.NAMES, *companion_files()):
+                    for file in Path(self._pushed).glob(pattern) if "/" not in pattern else ():
                         shutil.copy(file, folder)
 
 
@@ -213,6 +213,6 @@ def find_checkpoint(wanted: str | bool | None, run_folder: str) -> str | None:
     folder = Path(str(wanted))
     if not folder.is_dir():
         raise BlobError(f"the checkpoint to resume from, {wanted}, is not a folder")
-    if (folder / SEAL).is_file() and (reason := damage(folder)):
+    if (folder / SEAL).is_file() and (reason := find_corruption(folder)):
         raise BlobError(f"cannot resume from {wanted}: {reason}; choose another checkpoint, or true for the newest")
     return str(folder)

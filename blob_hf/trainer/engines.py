@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from blob_hf.tuner.base_model import head_parameters
 from blob_hf.tuner.posterior import gaussian_layers
@@ -25,7 +24,7 @@ OWN_OPTIMIZER = (
 )
 
 
-def engine_of(accelerator: Any) -> str:
+def engine_of(accelerator: Accelerator) -> str:
     """Name of the engine whose optimizer state a checkpoint has: `torch` (one process or DDP), `fsdp`, `zero-2 x 4`.
 
     ZeRO's states are shards of one number of processes; FSDP's are resharded on loading.
@@ -35,20 +34,23 @@ def engine_of(accelerator: Any) -> str:
     return "fsdp" if accelerator.distributed_type == DistributedType.FSDP else "torch"
 
 
-def require_whole_models(accelerator: Any, method: str) -> None:
-    """Refuse to fit a method, or to train several models, where an engine holds the one model.
+def require_whole_models(accelerator: Accelerator, what: str) -> None:
+    """Refuse to fit to, or to train, several whole models where an engine holds the one model.
+
+    Args:
+        what: That needs them, for the message.
 
     Raises:
         BlobError: This is DeepSpeed or FSDP.
     """
     if engine_of(accelerator) != "torch":
         raise BlobError(
-            f"method {method} works with whole models, not under DeepSpeed or FSDP: train its LoRA adapters there "
-            "(--method lora), then make it from them in one process or under DDP"
+            f"{what} works with whole models, not under DeepSpeed or FSDP: train plain LoRA adapters there, then make "
+            "it from them in one process or under DDP"
         )
 
 
-def require_deepspeed(config: Any) -> None:
+def require_deepspeed(config: dict[str, Any] | str | None) -> None:
     """Raise a BlobError when a DeepSpeed config is given, but cannot be used.
 
     Raises:
@@ -57,7 +59,7 @@ def require_deepspeed(config: Any) -> None:
     if not config:
         return
     if importlib.util.find_spec("deepspeed") is None:
-        raise BlobError("--deepspeed needs DeepSpeed: pip install 'blob_hf[deepspeed]'")
+        raise BlobError("deepspeed needs DeepSpeed: pip install 'blob_hf[deepspeed]'")
     if not isinstance(config, dict):
         try:
             config = json.loads(Path(config).read_text(encoding="utf-8"))
@@ -67,7 +69,7 @@ def require_deepspeed(config: Any) -> None:
         raise BlobError(OWN_OPTIMIZER)
 
 
-def join_deepspeed(args: Any) -> None:
+def join_deepspeed(args: TrainingArguments) -> None:
     """Tell DeepSpeed of the processes that training arguments have connected.
 
     On CPUs accelerate connects them by itself, and ZeRO-3 would load a model as if there were one process.
@@ -79,7 +81,7 @@ def join_deepspeed(args: Any) -> None:
             deepspeed.comm.init_distributed(torch.distributed.get_backend(), verbose=False)
 
 
-def check_deepspeed(args: Any) -> None:
+def check_deepspeed(args: TrainingArguments) -> None:
     """Refuse a DeepSpeed config whose values contradict the training arguments (both would claim the batch size)."""
     config = getattr(args, "hf_deepspeed_config", None)
     mismatches = [line.removeprefix("- ") for line in getattr(config, "mismatches", [])]
@@ -89,25 +91,36 @@ def check_deepspeed(args: Any) -> None:
         )
 
 
-# What FSDP2 cannot do, by a part of its own message
-_FSDP_LIMITS = {
-    "already managed by another FSDP group": "FSDP2 cannot shard the tied embeddings of this model (BART and T5 have "
-    "them): use --deepspeed ds_configs/zero3.json",
-    "model and optimizer must be passed together": "FSDP2 can evaluate only what it has trained in the same run: leave "
-    "out --compare_base, and evaluate a saved adapter in one process, under DDP or ZeRO-3",
-}
+def check_fsdp_training(accelerator: Accelerator, model: PeftModel) -> None:
+    """Refuse models that FSDP2 cannot shard.
+
+    Raises:
+        BlobError: Two of its layers share one weight (BART and T5 tie their head to the embeddings).
+    """
+    if getattr(accelerator, "is_fsdp2", False) and getattr(model.get_base_model().config, "tie_word_embeddings", False):
+        owners = [
+            id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)
+        ]
+        if len(set(owners)) < len(owners):
+            raise BlobError(
+                "FSDP2 cannot shard the tied embeddings of this model (BART and T5 have them): use DeepSpeed ZeRO-3"
+            )
 
 
-@contextmanager
-def fsdp_limits() -> Iterator[None]:
-    """Inside the block the limits of FSDP2 are errors that say what to do."""
-    try:
-        yield
-    except ValueError as error:
-        for part, advice in _FSDP_LIMITS.items():
-            if part in str(error):
-                raise BlobError(advice) from error
-        raise
+def check_fsdp_evaluation(accelerator: Accelerator, untrained: bool) -> None:
+    """Refuse to evaluate what FSDP2 has not trained: accelerate shards a model with its optimizer alone.
+
+    Args:
+        untrained: Whether the model has not been wrapped by a training.
+
+    Raises:
+        BlobError: So it is.
+    """
+    if getattr(accelerator, "is_fsdp2", False) and untrained:
+        raise BlobError(
+            "FSDP2 can evaluate only what it has trained in the same run: leave out an evaluation before training, and "
+            "evaluate a saved adapter in one process, under DDP or ZeRO-3"
+        )
 
 
 def gathered_adapter(model: PeftModel) -> dict[str, Tensor]:
@@ -120,7 +133,7 @@ def gathered_adapter(model: PeftModel) -> dict[str, Tensor]:
     }
 
 
-def decorrelate_noise(seed: int, accelerator: Any, model: nn.Module) -> None:
+def decorrelate_noise(seed: int, accelerator: Accelerator, model: nn.Module) -> None:
     """Give each process noise of its own: with equal seeds the k-th rows of all processes would share theirs.
 
     Noise that the batch is meant to share (`noise="shared"`) stays the same on all of them: N processes then train as
@@ -131,7 +144,7 @@ def decorrelate_noise(seed: int, accelerator: Any, model: nn.Module) -> None:
         torch.manual_seed(seed + accelerator.process_index)
 
 
-def leave(accelerator: Accelerator | None = None) -> None:
+def shutdown(accelerator: Accelerator | None = None) -> None:
     """End a run on all processes together: one that exits first would abort the others' connections.
 
     gloo's threads drop the tensors of a finished collective under Python's lock. A thread that still waits for the lock

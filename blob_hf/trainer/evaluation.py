@@ -1,156 +1,139 @@
-"""The trainers' evaluation: predictions with posterior samples and with the posterior mean, and exact losses."""
+"""What an evaluation measures: predictions with posterior samples and with the mean, and exact losses."""
 
-from collections.abc import Callable
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import Trainer
 
-from blob_hf.baselines import Method, find_method
-from blob_hf.inference.predict import IGNORED_LABEL, TokenScores, score_targets, token_log_probs
-from blob_hf.trainer.engines import fsdp_limits
+from blob_hf.inference.predict import (
+    IGNORED_LABEL,
+    TokenScores,
+    predict_classes,
+    score_targets,
+    token_log_probs,
+)
 from blob_hf.tuner.posterior import posterior_mean, posterior_samples
-
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
+from blob_hf.tuner.sampling import Sampling
 
 
-class EvaluationMixin(_Base):
-    """Adds Monte Carlo evaluation to a transformers trainer.
+@dataclass(frozen=True)
+class Evaluated:
+    """Predictions of one batch.
 
     Attributes:
-        sample_gap: Of the last evaluation: mean NLL of single samples over that of their predictive, less 1.
-        nll_by_samples: Of the last evaluation of a language model: NLL of the predictive of the first 1, 2, ...
-            samples, nats per token.
+        loss: NLL of the predictive, nats per example or token; None without labels.
+        predictions: Fields of `ClassPrediction` or of `TokenScores`: log-probabilities of the predictive first.
+        labels: Those that `predictions` line up with.
     """
 
-    args: Any
-    model: Any
-    sample_gap: float | None = None
+    loss: Tensor | None
+    predictions: tuple[Tensor, ...]
+    labels: Tensor | None
+
+
+def evaluate_classes(
+    model: nn.Module, inputs: dict[str, Any], labels: Tensor | None, sampling: Sampling
+) -> Evaluated:
+    """Predict the classes of a batch."""
+    found = predict_classes(model, inputs, sampling)
+    loss = None if labels is None else F.nll_loss(found.log_probs, labels)
+    return Evaluated(loss, (found.log_probs, found.sample_log_probs, found.mean_log_probs), labels)
+
+
+def evaluate_tokens(model: nn.Module, inputs: dict[str, Any], labels: Tensor, sampling: Sampling) -> Evaluated:
+    """Score the target tokens of a batch, -100 where there is none."""
+    scores = score_targets(model, inputs, labels, sampling)
+    loss = -scores.log_probs.sum() / (labels != IGNORED_LABEL).sum().clamp(min=1)
+    return Evaluated(loss, tuple(getattr(scores, field.name) for field in fields(TokenScores)), labels)
+
+
+@dataclass(frozen=True)
+class ExactLosses:
+    """Sums over all examples or tokens of an evaluation, divided by their number, in nats.
+
+    (transformers' own loss is the mean of batch means, in which a short last batch counts too much.)
+
+    Attributes:
+        nll: Of the predictive.
+        mean_nll: Of the posterior mean.
+        sample_nll: The mean of the samples' own.
+        nll_by_samples: Of a language model: of the predictive of the first 1, 2, ... samples.
+        nll_sample_std: Of a language model: std over the samples of their own.
+    """
+
+    nll: float
+    mean_nll: float
+    sample_nll: float
     nll_by_samples: np.ndarray | None = None
+    nll_sample_std: float | None = None
 
-    _aligned_labels: Callable[[dict[str, Any]], Tensor]  # of the trainer
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """By the names of a trainer's log; the loss is that of the predictive."""
+        found = {"loss": self.nll, "nll": self.nll, "mean_nll": self.mean_nll, "sample_nll": self.sample_nll}
+        if self.nll_sample_std is not None:
+            found["nll_sample_std"] = self.nll_sample_std
+        return {f"{prefix}_{name}": value for name, value in found.items()}
 
-    @property
-    def method(self) -> Method:
-        """The method of this training."""
-        return find_method(self.args.method)
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-        **kwargs: Any,
-    ) -> tuple[Any, Any, Tensor | None]:
-        """Predict with `eval_samples` posterior samples and with the posterior mean.
+def exact_losses(predictions: tuple[np.ndarray, ...], labels: np.ndarray) -> ExactLosses:
+    """Of all predictions of an evaluation (fields of `ClassPrediction` or `TokenScores`) and their labels."""
+    count = (labels != IGNORED_LABEL).sum()
+    if labels.ndim == 1:
+        rows = range(len(labels))
+        nll, mean_nll = (-scores[rows, labels].sum() / count for scores in (predictions[0], predictions[2]))
+        sample_nll = -predictions[1][rows, :, labels].mean(axis=1).sum() / count
+        return ExactLosses(float(nll), float(mean_nll), float(sample_nll))
+    kept = labels != IGNORED_LABEL
+    nll, mean_nll = (-scores[kept].sum() / count for scores in predictions[:2])
+    each = -predictions[2].sum(axis=0) / count
+    by_samples = -predictions[3].sum(axis=0) / count
+    return ExactLosses(float(nll), float(mean_nll), float(each.mean()), by_samples, float(each.std()))
 
-        Returns:
-            (loss, predictions, labels). The predictions of a classifier are the fields of `ClassPrediction`, those
-            of a language model the fields of `TokenScores`, as a tuple: log-probabilities of the predictive first.
-        """
-        inputs = self._prepare_inputs(dict(inputs))
-        labels = inputs.get("labels")
-        with self.compute_loss_context_manager():
-            if labels is None or labels.dim() == 1:
-                inputs.pop("labels", None)
-                classes = self.method.predict_classes(model, inputs, self.args)
-                predictions = (classes.log_probs, classes.sample_log_probs, classes.mean_log_probs)
-                loss = None if labels is None else F.nll_loss(classes.log_probs, labels)
-            else:
-                targets = self._aligned_labels(inputs)
-                scores = score_targets(
-                    model, inputs, targets, self.num_eval_samples, self.args.eval_seed,
-                    self.args.posterior_batch_size or 1, self.args.antithetic,
-                )  # fmt: skip
-                predictions = tuple(getattr(scores, field.name) for field in fields(TokenScores))
-                labels = targets
-                loss = -scores.log_probs.sum() / (targets != IGNORED_LABEL).sum().clamp(min=1)
-        return loss, None if prediction_loss_only else predictions, labels
 
-    @property
-    def num_eval_samples(self) -> int:
-        """Networks that an evaluation draws: `eval_samples`, or what the method has; 0 for a point estimate."""
-        return self.method.num_samples(self.model, self.args)
+Aligned = Callable[[dict[str, Any]], Tensor]  # takes the labels out of a batch, lined up with the logits
 
-    def plain_loader(self, rows: Any) -> DataLoader:
-        """Batches of all rows in their order, for every process the same ones."""
-        collate = self.data_collator
-        if isinstance(rows, Dataset):
-            rows = self._remove_unused_columns(rows, description="fitting")
+
+@torch.no_grad()
+def mean_nll(model: nn.Module, batches: Iterable[Mapping[str, Any]], aligned: Aligned, num_samples: int) -> float:
+    """NLL of single networks, nats per example or token: the mean over samples, or with 0 that of the mean.
+
+    (Not of the samples' predictive.)
+    """
+    total, count = 0.0, 0
+    for batch in batches:
+        inputs = dict(batch)
+        labels = aligned(inputs)
+        for s in range(max(num_samples, 1)):
+            with posterior_samples(model, Sampling(1, first=s)) if num_samples else posterior_mean(model):
+                logits = model(**inputs).logits
+            total -= token_log_probs(logits, labels).sum().item()
+            count += int((labels != IGNORED_LABEL).sum())
+    return total / count
+
+
+@torch.no_grad()
+def sample_gap(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], aligned: Aligned, sampling: Sampling
+) -> float | None:
+    """How far the samples' predictions are apart: mean NLL of single samples over that of their predictive, less 1.
+
+    None where there is nothing to compare.
+    """
+    own, predictive = 0.0, 0.0
+    for batch in batches:
+        inputs = dict(batch)
+        labels = aligned(inputs)
+        if labels.dim() == 1:
+            rows = torch.arange(len(labels), device=labels.device)
+            found = predict_classes(model, inputs, sampling)
+            predictive -= found.log_probs[rows, labels].sum().item()
+            own -= found.sample_log_probs[rows, :, labels].mean(dim=1).sum().item()
         else:
-            collate = self._get_collator_with_removed_columns(collate, description="fitting")
-        return DataLoader(rows, self.args.eval_batch_size, collate_fn=collate)
-
-    @torch.no_grad()
-    def mean_nll(self, rows: Any, num_samples: int) -> float:
-        """NLL of single networks, nats per example or token: the mean over samples, or with 0 that of the mean.
-
-        (Not of the samples' predictive.) Every process goes through all rows and finds the same.
-        """
-        self.model.eval()
-        total, count = 0.0, 0
-        for batch in self.plain_loader(rows):
-            inputs = self._prepare_inputs(dict(batch))
-            labels = self._aligned_labels(inputs)
-            for s in range(max(num_samples, 1)):
-                with posterior_samples(self.model, 1, 0, s) if num_samples else posterior_mean(self.model):
-                    logits = self.model(**inputs).logits
-                total -= token_log_probs(logits, labels).sum().item()
-                count += int((labels != IGNORED_LABEL).sum())
-        return total / count
-
-    def predictive_nll(self, rows: Any) -> float:
-        """NLL of a classifier's predictive, nats per example; every process goes through all rows."""
-        self.model.eval()
-        total, count = 0.0, 0
-        for batch in self.plain_loader(rows):
-            inputs = self._prepare_inputs(dict(batch))
-            labels = inputs.pop("labels")
-            total += F.nll_loss(
-                self.method.predict_classes(self.model, inputs, self.args).log_probs, labels, reduction="sum"
-            ).item()
-            count += len(labels)
-        return total / count
-
-    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """transformers' loop, with an exact loss: a sum over examples or tokens, divided by their number.
-
-        (The loop's own loss is the mean of batch means, in which a short last batch counts too much.) Adds `nll` of
-        the predictive, `mean_nll` of the posterior mean, and `sample_nll`, the mean of the samples' own, in nats.
-        """
-        metric_key_prefix = kwargs.get("metric_key_prefix", "eval")
-        kwargs["prediction_loss_only"] = False  # the predictions are small, and the exact loss needs them
-        self.gather_function = self.accelerator.gather_for_metrics  # Seq2SeqTrainer would keep the padding rows
-        with fsdp_limits():
-            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        predictions: Any = output.predictions
-        labels: Any = output.label_ids
-        if labels is None or predictions is None or output.metrics is None:
-            return output
-        count = (labels != IGNORED_LABEL).sum()
-        if labels.ndim == 1:
-            rows = range(len(labels))
-            nll, mean_nll = (-scores[rows, labels].sum() / count for scores in (predictions[0], predictions[2]))
-            sample_nll = -predictions[1][rows, :, labels].mean(axis=1).sum() / count
-        else:
-            kept = labels != IGNORED_LABEL
-            nll, mean_nll = (-scores[kept].sum() / count for scores in predictions[:2])
-            each = -predictions[2].sum(axis=0) / count
-            sample_nll = each.mean()
-            output.metrics[f"{metric_key_prefix}_nll_sample_std"] = float(each.std())
-            self.nll_by_samples = -predictions[3].sum(axis=0) / count
-        for name, value in (("loss", nll), ("nll", nll), ("mean_nll", mean_nll), ("sample_nll", sample_nll)):
-            output.metrics[f"{metric_key_prefix}_{name}"] = float(value)
-        if self.num_eval_samples > 1 and nll > 0 and (metric_key_prefix == "eval" or self.sample_gap is None):
-            self.sample_gap = float(sample_nll / nll - 1)
-        return output
+            scores = score_targets(model, inputs, labels, sampling)
+            predictive -= scores.log_probs.sum().item()
+            own -= scores.sample_log_probs.mean(dim=1).sum().item()
+    return own / predictive - 1 if predictive > 0 else None

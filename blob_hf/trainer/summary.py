@@ -1,22 +1,122 @@
-"""A `RunSummary` from a trainer."""
+"""What a trainer, or an adapter alone, tells model cards and reports: plain data for `blob_hf.reporting`."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from blob_hf.reporting.run_summary import DataSource, Results, RunSummary
-from blob_hf.reporting.tables import MEAN, results_table
+from peft import LoraConfig
+
+from blob_hf.reporting.model_card import write_model_card
+from blob_hf.reporting.run_summary import DataSource, MethodCard, Results, RunSummary
+from blob_hf.reporting.tables import results_table
 from blob_hf.trainer.training_args import DEFINING
 from blob_hf.tuner.base_model import peft_loading
-from blob_hf.tuner.config import adapter_settings
+from blob_hf.tuner.config import BlobConfig
+from blob_hf.tuner.model import BlobModel
+from blob_hf.tuner.posterior import sampling_of
+from blob_hf.tuner.registry import VERBS
+from blob_hf.tuner.sampling import Sampling
+from blob_hf.utils.names import MEAN
+
+if TYPE_CHECKING:
+    from blob_hf.trainer.trainer import BlobTrainer
+
+BLOB_CARD = MethodCard(
+    title="BLoB adapter",
+    about="LoRA whose A matrices are Gaussian posteriors (BLoB). `adapter_model.safetensors` is the posterior mean, an "
+    "ordinary LoRA adapter; `posterior_std.safetensors` holds the standard deviation of every entry of A. N=0 is "
+    "the posterior mean; N=S averages the probabilities of S posterior samples.",
+    limits="The uncertainty covers the LoRA A matrices only; the base model and B are points. Calibration was measured "
+    "on the data named here and can be worse elsewhere.",
+    citation="""@inproceedings{wang2024blob,
+  title = {BLoB: Bayesian Low-Rank Adaptation by Backpropagation for Large Language Models},
+  author = {Wang, Yibin and Shi, Haizhou and Han, Ligong and Metaxas, Dimitris and Wang, Hao},
+  booktitle = {Advances in Neural Information Processing Systems}, year = {2024}
+}""",
+    tags=("blob", "bayesian", "uncertainty"),
+    sampled=True,
+)
+LORA_CARD = MethodCard(
+    title="LoRA adapter",
+    about="Plain LoRA (maximum likelihood), trained with blob_hf for comparison with BLoB.",
+    limits="A point estimate: it does not know what it does not know.",
+    citation="""@inproceedings{hu2022lora,
+  title = {LoRA: Low-Rank Adaptation of Large Language Models},
+  author = {Hu, Edward J. and others}, booktitle = {International Conference on Learning Representations}, year = {2022}
+}""",
+)
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A companion that says what a model card says of its adapter."""
+
+    card: MethodCard
+
+
+def method_card(model: BlobModel) -> MethodCard:
+    """What a card says of an adapter of this method."""
+    made = model.companion("method")
+    if isinstance(made, Described):
+        return made.card
+    return BLOB_CARD if isinstance(model.active_peft_config, BlobConfig) else LORA_CARD
+
+
+def method_settings(model: BlobModel) -> dict[str, object]:
+    """The adapter's own settings, and those that its method found or chose."""
+    made, config = model.companion("method"), model.active_peft_config
+    own = adapter_settings(config, with_prior=made is None) if isinstance(config, LoraConfig) else {}
+    return {**own, **(made.settings() if made is not None else {})}
+
+
+def adapter_settings(config: LoraConfig, with_prior: bool = True) -> dict[str, object]:
+    """An adapter's own settings by the names that reports and model cards show.
+
+    Args:
+        with_prior: Whether a prior and a noise had a part in making it.
+    """
+    targets = config.target_modules or []
+    settings: dict[str, object] = {
+        "LoRA": f"r={config.r}, alpha={config.lora_alpha}, dropout={config.lora_dropout}",
+        "target modules": targets if isinstance(targets, str) else ", ".join(sorted(targets)),
+    }
+    if isinstance(config, BlobConfig) and with_prior:
+        settings |= {
+            "beta (prior std)": config.prior_std,
+            "initial eps": config.init_eps,
+            "std parameterization": config.std_parameterization,
+            "noise": config.noise,
+        }
+    return settings
+
+
+def write_card(model: BlobModel, folder: Path) -> None:
+    """README.md of an adapter of which no run is known."""
+    config = model.active_peft_config
+    auto_class, auto_arguments = peft_loading(model)
+    found = sampling_of(model, Sampling(RunSummary.num_samples)).num_samples
+    summary = RunSummary(
+        base_model=config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", ""),
+        data=None,
+        method=model.method,
+        card=method_card(model),
+        settings=method_settings(model),
+        num_samples=found or RunSummary.num_samples,
+        auto_class=auto_class,
+        auto_arguments=auto_arguments,
+    )
+    write_model_card(folder, summary)
+
+
+VERBS.write_card = write_card
 
 
 def summarize(
-    trainer: Any,
+    trainer: "BlobTrainer",
     data: DataSource | None = None,
     task: str | None = None,
     base_model: str | None = None,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, object] | None = None,
     license: str | None = None,
 ) -> RunSummary:
     """What a `BlobTrainer` knows of its run: model, arguments, KL diagnosis.
@@ -26,30 +126,31 @@ def summarize(
         base_model: Default: the one that the adapter names.
         settings: Hyperparameters beside the training arguments', shown after them.
     """
-    args, config = trainer.args, trainer.model.active_peft_config
-    diagnosis, verdict = trainer.kl_diagnosis, trainer.kl_verdict
-    auto_class, auto_arguments = peft_loading(trainer.model)
-    shown = {**_settings(trainer, config), **(settings or {})}
+    args, model = trainer.args, trainer.blob_model
+    diagnosis, verdict = (None, None) if trainer.kl is None else (trainer.kl.diagnosis, trainer.kl.verdict)
+    auto_class, auto_arguments = peft_loading(model)
+    shown = {"method": model.method, **method_settings(model), **_settings(trainer), **(settings or {})}
     if diagnosis is not None:
         shown["KL cycle M (steps)"] = diagnosis.cycle_steps
     return RunSummary(
-        base_model=base_model or config.base_model_name_or_path or "",
+        base_model=base_model or model.active_peft_config.base_model_name_or_path or "",
         data=data,
-        method=args.method,
+        method=model.method,
+        card=method_card(model),
         settings=shown,
         arguments={name: getattr(value := getattr(args, name), "value", value) for name in DEFINING},  # enums too
         kl_notes=([] if diagnosis is None else [str(diagnosis), *diagnosis.warnings])
         + ([] if verdict is None else [str(verdict)]),
         license=license,
-        repo=getattr(trainer, "hub_model_id", None) or str(Path(args.output_dir)),
+        repo=getattr(trainer, "hub_model_id", None) or str(Path(str(args.output_dir))),
         task=task,
-        num_samples=trainer.num_eval_samples or RunSummary.num_samples,
+        num_samples=trainer.eval_sampling.num_samples or RunSummary.num_samples,
         auto_class=auto_class,
         auto_arguments=auto_arguments,
     )
 
 
-def last_evaluation(trainer: Any) -> list[Results]:
+def last_evaluation(trainer: "BlobTrainer") -> list[Results]:
     """The metrics of the last evaluation in a trainer's log that exist with N=0 and with N=S."""
     logged = [entry for entry in trainer.state.log_history if "eval_nll" in entry]
     if not logged:
@@ -57,25 +158,20 @@ def last_evaluation(trainer: Any) -> list[Results]:
     metrics, prefix = logged[-1], f"eval_{MEAN}"
     names = [name.removeprefix(prefix) for name in metrics if name.startswith(prefix)]
     names = [name for name in names if f"eval_{name}" in metrics]
-    table = results_table(metrics, "eval", names, trainer.num_eval_samples)
+    table = results_table(metrics, "eval", names, trainer.eval_sampling.num_samples)
     return [Results(f"evaluation at step {metrics['step']}", "validation", table)]
 
 
-def _settings(trainer: Any, config: Any) -> dict[str, Any]:
-    args, method = trainer.args, trainer.method
-    settings = {
-        "method": args.method,
-        **adapter_settings(config, method.variational),
-        **method.settings(trainer.model),
-    }
-    if not method.post_hoc:  # else it was fitted, and how its adapter was trained is not known here
+def _settings(trainer: "BlobTrainer") -> dict[str, object]:
+    args, settings = trainer.args, {}
+    if trainer.state.global_step:  # else the adapter was fitted or put together, and its training is not known here
         settings |= {
             "learning rate": args.learning_rate,
             "steps": args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
             "global batch size": trainer.get_total_train_batch_size(args),
             "seed": args.seed,
         }
-    if method.variational:
+    if trainer.kl is not None and trainer.kl.diagnosis is not None:
         settings |= {
             "gamma": args.gamma,
             "KL schedule": args.kl_schedule,
@@ -83,6 +179,6 @@ def _settings(trainer: Any, config: Any) -> dict[str, Any]:
             "KL gradient": args.kl_gradient,
             "training samples": args.train_samples,
         }
-    if trainer.num_eval_samples:
-        settings["evaluation samples"] = trainer.num_eval_samples
+    if trainer.eval_sampling.num_samples:
+        settings["evaluation samples"] = trainer.eval_sampling.num_samples
     return settings

@@ -2,16 +2,21 @@
 
 import json
 import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import unwrap_peft_model
 
@@ -19,137 +24,137 @@ from blob_hf.inference.generate import generate_mean, generate_predictive, gener
 from blob_hf.inference.predict import IGNORED_LABEL
 from blob_hf.reporting.model_card import write_model_card
 from blob_hf.reporting.run_summary import DataSource
+from blob_hf.trainer import evaluation
 from blob_hf.trainer.callback import BlobCallback
 from blob_hf.trainer.checkpoints import CheckpointMixin, newest_complete
-from blob_hf.trainer.engines import OWN_OPTIMIZER, check_deepspeed, decorrelate_noise, engine_of, require_whole_models
-from blob_hf.trainer.evaluation import EvaluationMixin
-from blob_hf.trainer.kl.diagnosis import KLDiagnosis
-from blob_hf.trainer.kl.history import FILE_NAME, LOGGED, KLHistory
-from blob_hf.trainer.kl.schedule import KLSchedule
-from blob_hf.trainer.kl.step import DecoupledKLStep
-from blob_hf.trainer.kl.target import TargetSchedule
-from blob_hf.trainer.kl.verdict import KLFigures, Verdict, initial_stds, judge, measure
+from blob_hf.trainer.engines import (
+    OWN_OPTIMIZER,
+    check_deepspeed,
+    check_fsdp_evaluation,
+    check_fsdp_training,
+    decorrelate_noise,
+    engine_of,
+)
+from blob_hf.trainer.kl.history import LOGGED
+from blob_hf.trainer.kl.state import KLState
+from blob_hf.trainer.kl.verdict import Verdict
 from blob_hf.trainer.summary import last_evaluation, summarize
-from blob_hf.trainer.training_args import DEFINING
+from blob_hf.trainer.training_args import BlobSeq2SeqTrainingArguments, BlobTrainingArguments
 from blob_hf.tuner.model import BlobModel, as_blob_model
-from blob_hf.tuner.posterior import gaussian_layers, kl_divergence, mean_posterior_std, sampled_layers
+from blob_hf.tuner.posterior import gaussian_layers, sampling_of
+from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError, NonFiniteLossError
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
 
 logger = logging.getLogger(__name__)
 
 LOG_STATE = "log_state.json"
-INITIAL_STDS = "initial_stds.safetensors"
+GAP_ROWS = 64  # on which a finished training looks at how far its samples' predictions are apart
 
 
-class BlobTrainerMixin(EvaluationMixin, CheckpointMixin):
+class BlobTrainerMixin(_Base):
     """Adds to a transformers trainer: NLL + pi_t * KL, the decoupled KL step, and Monte Carlo evaluation.
 
-    Needs `BlobArguments` among its training arguments and, for `method="blob"`, a `BlobModel`.
+    Args:
+        model: A `BlobModel` with a posterior; with `point_estimate=True` plain LoRA, or any model.
+        args: `BlobTrainingArguments` (or the Seq2Seq ones).
+        model_init: Makes the model, instead of `model`; anew in every training.
+        point_estimate: Train a model without a posterior by its NLL alone, with all else equal.
+        kwargs: As of transformers' trainer.
 
     Attributes:
-        calibration_dataset: Rows held out of the training ones, for methods that choose something on them.
-        trained_parameters: Of all trainings so far.
+        kl: The KL of the last training; None without a posterior to train.
+        nll_by_samples: Of the last evaluation of a language model: NLL of the predictive of the first 1, 2, ...
+            samples, nats per token.
+
+    Raises:
+        BlobError: Model and arguments do not fit.
     """
 
-    args: Any
+    args: BlobTrainingArguments
     model: Any
-    calibration_dataset: Any = None
-    trained_parameters = 0
+    nll_by_samples: np.ndarray | None = None
     card_from_run = False  # whether a script writes the model card
     loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole accumulated batch
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._kl_step: DecoupledKLStep | None = None
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: BlobTrainingArguments | None = None,
+        *,
+        model_init: Callable[..., PreTrainedModel | nn.Module] | None = None,
+        point_estimate: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.point_estimate = point_estimate
+        adopted = None if model is None else _adopt(model)
+        super().__init__(model=adopted, args=args, model_init=model_init, **kwargs)
         self.model_accepts_loss_kwargs = True  # count the items of a batch, whether or not the model would use them
         # transformers goes by the loss type of the config, which models like GPT-2 do not have
         base = unwrap_peft_model(self.model)
         self._loss_shifts_labels = base.can_generate() and not base.config.is_encoder_decoder
-        self.kl_history = KLHistory()
-        self.kl_schedule: KLSchedule | TargetSchedule = KLSchedule("none")
-        self.kl_diagnosis: KLDiagnosis | None = None
-        self.kl_figures: KLFigures | None = None
-        self._initial_stds: dict[str, Tensor] = {}
-        self._kl_of_step: tuple[int, Tensor, Tensor, float] | None = None
-        self.add_callback(BlobCallback(self))
+        self.kl: KLState | None = KLState() if gaussian_layers(self.model) else None
+        self.add_callback(BlobCallback(self))  # type: ignore[arg-type]
         self._check_model()
 
-    def _adopt(self, model: nn.Module) -> nn.Module:
-        """Make a plain LoRA model one of this method, with our saving; any other model stays as it is."""
-        if isinstance(model, PeftModel) and (self.method.sampled or isinstance(model, BlobModel)):
-            model = as_blob_model(model)
-            if not self.method.variational and not sampled_layers(model):
-                self.method.attach(model, {})
-        return model
-
     def _check_model(self) -> None:
-        self._adopt(self.model)
-        has_posterior = bool(gaussian_layers(self.model))
         if self.args.n_gpu > 1:
             raise BlobError(
                 "several GPUs in one process (DataParallel) cannot hold posterior samples; use accelerate launch"
             )
-        saved = getattr(self.model, "method", None)  # of an adapter that is finished
-        if self.method.variational and not has_posterior:
+        if self.kl is None and not self.point_estimate:
             raise BlobError(
-                "method='blob' needs a model with a posterior (get_blob_model), or train with method='lora'"
+                "the trainer needs a model with a posterior (get_blob_model, bayesianize); to train a model without "
+                "one pass point_estimate=True"
             )
-        if not self.method.variational and sampled_layers(self.model) and saved != self.args.method:
-            raise BlobError(
-                f"method={self.args.method!r} needs plain LoRA, but this model has a posterior (method {saved!r})"
-            )
-        if self.method.variational and self.args.beta not in (None, self._posterior.blob_config.prior_std):
+        if self.kl is not None and self.point_estimate:
+            raise BlobError("point_estimate=True needs plain LoRA, but this model has a posterior")
+        if self.kl is not None and self.args.beta not in (None, self.blob_model.blob_config.prior_std):
             raise BlobError(
                 f"beta is the prior std: got {self.args.beta}, but the model was made with "
-                f"prior_std={self._posterior.blob_config.prior_std}; set one of them"
+                f"prior_std={self.blob_model.blob_config.prior_std}; set one of them"
             )
         check_deepspeed(self.args)
-        if self.method.variational and self.args.kl_gradient == "loss" and is_deepspeed_zero3_enabled():
+        if self.kl is not None and self.args.kl_gradient == "loss" and is_deepspeed_zero3_enabled():
             raise BlobError("kl_gradient='loss' cannot reach sharded parameters under ZeRO-3; use 'decoupled'")
 
     @property
-    def _posterior(self) -> BlobModel:
+    def blob_model(self) -> BlobModel:
+        """The model without the wrappers of an engine."""
         return self.accelerator.unwrap_model(self.model)
 
-    # ----- training ----------------------------------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, or fit, as the method does; see `CheckpointMixin.train` for resuming."""
-        if self.method.post_hoc or self.method.retrains:
-            require_whole_models(self.accelerator, self.method.name)
-        fit = super().train
-        return self.method.train(self, lambda resume: fit(resume, *args, **kwargs), resume_from_checkpoint)
-
-    def take_model(self, model: nn.Module) -> None:
+    def set_model(self, model: nn.Module) -> None:
         """Go on with another model, to evaluate and to save."""
         self.model = self.model_wrapped = model.to(self.args.device)
 
-    def call_model_init(self, trial: Any = None) -> nn.Module:
+    def call_model_init(self, trial: Any = None) -> Any:
         """transformers' `call_model_init`; sets a trial's arguments first: the prior std is part of the model."""
         if trial is not None:
             self._hp_search_setup(trial)
-        return self._adopt(super().call_model_init(trial))
+        return _adopt(super().call_model_init(trial))
 
-    def defining_settings(self) -> dict[str, Any]:
-        """The training arguments that make two runs different runs."""
-        return {name: getattr(self.args, name) for name in DEFINING}
+    # ----- training ----------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        given, self.args.weight_decay = self.args.weight_decay, self.method.weight_decay(self)
-        try:
-            optimizer = super().create_optimizer(model)
-        finally:
-            self.args.weight_decay = given
+        optimizer = super().create_optimizer(model)
         bare = getattr(optimizer, "optimizer", optimizer)  # of a second call to train()
-        if not self.method.variational or (self._kl_step is not None and self._kl_step.optimizer is bare):
+        if self.kl is None or (self.kl.step is not None and self.kl.step.optimizer is bare):
             return optimizer
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise BlobError(OWN_OPTIMIZER)  # a config that the launcher brought
-        config = self._posterior.blob_config
-        rate = self.args.kl_learning_rate if self.args.kl_gradient == "decoupled" else 0.0
-        self._kl_step = DecoupledKLStep(optimizer, self.model, config.prior_std, config.std_parameterization, rate)
+        check_fsdp_training(self.accelerator, self.blob_model)
+        self.kl.attach(optimizer, self.model, self.blob_model.blob_config, self._decoupled_rate or 0.0)
         return optimizer
+
+    @property
+    def _decoupled_rate(self) -> float | None:
+        """Rate of the decoupled KL step; None where the KL goes through the loss."""
+        return self.args.kl_learning_rate if self.args.kl_gradient == "decoupled" else None
 
     def compute_loss(
         self,
@@ -172,7 +177,7 @@ class BlobTrainerMixin(EvaluationMixin, CheckpointMixin):
         for _ in range(self.args.train_samples - 1):
             nll = nll + self._nll(model, inputs, num_items_in_batch)[0]
         nll = nll / self.args.train_samples
-        loss = nll + self._weighted_kl(nll) if self.method.variational else nll
+        loss = nll if self.kl is None else nll + self._weighted_kl(self.kl, nll)
         if not self._all_finite(loss):
             raise NonFiniteLossError(self._non_finite(loss))
         return (loss, outputs) if return_outputs else loss
@@ -209,25 +214,15 @@ class BlobTrainerMixin(EvaluationMixin, CheckpointMixin):
             return F.pad(labels, (0, 1), value=IGNORED_LABEL)[..., 1:].contiguous()
         encoder_decoder = getattr(self.model.config, "is_encoder_decoder", False)
         if encoder_decoder and labels.dim() > 1 and inputs.get("decoder_input_ids") is None:
-            base: Any = self._posterior.get_base_model()
+            base: Any = self.blob_model.get_base_model()
             inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
         return labels
 
-    def _weighted_kl(self, nll: Tensor) -> Tensor:
-        """This micro-batch's share of pi_t * KL; tells the KL step its weight and the history what happened."""
-        step = self.state.global_step + 1
-        through_loss = self.args.kl_gradient == "loss"
-        if through_loss or self._kl_of_step is None or self._kl_of_step[0] != step:
-            with torch.set_grad_enabled(through_loss):
-                kl = kl_divergence(self.model, self._posterior.blob_config.prior_std)
-            self._kl_of_step = (step, kl, mean_posterior_std(self.model), self.kl_schedule(step))
-        _, kl, std, weight = self._kl_of_step
-        lr_scale = 1.0
-        if self._kl_step is not None:
-            self._kl_step.weight = weight
-            lr_scale = self._kl_step.lr_scale
-        self.kl_history.add(step, nll, kl, weight, std, lr_scale)
-        return weight * kl / getattr(self, "current_gradient_accumulation_steps", 1)
+    def _weighted_kl(self, kl: KLState, nll: Tensor) -> Tensor:
+        """This micro-batch's share of pi_t * KL."""
+        prior_std, through_loss = self.blob_model.blob_config.prior_std, self._decoupled_rate is None
+        weighted = kl.share(self.model, prior_std, nll, self.state.global_step + 1, through_loss)
+        return weighted / getattr(self, "current_gradient_accumulation_steps", 1)
 
     def _all_finite(self, loss: Tensor) -> bool:
         """Whether the loss is finite on every process: all of them stop together, none waits for one that is gone."""
@@ -239,7 +234,7 @@ class BlobTrainerMixin(EvaluationMixin, CheckpointMixin):
     def _non_finite(self, loss: Tensor) -> str:
         if torch.isfinite(loss):
             loss = loss.new_tensor(float("nan"))  # another process has seen it
-        checkpoint = newest_complete(self.args.output_dir)
+        checkpoint = newest_complete(str(self.args.output_dir))
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved yet"
         return (
             f"the loss became {loss.item()} at step {self.state.global_step + 1}; "
@@ -248,18 +243,20 @@ class BlobTrainerMixin(EvaluationMixin, CheckpointMixin):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of `LOGGED` over the steps since the last log, evaluation or save."""
-        rows = self.kl_history.drain(self._mean_over_processes)
-        if rows and "loss" in logs:
-            logs.update({name: fmean(row[name] for row in rows) for name in LOGGED})
+        if self.kl is not None:
+            rows = self.kl.history.drain(self._mean_over_processes)
+            if rows and "loss" in logs:
+                logs.update({name: fmean(row[name] for row in rows) for name in LOGGED})
         super().log(logs, start_time)
 
+    # ----- what a checkpoint holds besides -----------------------------------------------------------------------
+
     def save_extra(self, folder: Path) -> None:
-        """Add to a checkpoint the KL history, the stds of the start and the loss that is not logged yet."""
-        self.save_history(folder)
+        """Add to a checkpoint the KL's state and the loss that is not logged yet."""
+        if self.kl is not None:
+            self.kl.save(folder, self._mean_over_processes, self.args.should_save, for_resuming=True)
         loss = self._mean_over_processes(self._tr_loss).item()
         if self.args.should_save:
-            if self._initial_stds:
-                save_file(self._initial_stds, folder / INITIAL_STDS)
             state: dict[str, Any] = {"loss_since_last_log": loss, "last_logged_step": self._globalstep_last_logged}
             state["engine"] = engine_of(self.accelerator)
             files.write_text(folder / LOG_STATE, json.dumps(state) + "\n")
@@ -273,23 +270,18 @@ class BlobTrainerMixin(EvaluationMixin, CheckpointMixin):
         if saved not in (None, engine):
             raise BlobError(
                 f"{folder} was saved under {saved}, but this run is {engine}: optimizer states are not exchangeable; "
-                f"resume under {saved}, or continue from its adapter with --adapter_name_or_path {folder}"
+                f"resume under {saved}, or continue from its adapter ({folder}) in a new run"
             )
 
-    def resume_extra(self) -> None:
+    def resume_own_state(self) -> None:
         """Take over what `save_extra` added to the checkpoint that is resumed from."""
-        self.kl_history = KLHistory()
-        self.kl_figures = self.sample_gap = None
-        self._initial_stds = initial_stds(self.model)
-        if self.resumed_from is None:
+        resumed_from = getattr(self, "resumed_from", None)
+        if resumed_from is None:
             decorrelate_noise(self.args.seed, self.accelerator, self.model)
             return
-        folder = Path(self.resumed_from)
-        if (folder / INITIAL_STDS).is_file():
-            self._initial_stds = load_file(folder / INITIAL_STDS)
-        self.kl_history.load(folder / FILE_NAME)
-        if isinstance(self.kl_schedule, TargetSchedule) and self.kl_history.rows:
-            self.kl_schedule.kl_start = self.kl_history.rows[0]["kl"]
+        folder = Path(resumed_from)
+        if self.kl is not None:
+            self.kl.resume(folder)
         if (folder / LOG_STATE).is_file():
             state = json.loads((folder / LOG_STATE).read_text(encoding="utf-8"))
             self._tr_loss += state["loss_since_last_log"]
@@ -298,28 +290,104 @@ class BlobTrainerMixin(EvaluationMixin, CheckpointMixin):
 
     def save_history(self, folder: Path) -> None:
         """Write kl_history.csv into a folder (called on every process)."""
-        self.kl_history.drain(self._mean_over_processes)
-        if self.method.variational and self.args.should_save:
-            self.kl_history.save(folder / FILE_NAME)
-
-    def measure_kl(self) -> None:
-        """Take the figures of the finished training, from which `kl_verdict` comes (called on every process)."""
-        self.kl_history.drain(self._mean_over_processes)
-        if self.method.variational and self.kl_history.rows:
-            config = self._posterior.blob_config
-            rate = self.args.kl_learning_rate if self.args.kl_gradient == "decoupled" else None
-            self.kl_figures = measure(
-                self.model, config.prior_std, config.std_parameterization, self.kl_schedule, self.kl_history.rows,
-                self._initial_stds, rate,
-            )  # fmt: skip
-
-    @property
-    def kl_verdict(self) -> Verdict | None:
-        """What the KL did in the last training, None before it and for plain LoRA."""
-        return None if self.kl_figures is None else judge(self.kl_figures, self.sample_gap)
+        if self.kl is not None:
+            self.kl.save(folder, self._mean_over_processes, self.args.should_save)
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="mean")
+
+    # ----- the verdict -------------------------------------------------------------------------------------------
+
+    def judge_kl(self) -> Verdict | None:
+        """Judge the finished training, once (called on every process); evaluations do not change it."""
+        if self.kl is None:
+            return None
+        self.kl.history.drain(self._mean_over_processes)
+        config = self.blob_model.blob_config
+        self.kl.conclude(self.model, config, self._decoupled_rate, self._sample_gap())
+        return self.kl.verdict
+
+    def _sample_gap(self) -> float | None:
+        """On the first rows of the evaluation set, or else of the training set."""
+        rows = self.eval_dataset if isinstance(self.eval_dataset, Dataset) else self.train_dataset
+        sampling = self.eval_sampling
+        if rows is None or sampling.num_samples < 2 or engine_of(self.accelerator) == "fsdp":
+            return None
+        batches = islice(self._batches(rows), max(1, GAP_ROWS // self.args.eval_batch_size))
+        with _eval_mode(self.model):
+            labelled = (batch for batch in batches if batch.get("labels") is not None)
+            return evaluation.sample_gap(self.model, labelled, self._aligned_labels, sampling)
+
+    @property
+    def kl_verdict(self) -> Verdict | None:
+        """What the KL did in the last training; None before it and without a posterior."""
+        return None if self.kl is None else self.kl.verdict
+
+    # ----- evaluation --------------------------------------------------------------------------------------------
+
+    @property
+    def eval_sampling(self) -> Sampling:
+        """The samples of an evaluation: those of the arguments, as far as the model has any."""
+        return sampling_of(self.model, self.args.sampling)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Any, Tensor | None]:
+        """Predict with posterior samples and with the posterior mean.
+
+        Returns:
+            (loss, predictions, labels). The predictions of a classifier are the fields of `ClassPrediction`, those
+            of a language model the fields of `TokenScores`, as a tuple: log-probabilities of the predictive first.
+        """
+        inputs = self._prepare_inputs(dict(inputs))
+        labels = inputs.get("labels")
+        with self.compute_loss_context_manager():
+            if labels is None or labels.dim() == 1:
+                inputs.pop("labels", None)
+                found = evaluation.evaluate_classes(model, inputs, labels, self.eval_sampling)
+            else:
+                aligned = self._aligned_labels(inputs)
+                found = evaluation.evaluate_tokens(model, inputs, aligned, self.eval_sampling)
+        return found.loss, None if prediction_loss_only else found.predictions, found.labels
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """transformers' loop with exact losses, see `evaluation.ExactLosses`."""
+        check_fsdp_evaluation(self.accelerator, self.model is self.model_wrapped)
+        kwargs["prediction_loss_only"] = False  # the predictions are small, and the exact loss needs them
+        self.gather_function = self.accelerator.gather_for_metrics  # Seq2SeqTrainer would keep the padding rows
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        predictions: Any = output.predictions
+        labels: Any = output.label_ids
+        if labels is not None and predictions is not None and output.metrics is not None:
+            losses = evaluation.exact_losses(predictions, labels)
+            output.metrics.update(losses.metrics(kwargs.get("metric_key_prefix", "eval")))
+            self.nll_by_samples = losses.nll_by_samples
+        return output
+
+    def mean_nll(self, rows: Any, num_samples: int) -> float:
+        """NLL of single networks on all rows, see `evaluation.mean_nll`; every process finds the same."""
+        self.model.eval()
+        return evaluation.mean_nll(self.model, self._batches(rows), self._aligned_labels, num_samples)
+
+    def plain_loader(self, rows: Any) -> DataLoader:
+        """Batches of all rows in their order, for every process the same ones."""
+        collate = self.data_collator
+        if isinstance(rows, Dataset):
+            rows = self._remove_unused_columns(rows, description="fitting")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="fitting")
+        # a generator of its own: the global random state stays as it is
+        return DataLoader(rows, self.args.eval_batch_size, collate_fn=collate, generator=torch.Generator())
+
+    def _batches(self, rows: Any) -> Iterable[Mapping[str, Any]]:
+        return (self._prepare_inputs(dict(batch)) for batch in self.plain_loader(rows))
+
+    # ----- the card ----------------------------------------------------------------------------------------------
 
     def create_model_card(  # type: ignore[override]
         self, license: str | None = None, dataset: str | None = None, tasks: str | None = None, **kwargs: Any
@@ -331,16 +399,42 @@ class BlobTrainerMixin(EvaluationMixin, CheckpointMixin):
                 tag on the Hub (for example "text-classification").
         """
         if self.is_world_process_zero() and not self.card_from_run:
-            summary = summarize(self, DataSource(dataset, dataset) if dataset else None, tasks, license=license)
-            summary.results = last_evaluation(self)
-            write_model_card(Path(self.args.output_dir), summary)
+            trainer: Any = self
+            summary = summarize(trainer, DataSource(dataset, dataset) if dataset else None, tasks, license=license)
+            summary.results = last_evaluation(trainer)
+            write_model_card(Path(str(self.args.output_dir)), summary)
 
 
-class BlobTrainer(BlobTrainerMixin, Trainer):
-    """`transformers.Trainer` for a `BlobModel`."""
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode inside the block, and afterwards as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
-class BlobSeq2SeqTrainer(BlobTrainerMixin, Seq2SeqTrainer):
+def _adopt(model: nn.Module) -> nn.Module:
+    """A PEFT model with our saving and loading; any other model stays as it is."""
+    return as_blob_model(model) if isinstance(model, PeftModel) and _is_lora(model) else model
+
+
+def _is_lora(model: PeftModel) -> bool:
+    return str(getattr(model.peft_type, "value", model.peft_type)) == "LORA"
+
+
+def num_trained(model: nn.Module) -> int:
+    """Trainable weights, also where ZeRO-3 has sharded them."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+
+
+class BlobTrainer(BlobTrainerMixin, CheckpointMixin, Trainer):
+    """`transformers.Trainer` for a `BlobModel`; see `BlobTrainerMixin` for its arguments."""
+
+
+class BlobSeq2SeqTrainer(BlobTrainerMixin, CheckpointMixin, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` for a `BlobModel`.
 
     Rows with labels are scored; rows without labels are generated from; with `predict_with_generate` rows with labels
@@ -349,7 +443,9 @@ class BlobSeq2SeqTrainer(BlobTrainerMixin, Seq2SeqTrainer):
     `decoding="predictive"` also `(batch, length)` of the posterior predictive and its `PredictiveText.scores`.
     """
 
-    def prediction_step(
+    args: BlobSeq2SeqTrainingArguments  # type: ignore[assignment]
+
+    def prediction_step(  # type: ignore[override]
         self,
         model: nn.Module,
         inputs: dict[str, Any],
@@ -381,20 +477,18 @@ class BlobSeq2SeqTrainer(BlobTrainerMixin, Seq2SeqTrainer):
         gen_kwargs = {**getattr(self, "_gen_kwargs", {}), **gen_kwargs}
         gen_kwargs = {name: value for name, value in gen_kwargs.items() if value is not None}
         gen_kwargs.setdefault("synced_gpus", is_deepspeed_zero3_enabled())
-        num_samples, seed, together = self.num_eval_samples, self.args.eval_seed, self.args.posterior_batch_size
-        antithetic = self.args.antithetic
-        model, pad = self._posterior, self.model.config.pad_token_id or 0
+        model, sampling, pad = self.blob_model, self.eval_sampling, self.model.config.pad_token_id or 0
         # every batch of every process must come back with the same length to be concatenated
         longest = gen_kwargs["max_new_tokens"] + 1 if "max_new_tokens" in gen_kwargs else gen_kwargs.get("max_length")
         longest = longest or self.model.generation_config.max_length or 20
         mean = generate_mean(model, inputs, **gen_kwargs)
         samples = mean.unsqueeze(1)
-        if num_samples and self.args.decoding != "mean":
-            samples = generate_samples(model, inputs, num_samples, seed, together, antithetic, **gen_kwargs)
+        if sampling.num_samples and self.args.decoding != "mean":
+            samples = generate_samples(model, inputs, sampling, **gen_kwargs)
         texts = [mean, samples]
         if self.args.decoding != "predictive":
             return tuple(_padded(text, longest, pad) for text in texts)
-        predictive = generate_predictive(model, inputs, num_samples, seed, antithetic, **gen_kwargs)
+        predictive = generate_predictive(model, inputs, sampling, **gen_kwargs)
         texts.append(predictive.sequences)
         return (*(_padded(text, longest, pad) for text in texts), predictive.scores)
 

@@ -1,13 +1,14 @@
 """Training arguments: transformers' own, plus the BLoB ones."""
 
+import copy
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from blob_hf.baselines import METHODS, find_method
-from blob_hf.baselines.laplace import PREDICTIVES, PRIORS, SUBSETS
 from blob_hf.trainer.engines import join_deepspeed, require_deepspeed
 from blob_hf.trainer.kl.schedule import KL_SCHEDULES
+from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 
 SCHEDULES = (*KL_SCHEDULES, "target")
@@ -16,7 +17,6 @@ DECODINGS = ("mean", "samples", "predictive", "mbr")
 
 # Training arguments that make two runs different runs (the others only change what is shown or where it goes).
 DEFINING = [
-    "method",
     "beta",
     "gamma",
     "kl_schedule",
@@ -26,16 +26,6 @@ DEFINING = [
     "kl_learning_rate",
     "kl_gradient",
     "train_samples",
-    "ensemble_size",
-    "ensemble_members",
-    "num_anchors",
-    "tfb_tolerance",
-    "tfb_bound",
-    "tfb_samples",
-    "laplace_subset",
-    "laplace_prior",
-    "temperature_scaling",
-    "calibration_samples",
     "base_dropout",
     "seed",
     "data_seed",
@@ -67,7 +57,7 @@ class BlobArguments:
 
         beta (`float`, *optional*): std sigma_p of the prior on A. It is *not* a factor in front of the KL.
         gamma (`float`): sets the period M of the KL re-weighting cycle, int(100 * n**(pi/gamma) / global batch).
-        kl_schedule (`str`): a key of `blob_hf.kl.KL_SCHEDULES`, or `target` (`blob_hf.kl_target`).
+        kl_schedule (`str`): a key of `kl.schedule.KL_SCHEDULES`, or `target` (`kl/target.py`).
         kl_cycle_steps (`int`, *optional*): M itself, instead of through gamma.
         kl_weight (`float`): the weight of the `constant` schedule.
         kl_target_nats_per_weight (`float`, *optional*): what the `target` schedule brings the KL down to.
@@ -82,21 +72,6 @@ class BlobArguments:
         eval_seed (`int`): names the posterior samples.
         antithetic (`bool`): draw them in pairs M + Omega eps, M - Omega eps.
         posterior_batch_size (`int`, *optional*): samples evaluated in one batch, to bound memory.
-
-        > Method
-
-        method (`str`): a key of `blob_hf.methods.METHODS`; all else stays equal.
-        temperature_scaling (`bool`): also report classifiers with a temperature fitted to held-out rows.
-        calibration_samples (`int`, *optional*): training rows held out for it (and for `laplace_prior` validation).
-        ensemble_size (`int`): members K of an ensemble, trained one after another.
-        ensemble_members (`list[str]`, *optional*): adapters that are trained already, instead.
-        num_anchors (`int`): training rows on which TFB measures the loss.
-        tfb_tolerance (`float`): relative increase of the anchors' NLL that TFB allows.
-        tfb_bound (`float`): largest sigma_q that TFB tries.
-        tfb_samples (`int`): posterior samples in TFB's loss; few make sigma_q that of lucky draws.
-        laplace_subset (`str`): LoRA weights with a Laplace posterior, `all` or those of the `last_layer`.
-        laplace_prior (`str`): prior precision by the marginal likelihood (`marglik`) or held-out rows (`validation`).
-        laplace_predictive (`str`): of the `linearized` network, or of `sampled` ones.
     """
 
     beta: float | None = field(
@@ -151,42 +126,10 @@ class BlobArguments:
     base_dropout: bool = field(
         default=False, metadata={"help": "Keep the backbone's own dropout in training (the paper has it off)."}
     )
-    method: str = field(
-        default="blob",
-        metadata={
-            "help": "blob, or one of its peers: lora (maximum likelihood), map, mc_dropout, ensemble; laplace and tfb "
-            "are fitted to a trained adapter (--adapter_name_or_path).",
-            "choices": list(METHODS),
-        },
-    )
-    temperature_scaling: bool = field(
-        default=False,
-        metadata={"help": "Also report a classifier with a temperature fitted to held-out training rows."},
-    )
-    calibration_samples: int | None = field(
-        default=None, metadata={"help": "Training rows to hold out for that. Default: a tenth, at most 500."}
-    )
-    ensemble_size: int = field(default=3, metadata={"help": "Members K of --method ensemble, trained in sequence."})
-    ensemble_members: list[str] | None = field(
-        default=None, metadata={"help": "Trained adapters (folders or Hub repos) to make the ensemble of instead."}
-    )
-    num_anchors: int = field(default=200, metadata={"help": "Training rows on which TFB measures the loss."})
-    tfb_tolerance: float = field(
-        default=0.01, metadata={"help": "Relative increase of the anchors' NLL that TFB allows."}
-    )
-    tfb_bound: float = field(default=0.5, metadata={"help": "Largest sigma_q that TFB tries."})
-    tfb_samples: int = field(default=10, metadata={"help": "Posterior samples in TFB's loss."})
-    laplace_subset: str = field(
-        default="all", metadata={"help": "LoRA weights with a Laplace posterior.", "choices": list(SUBSETS)}
-    )
-    laplace_prior: str = field(
-        default="marglik",
-        metadata={"help": "Prior precision by marginal likelihood or held-out rows.", "choices": list(PRIORS)},
-    )
-    laplace_predictive: str = field(
-        default="linearized",
-        metadata={"help": "Predict with the linearised network, or sampled ones.", "choices": list(PREDICTIVES)},
-    )
+    @property
+    def sampling(self) -> Sampling:
+        """The posterior samples of an evaluation."""
+        return Sampling(self.eval_samples, self.eval_seed, self.antithetic, self.posterior_batch_size)
 
     def _validate_blob(self) -> None:
         for name in ("beta", "gamma"):
@@ -197,28 +140,18 @@ class BlobArguments:
             value = getattr(self, name)
             if not value >= least:
                 raise BlobError(f"{name} must be >= {least}, got {value}")
-        for name in ("kl_cycle_steps", "posterior_batch_size", "calibration_samples"):
+        for name in ("kl_cycle_steps", "posterior_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BlobError(f"{name} must be >= 1, got {value}")
         for name, allowed in (
             ("kl_schedule", SCHEDULES),
             ("kl_gradient", KL_GRADIENTS),
-            ("method", tuple(METHODS)),
-            ("laplace_subset", SUBSETS),
-            ("laplace_prior", PRIORS),
-            ("laplace_predictive", PREDICTIVES),
         ):
             value = getattr(self, name)
             if value not in allowed:
                 raise BlobError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        find_method(self.method).check(self)
         self._validate_target()
-
-    @property
-    def holds_out(self) -> bool:
-        """Whether some of the training rows are kept for calibration."""
-        return self.temperature_scaling or (self.method == "laplace" and self.laplace_prior == "validation")
 
     def _validate_target(self) -> None:
         target = self.kl_target_nats_per_weight
@@ -272,16 +205,21 @@ class BlobSeq2SeqTrainingArguments(BlobArguments, Seq2SeqTrainingArguments):
         self._validate_blob()
         if self.decoding not in DECODINGS:
             raise BlobError(f"decoding must be one of {', '.join(DECODINGS)}, got {self.decoding!r}")
-        method = find_method(self.method)
-        if self.decoding in ("predictive", "mbr") and (not method.sampled or self.eval_samples == 0):
+        if self.decoding in ("predictive", "mbr") and self.eval_samples == 0:
             raise BlobError(
-                f"decoding={self.decoding!r} needs posterior samples, but method is {self.method!r} with eval_samples="
-                f"{self.eval_samples if method.sampled else 0}; use decoding='mean'"
+                f"decoding={self.decoding!r} needs posterior samples, but eval_samples is 0; use decoding='mean'"
             )
-        if not method.summarizes:
-            raise BlobError(f"method {self.method} predicts classes; for summaries take another method")
-        if self.temperature_scaling:
-            raise BlobError("temperature_scaling calibrates class probabilities; for summaries leave it out")
         require_deepspeed(self.deepspeed)
         super().__post_init__()
         join_deepspeed(self)
+
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
+
+def changed_arguments(args: Arguments, **changes: object) -> Arguments:
+    """A copy of training arguments with changes: the ones that were given stay as they were parsed."""
+    changed = copy.copy(args)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed

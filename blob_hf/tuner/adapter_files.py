@@ -4,11 +4,7 @@
     adapter_model.safetensors    the posterior mean: exactly a plain LoRA adapter
     posterior_std.safetensors    Omega of every lora_A, under the same names
 
-and, for methods whose adapters the files above do not tell apart or do not hold whole (`blob_hf.methods`):
-
-    method.json                  the method, and what was found in fitting it
-    laplace.safetensors          curvature factors of a Laplace approximation
-    member-2, member-3, ...      further members of an ensemble, each an adapter folder
+and what companions of the adapter add (`registry.Companion`).
 
 safetensors files carry no checksum, so the std file's metadata holds the format version and a digest of the tensors of
 both files: a damaged file is found, and so is a std beside the mean of another save.
@@ -24,32 +20,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from blob_hf.tuner.config import BlobConfig
+from blob_hf.tuner.registry import Companion, companion_files, load_companions
 from blob_hf.utils import hub
 from blob_hf.utils.errors import BlobError
 
 logger = logging.getLogger(__name__)
 
 STD_FILE = "posterior_std.safetensors"
-METHOD_FILE = "method.json"
-LAPLACE_FILE = "laplace.safetensors"
-NAMES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, STD_FILE, METHOD_FILE, LAPLACE_FILE)
+NAMES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, STD_FILE)
 FORMAT_VERSION = 1
 _METADATA = "blob_hf"  # one entry: safetensors writes several in random order, and equal adapters should be equal files
-_MEMBERS = [f"member-*/{name}" for name in NAMES]
-_KEPT_BASE = ["base_model/*.json", "base_model/*.safetensors", "base_model/*.txt", "base_model/*.model"]
+_KEPT_BASE = ("base_model/*.json", "base_model/*.safetensors", "base_model/*.txt", "base_model/*.model")
 
 
 @dataclass(frozen=True)
-class AdapterTensors:
-    """What the two weight files hold; `std` is None for a plain LoRA adapter."""
+class SavedAdapter:
+    """What an adapter's folder holds, read and checked.
 
+    Attributes:
+        folder: Where it is.
+        config: A `BlobConfig`, or the `LoraConfig` of an adapter without a posterior.
+        mean: adapter_model.safetensors.
+        std: posterior_std.safetensors; None for an adapter without a posterior.
+        companions: What was saved beside.
+    """
+
+    folder: Path
+    config: LoraConfig
     mean: dict[str, Tensor]
     std: dict[str, Tensor] | None
+    companions: list[Companion]
 
 
 # ----- writing ---------------------------------------------------------------------------------------------------
@@ -78,17 +85,18 @@ def write(folder: Path, mean: Mapping[str, Tensor], std: Mapping[str, Tensor]) -
         save_file(std, folder / STD_FILE, {_METADATA: json.dumps(facts)})
 
 
-def write_laplace(folder: Path, factors: Mapping[str, Tensor]) -> None:
-    """Write laplace.safetensors beside the mean that is in the folder already, with its digest."""
+def write_beside(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write a companion's tensors beside the mean that is in the folder already, with the mean's digest."""
     mean, _ = read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)
     facts = {"format": FORMAT_VERSION, "mean_sha256": _digest(mean)}
-    save_file(_on_cpu(factors), folder / LAPLACE_FILE, {_METADATA: json.dumps(facts)})
+    save_file(_on_cpu(tensors), folder / name, {_METADATA: json.dumps(facts)})
 
 
 def remove_stale(folder: Path, written: Sequence[str]) -> None:
     """Remove files that an adapter saved here before had, and the one just written has not."""
-    for name in set(NAMES) - set(written):
-        (folder / name).unlink(missing_ok=True)
+    for name in {*NAMES, *companion_files()} - set(written):
+        if "/" not in name:  # folders inside are adapters of their own
+            (folder / name).unlink(missing_ok=True)
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -126,7 +134,7 @@ def resolve(
     if os.path.isdir(path):
         folder = Path(path, inside)
     else:
-        wanted = [str(inside / name) for name in (*NAMES, *_MEMBERS, *_KEPT_BASE)]
+        wanted = [str(inside / name) for name in (*NAMES, *companion_files(), *_KEPT_BASE)]
         folder = hub.snapshot(path, wanted, revision, token, cache_dir) / inside
     shown = Path(path, inside)
     if not (folder / CONFIG_NAME).is_file():
@@ -139,33 +147,23 @@ def resolve(
     return folder
 
 
-def is_blob_adapter(folder: Path) -> bool:
-    """Whether adapter_config.json is that of a BLoB adapter.
-
-    Raises:
-        BlobError: The file is not JSON.
-    """
-    try:
-        return "prior_std" in json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BlobError(f"cannot read {folder / CONFIG_NAME}: it is not JSON ({error}); get it again") from error
-
-
 # ----- reading ---------------------------------------------------------------------------------------------------
 
 
-def read(folder: Path) -> AdapterTensors:
-    """Read and check both weight files; nothing else is touched.
+def read(folder: Path) -> SavedAdapter:
+    """Read and check all of an adapter's files, each once; nothing else is touched.
 
     Raises:
         BlobError: A file is missing, damaged, or written by a newer blob_hf; std and mean do not belong together;
             a mean or std is not finite, or a std negative.
     """
+    config = read_config(folder)
+    companions = load_companions(folder)
     mean, _ = read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)
     _require_finite(mean, folder / SAFETENSORS_WEIGHTS_NAME)
     file = folder / STD_FILE
-    if not is_blob_adapter(folder):
-        return AdapterTensors(mean, None)
+    if not isinstance(config, BlobConfig):
+        return SavedAdapter(folder, config, mean, None, companions)
     if not file.is_file():
         raise BlobError(f"{STD_FILE} is missing from the BLoB adapter {folder}; get the complete folder")
     std, metadata = read_tensors(file)
@@ -178,21 +176,34 @@ def read(folder: Path) -> AdapterTensors:
             f"{folder / SAFETENSORS_WEIGHTS_NAME} is damaged, or not the one that {STD_FILE} was saved with; "
             "download or save both again"
         )
-    return AdapterTensors(mean, std)
+    return SavedAdapter(folder, config, mean, std, companions)
 
 
-def read_laplace(folder: Path) -> dict[str, Tensor]:
-    """Read laplace.safetensors.
+def read_config(folder: Path) -> LoraConfig:
+    """adapter_config.json: a `BlobConfig` if the adapter has a posterior, else a `LoraConfig`.
 
     Raises:
-        BlobError: It cannot be read, or the mean beside it is not the one that it was fitted to.
+        BlobError: The file is not JSON, or not of a LoRA adapter.
     """
-    file = folder / LAPLACE_FILE
-    factors, metadata = read_tensors(file)
+    try:
+        settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BlobError(f"cannot read {folder / CONFIG_NAME}: it is not JSON ({error}); get it again") from error
+    config = BlobConfig.from_peft_type(**settings)
+    return config if "prior_std" in settings else config.to_lora()
+
+
+def read_beside(folder: Path, name: str) -> dict[str, Tensor]:
+    """Read a companion's tensors.
+
+    Raises:
+        BlobError: They cannot be read, or the mean beside them is not the one that they belong to.
+    """
+    tensors, metadata = read_tensors(folder / name)
     mean, _ = read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)
-    if _facts(metadata, file).get("mean_sha256", (digest := _digest(mean))) != digest:
-        raise BlobError(f"{folder / SAFETENSORS_WEIGHTS_NAME} is not the one that {LAPLACE_FILE} was fitted to")
-    return factors
+    if _facts(metadata, folder / name).get("mean_sha256", (digest := _digest(mean))) != digest:
+        raise BlobError(f"{folder / SAFETENSORS_WEIGHTS_NAME} is not the one that {name} was fitted to")
+    return tensors
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -242,7 +253,7 @@ def _require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
             raise BlobError(f"{file}: {name} has NaN or infinite entries; the adapter is damaged or diverged")
 
 
-def check_fits(found: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], folder: Path, config: Any) -> None:
+def check_fits(found: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], folder: Path, config: LoraConfig) -> None:
     """Check that the LoRA weights of an adapter are those that a model has room for, before any is copied.
 
     Args:

@@ -2,14 +2,16 @@
 
 import importlib
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import AutoPeftModel, LoraConfig, PeftModel
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, _BaseAutoPeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from blob_hf.tuner.config import BlobConfig
 from blob_hf.utils.errors import BlobError
 
 _HEAD_CLASSES = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
@@ -71,20 +73,30 @@ def untie_adapted_layers(peft_model: PeftModel) -> None:
             seen.add(parameter.data_ptr())
 
 
+def auto_peft_class(task_type: str | None) -> type[_BaseAutoPeftModel]:
+    """PEFT's class that loads an adapter of a task together with its base model."""
+    task = str(getattr(task_type, "value", task_type))
+    wanted = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task, PeftModel)
+    kinds: dict[type[PeftModel] | None, type[_BaseAutoPeftModel]] = {
+        kind._target_peft_class: kind for kind in _BaseAutoPeftModel.__subclasses__()
+    }
+    return kinds.get(wanted, AutoPeftModel)
+
+
 def peft_loading(model: PeftModel) -> tuple[str, str]:
     """How plain PEFT loads this adapter with its base model: the class, and arguments that it needs."""
     base: Any = model.get_base_model()
     arguments = f", num_labels={base.config.num_labels}" if has_task_head(base) else ""
-    task_type = model.active_peft_config.task_type
-    names = {"SEQ_CLS": "AutoPeftModelForSequenceClassification", "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM"}
-    return names.get(str(getattr(task_type, "value", task_type)), "AutoPeftModel"), arguments
+    return auto_peft_class(model.active_peft_config.task_type).__name__, arguments
 
 
-def load_base_model(path: str, config: BlobConfig, token: str | bool | None, kwargs: dict[str, Any]) -> PreTrainedModel:
+def load_base_model(
+    folder: Path, config: LoraConfig, token: str | bool | None, kwargs: Mapping[str, Any]
+) -> PreTrainedModel:
     """Load the base model that an adapter names, of the class it was trained with.
 
     Args:
-        path: The adapter, for messages and for a base model kept beside it.
+        folder: The adapter's, for messages and for a base model kept beside it.
         kwargs: For `from_pretrained`; they win over what the adapter recorded (num_labels, dtype).
 
     Raises:
@@ -92,43 +104,32 @@ def load_base_model(path: str, config: BlobConfig, token: str | bool | None, kwa
     """
     mapping = config.auto_mapping or {}
     name = config.base_model_name_or_path
-    nested = os.path.join(path, "base_model")  # a run on a model built from a config keeps its base here
+    nested = os.path.join(folder, "base_model")  # a run on a model built from a config keeps its base here
     if not (name and os.path.isdir(name)) and os.path.isdir(nested):
         name = nested
     if not name:
-        raise BlobError(f"the adapter in {path} does not name its base model; pass it as model=")
+        raise BlobError(f"the adapter in {folder} does not name its base model; pass it as model=")
+    settings = {key: mapping[key] for key in ("num_labels", "dtype") if key in mapping}
+    if config.revision:
+        settings["revision"] = config.revision
+    try:
+        return _base_class(folder, config).from_pretrained(name, token=token, **{**settings, **kwargs})
+    except OSError as error:
+        raise BlobError(
+            f"cannot load the base model {name!r} of the adapter in {folder}; pass it as model= "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _base_class(folder: Path, config: LoraConfig) -> Any:
+    mapping = config.auto_mapping or {}
     library, base_class = mapping.get("parent_library"), mapping.get("base_model_class")
     if library and base_class:
         if library.partition(".")[0] != "transformers":  # a config file must not make us import anything else
             raise BlobError(
                 f"base model class {library}.{base_class} is not from transformers; pass the model as model="
             )
-        auto_class = getattr(importlib.import_module(library), base_class)
-    elif config.task_type is not None:
-        auto_class = _auto_class(config.task_type)
-    else:
-        raise BlobError(f"the adapter in {path} names neither a task type nor a model class; pass it as model=")
-    kwargs = {name: mapping[name] for name in ("num_labels", "dtype") if name in mapping} | kwargs
-    if config.revision:
-        kwargs = {"revision": config.revision, **kwargs}
-    try:
-        return auto_class.from_pretrained(name, token=token, **kwargs)
-    except OSError as error:
-        raise BlobError(
-            f"cannot load the base model {name!r} of the adapter in {path}; pass it as model= "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-
-
-def _auto_class(task_type: str) -> Any:
-    import transformers
-
-    names = {
-        "SEQ_CLS": "AutoModelForSequenceClassification",
-        "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-        "CAUSAL_LM": "AutoModelForCausalLM",
-        "TOKEN_CLS": "AutoModelForTokenClassification",
-        "QUESTION_ANS": "AutoModelForQuestionAnswering",
-        "FEATURE_EXTRACTION": "AutoModel",
-    }
-    return getattr(transformers, names[task_type])
+        return getattr(importlib.import_module(library), base_class)
+    if config.task_type is None:
+        raise BlobError(f"the adapter in {folder} names neither a task type nor a model class; pass it as model=")
+    return auto_peft_class(config.task_type)._target_class

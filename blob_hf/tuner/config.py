@@ -34,7 +34,7 @@ class BlobConfig(LoraConfig):
         init_eps: Scale of the initial posterior std: G ~ U(init_eps / sqrt(2), init_eps), std = G^2.
         std_parameterization: How the trained parameter gives the std: `"square"` (std = G * G, the paper's) or
             `"softplus"` (std = log(1 + exp(rho))). Both start from the same stds.
-        noise: Training-time noise estimator, one of `"flipout"`, `"local"`, `"shared"` (see `blob_hf.layer`).
+        noise: Training-time noise estimator, one of `"flipout"`, `"local"`, `"shared"` (see `noise.py`).
 
     Raises:
         BlobError: A field is outside its range, or a LoRA variant that is not plain LoRA is switched on.
@@ -82,8 +82,7 @@ class BlobConfig(LoraConfig):
     @classmethod
     def from_lora(cls, lora: LoraConfig, posterior: "BlobConfig | None" = None) -> "BlobConfig":
         """The LoRA fields of one config with the posterior fields of another (defaults if None)."""
-        kwargs = {item.name: getattr(lora, item.name) for item in fields(LoraConfig) if item.init}
-        kwargs.pop("peft_type", None)
+        kwargs = _lora_fields(lora)
         own = {item.name for item in fields(cls)} - {item.name for item in fields(LoraConfig)}
         if posterior is not None:
             kwargs.update({name: getattr(posterior, name) for name in own})
@@ -91,9 +90,11 @@ class BlobConfig(LoraConfig):
 
     def to_lora(self) -> LoraConfig:
         """The LoRA fields alone, as a plain `LoraConfig`."""
-        kwargs = {item.name: getattr(self, item.name) for item in fields(LoraConfig) if item.init}
-        kwargs.pop("peft_type", None)
-        return LoraConfig(**kwargs)
+        return LoraConfig(**_lora_fields(self))
+
+
+def _lora_fields(config: LoraConfig) -> dict[str, Any]:
+    return {item.name: getattr(config, item.name) for item in fields(LoraConfig) if item.init and item.name != "peft_type"}
 
 
 def default_target_modules(model_type: str, task: str) -> list[str] | str:
@@ -105,24 +106,3 @@ def default_target_modules(model_type: str, task: str) -> list[str] | str:
     """
     presets = {"classification": CLASSIFICATION_TARGETS, "summarization": SEQ2SEQ_TARGETS}[task]
     return presets.get(model_type, "all-linear")
-
-
-def adapter_settings(config: LoraConfig, variational: bool = True) -> dict[str, Any]:
-    """An adapter's own settings by the names that reports and model cards show.
-
-    Args:
-        variational: Whether its posterior was trained, so that a prior and a noise had a part in it.
-    """
-    targets = config.target_modules or []
-    settings: dict[str, Any] = {
-        "LoRA": f"r={config.r}, alpha={config.lora_alpha}, dropout={config.lora_dropout}",
-        "target modules": targets if isinstance(targets, str) else ", ".join(sorted(targets)),
-    }
-    if isinstance(config, BlobConfig) and variational:
-        settings |= {
-            "beta (prior std)": config.prior_std,
-            "initial eps": config.init_eps,
-            "std parameterization": config.std_parameterization,
-            "noise": config.noise,
-        }
-    return settings

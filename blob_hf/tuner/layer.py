@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from blob_hf.tuner.kl import gaussian_kl
 from blob_hf.tuner.noise import NOISE_ESTIMATORS
+from blob_hf.tuner.sampling import Sampling
 from blob_hf.tuner.sampled import SampledLinear, standard_normal
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import full_tensor, gathered
@@ -82,16 +83,11 @@ class GaussianA(SampledLinear):
         return NOISE_ESTIMATORS[self.noise](x, mean, std)
 
     @torch.no_grad()
-    def draw(self, num_samples: int, seed: int, first: int = 0, antithetic: bool = False) -> Tensor:
-        """Posterior samples of A, shape (num_samples, rank, in_features).
-
-        Sample s depends on (seed, s, layer name) alone: not on the number of samples, the device, the rank, the
-        batch or any global random state. Antithetic samples 2k and 2k + 1 are M + Omega eps_k and M - Omega eps_k.
-        """
+    def draw(self, sampling: Sampling) -> Tensor:
+        """Posterior samples M + Omega eps of A, shape (num_samples, rank, in_features)."""
         with gathered([self.weight, self.rho]):
             mean, std = full_tensor(self.weight).float(), full_tensor(self.std).float()
-            indices = range(first, first + num_samples)
-            noise = torch.stack([standard_normal(self.name, seed, i, mean.shape, antithetic) for i in indices])
+            noise = standard_normal(self.name, sampling, mean.shape)
             return (mean + std * noise.to(mean.device)).to(self.weight.dtype)
 
     @torch.no_grad()

@@ -1,41 +1,46 @@
 """`BlobModel`: a `PeftModel` whose LoRA adapters carry a Gaussian posterior over A. Build, save and load it here."""
 
 import os
+import re
+import tempfile
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
-from peft import (
-    LoraConfig,
-    PeftModel,
-    PeftModelForCausalLM,
-    PeftModelForFeatureExtraction,
-    PeftModelForQuestionAnswering,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
-    PeftType,
-    get_peft_model,
-)
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
-from blob_hf.baselines import find_method, read_facts
-from blob_hf.inference.generate import generate_posterior
-from blob_hf.tuner import adapter_files, posterior
+from blob_hf.tuner import adapter_files, loading, posterior
+from blob_hf.tuner.adapter_files import SavedAdapter
 from blob_hf.tuner.base_model import load_base_model, targets_head, untie_adapted_layers
 from blob_hf.tuner.config import BlobConfig
+from blob_hf.tuner.registry import VERBS, Companion, companion_files
 from blob_hf.tuner.sampled import SampledLinear
-from blob_hf.tuner.saving import SavingMixin
+from blob_hf.tuner.sampling import Sampling
+from blob_hf.utils import files, hub
 from blob_hf.utils.errors import BlobError
 
 
-class BlobModel(SavingMixin):
+class BlobModel(PeftModel):
     """A PEFT model with a posterior over the LoRA A matrices; everything a `PeftModel` does, it does.
 
     In train mode each forward draws noise (`BlobConfig.noise`); in eval mode the model is the posterior mean, unless
     samples are frozen by `posterior_samples`. Subclasses add PEFT's task-specific forward; build one with
     `get_blob_model`, `bayesianize` or `BlobModel.from_pretrained`.
+
+    Attributes:
+        companions: What each adapter takes along beside its weights, by adapter and slot.
+        adapter_heads: Frozen heads of adapters that do not share the base model's, by adapter and name.
     """
+
+    companions: dict[str, dict[str, Companion]]
+    adapter_heads: dict[str, dict[str, Tensor]]
+    _head_snapshot: dict[str, Tensor]
+
+    # ----- the posterior -----------------------------------------------------------------------------------------
 
     @property
     def blob_config(self) -> BlobConfig:
@@ -49,14 +54,12 @@ class BlobModel(SavingMixin):
         """Context in which the network is the posterior mean, also in train mode."""
         return posterior.posterior_mean(self)
 
-    def posterior_samples(
-        self, num_samples: int, seed: int = 0, first: int = 0, antithetic: bool = False
-    ) -> AbstractContextManager[None]:
-        """Context in which the network is `num_samples` frozen posterior samples over sample-major rows.
+    def posterior_samples(self, sampling: Sampling | int, seed: int | None = None) -> AbstractContextManager[None]:
+        """Context in which the network is frozen posterior samples over sample-major rows.
 
-        See `blob_hf.posterior.posterior_samples`.
+        See `blob_hf.tuner.posterior.posterior_samples`.
         """
-        return posterior.posterior_samples(self, num_samples, seed, first, antithetic)
+        return posterior.posterior_samples(self, sampling, seed)
 
     def kl_divergence(self) -> Tensor:
         """KL(q || p) of the active adapters, nats (scalar, differentiable)."""
@@ -66,39 +69,30 @@ class BlobModel(SavingMixin):
         """Std, KL (nats) and signal-to-noise ratio, per layer and in total."""
         return posterior.posterior_statistics(self, self.blob_config.prior_std)
 
-    def add_adapter(self, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
         if isinstance(peft_config, BlobConfig):
             posterior.attach_posterior(self, peft_config, adapter_name)
 
     def generate(  # type: ignore[override]
-        self,
-        *args: Any,
-        num_posterior_samples: int | None = None,
-        posterior_seed: int = 0,
-        posterior_batch_size: int | None = None,
-        posterior_antithetic: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """transformers' `generate`; with `num_posterior_samples` a text from each of so many posterior samples.
+        self, *args: Any, sampling: Sampling | int | None = None, **kwargs: Any
+    ) -> Tensor | ModelOutput:
+        """transformers' `generate`; with `sampling` a text from each of so many posterior samples.
 
         Args:
-            num_posterior_samples: S: returns `(batch * S, length)`, all samples of input 0 first, as
+            sampling: S samples: returns `(batch * S, length)`, all samples of input 0 first, as
                 `num_return_sequences` orders them. None generates with the network as it is (in eval mode the mean).
-            posterior_seed: Names the samples.
-            posterior_batch_size: Samples decoded together, to bound memory; default all.
-            posterior_antithetic: Samples in pairs (see `posterior_samples`).
 
         Raises:
-            BlobError: See `blob_hf.generation.generate_posterior`.
+            BlobError: See `blob_hf.inference.generate_posterior`.
         """
-        if num_posterior_samples is None:
+        if sampling is None or VERBS.generate is None:
             return super().generate(*args, **kwargs)
         if args:
             kwargs["input_ids"] = args[0]
-        return generate_posterior(
-            self, num_posterior_samples, posterior_seed, posterior_batch_size, posterior_antithetic, **kwargs
-        )
+        return VERBS.generate(self, sampling, **kwargs)
+
+    # ----- merging -----------------------------------------------------------------------------------------------
 
     def merge_posterior_sample(self, seed: int = 0, index: int = 0) -> nn.Module:
         """Merge one posterior sample into the base weights, as `merge_and_unload` does the posterior mean.
@@ -113,7 +107,7 @@ class BlobModel(SavingMixin):
             BlobError: No posterior, or merged already.
         """
         for layer in posterior.samplable_layers(self):
-            layer.fix_at_sample(seed, index)
+            layer.fix_at_sample(Sampling(1, seed=seed, first=index))
         return self.merge_and_unload()
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -121,7 +115,7 @@ class BlobModel(SavingMixin):
         untie_adapted_layers(self)
         tuner: Any = self.base_model
         base = tuner.merge_and_unload(*args, **kwargs)
-        for path, module in list(base.named_modules()):  # the head of an ensemble
+        for path, module in list(base.named_modules()):  # a head whose weights can be sampled
             if isinstance(module, SampledLinear):
                 parent, _, name = path.rpartition(".")
                 setattr(base.get_submodule(parent), name, module.plain())
@@ -132,6 +126,168 @@ class BlobModel(SavingMixin):
         untie_adapted_layers(self)
         tuner: Any = self.base_model
         tuner.merge_adapter(*args, **kwargs)
+
+    # ----- companions --------------------------------------------------------------------------------------------
+
+    def companion(self, slot: str) -> Companion | None:
+        """What the active adapter has in a slot."""
+        return self.companions.get(str(self.active_adapter), {}).get(slot)
+
+    def set_companion(self, companion: Companion) -> None:
+        """Have it saved with the active adapter, in the place of another one in its slot."""
+        self.companions.setdefault(str(self.active_adapter), {})[companion.slot] = companion
+
+    @property
+    def method(self) -> str:
+        """Name of the method that the active adapter is of, as in `--method`."""
+        companion = self.companion("method")
+        if companion is not None:
+            return companion.name
+        return "blob" if isinstance(self.active_peft_config, BlobConfig) else "lora"
+
+    # ----- saving ------------------------------------------------------------------------------------------------
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write adapter_config.json, adapter_model.safetensors (the posterior mean) and posterior_std.safetensors.
+
+        The mean is an ordinary LoRA adapter that plain PEFT loads. A classification head that LoRA is attached to
+        is frozen at random values no Hub checkpoint has, so its weights are stored along, where PEFT finds them
+        (`...base_layer.weight`). An `lm_head` among the targets is *not*: "auto" saves no embedding layers.
+
+        Args:
+            save_directory: Folder, made if needed; adapters not named "default" go into subfolders of it.
+            state_dict: Gathered weights (the Trainer passes them under DeepSpeed and FSDP).
+
+        Raises:
+            BlobError: safe_serialization is off, or the weights are shards that were not gathered.
+        """
+        if not safe_serialization:
+            raise BlobError("safe_serialization=False writes pickles, which blob_hf refuses; leave it on")
+        save_embeddings = False if save_embedding_layers == "auto" else save_embedding_layers
+        for adapter in selected_adapters or list(self.peft_config):
+            mean, std = self.adapter_tensors(adapter, state_dict, save_embeddings)
+            if not is_main_process:
+                continue
+            target = Path(save_directory) / _subfolder(adapter)
+            with files.staged(target) as folder:
+                adapter_files.write(folder, mean, std)
+                config: Any = self.peft_config[adapter]
+                loading.save_config(self, config, folder)
+                for companion in self.companions.get(adapter, {}).values():
+                    companion.save(self, folder)
+                written = [file.name for file in folder.iterdir()]
+            adapter_files.remove_stale(target, written)
+        if is_main_process:
+            self.create_or_update_model_card(str(save_directory))
+
+    def adapter_tensors(
+        self, adapter: str, state_dict: dict[str, Tensor] | None = None, save_embeddings: str | bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What adapter_model.safetensors and posterior_std.safetensors hold."""
+        head = self.adapter_heads.get(adapter) or loading.frozen_head(self, self._head_snapshot, state_dict)
+        return loading.adapter_tensors(self, adapter, head, state_dict, save_embeddings)
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """A card with what the adapter itself tells, unless the folder has one already: that was written from a run."""
+        if VERBS.write_card is not None and not os.path.isfile(os.path.join(output_dir, "README.md")):
+            VERBS.write_card(self, Path(output_dir))
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload BLoB adapter",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **save_kwargs: Any,
+    ) -> str:
+        """Upload what `save_pretrained` writes, in one commit; a model card that the repo has already stays.
+
+        Args:
+            repo_id: `user/name`, made if needed.
+            revision: Branch to commit to, made if needed.
+            save_kwargs: Passed to `save_pretrained`.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            BlobError: It failed; nothing was committed.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **save_kwargs)
+            return hub.push(
+                folder, repo_id, commit_message, private, token, revision, create_pr,
+                keep=["README.md"], replace=(*adapter_files.NAMES, *companion_files()),
+            )  # fmt: skip
+
+    # ----- loading -----------------------------------------------------------------------------------------------
+
+    def load_adapter(  # type: ignore[override]
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+        autocast_adapter_dtype: bool = True,
+    ) -> Any:
+        """Load a BLoB or plain LoRA adapter into this model, as PEFT's `load_adapter` does.
+
+        A plain LoRA adapter gets the stds of a fresh `BlobConfig`, and a warning says so. All files are fetched and
+        checked before the model is touched.
+
+        Args:
+            model_id: Folder or Hub repo.
+            adapter_name: An adapter of this model, or the name of a new one.
+
+        Returns:
+            PEFT's missing and unexpected keys.
+
+        Raises:
+            BlobError: Files missing, damaged or not fitting this model or one another.
+        """
+        saved = adapter_files.read(adapter_files.resolve(model_id, revision, subfolder, token, cache_dir))
+        new = adapter_name not in self.peft_config
+        if new:
+            config = BlobConfig.from_lora(saved.config, saved.config if isinstance(saved.config, BlobConfig) else None)
+            config.inference_mode = not is_trainable
+            self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+            if is_trainable:
+                self.set_requires_grad(adapter_name)
+        try:
+            return self._fill(saved, adapter_name, is_trainable, autocast_adapter_dtype)
+        except BlobError:
+            if new:
+                self.delete_adapter(adapter_name)
+            raise
+
+    def _fill(
+        self, saved: SavedAdapter, adapter: str, is_trainable: bool, autocast_adapter_dtype: bool = True
+    ) -> Any:
+        loading.check_fits(self, saved, adapter)
+        result = loading.fill(self, saved, adapter, autocast_adapter_dtype)
+        self.remember_head()
+        if not is_trainable:
+            self.eval()
+        return result
+
+    def remember_head(self) -> None:
+        """Keep a copy of the frozen head where ZeRO-3 will shard it (all ranks come here, one of them saves)."""
+        self._head_snapshot = loading.snapshot_head(self)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -167,59 +323,33 @@ class BlobModel(SavingMixin):
         Raises:
             BlobError: Not an adapter, damaged, of another base model, or its base model cannot be found.
         """
-        folder = adapter_files.resolve(path_or_repo, revision, subfolder, token, cache_dir)
-        is_blob = adapter_files.is_blob_adapter(folder)
-        own = BlobConfig.from_pretrained(str(folder))
-        facts = read_facts(folder)
-        if not is_blob:
+        saved = adapter_files.read(adapter_files.resolve(path_or_repo, revision, subfolder, token, cache_dir))
+        own = saved.config
+        if not isinstance(own, BlobConfig) and not saved.companions:
             own = BlobConfig.from_lora(own, config)
         own.inference_mode = not is_trainable
-        if model is None:
-            model = load_base_model(str(folder), own, token, base_kwargs)
-        if facts and not is_blob:
-            blob_model = _wrap(model, own.to_lora(), adapter_name)
-        else:
-            blob_model = bayesianize(_wrap(model, own, adapter_name), own, adapter_name)
-        blob_model.load_adapter(folder, adapter_name, is_trainable=is_trainable)
-        blob_model.method_facts = facts
-        if facts:
-            find_method(facts["method"]).attach(blob_model, facts, folder)
+        base = load_base_model(saved.folder, own, token, base_kwargs) if model is None else model
+        build = get_blob_model if isinstance(own, BlobConfig) else get_lora_model
+        blob_model = build(base, own, adapter_name)  # type: ignore[arg-type]
+        blob_model._fill(saved, adapter_name, is_trainable)
+        for companion in saved.companions:
+            blob_model.set_companion(companion)
+            companion.attach(blob_model, saved.folder)
         return blob_model
 
 
-class BlobModelForSequenceClassification(BlobModel, PeftModelForSequenceClassification):
-    """`BlobModel` with a classification head that PEFT trains in full (task_type SEQ_CLS)."""
+def _task_classes() -> dict[type[PeftModel], type[BlobModel]]:
+    """A `BlobModel` for every task class that PEFT has: `BlobModelForSequenceClassification`, ..."""
+    classes: dict[type[PeftModel], type[BlobModel]] = {PeftModel: BlobModel}
+    for task, peft_class in MODEL_TYPE_TO_PEFT_MODEL_MAPPING.items():
+        name = peft_class.__name__.replace("PeftModel", "BlobModel")
+        body = {"__doc__": f"`BlobModel` for task_type {task}.", "__module__": __name__}
+        classes[peft_class] = type(name, (BlobModel, peft_class), body)
+    return classes
 
 
-class BlobModelForSeq2SeqLM(BlobModel, PeftModelForSeq2SeqLM):
-    """`BlobModel` for encoder-decoder models."""
-
-
-class BlobModelForCausalLM(BlobModel, PeftModelForCausalLM):
-    """`BlobModel` for decoder-only models."""
-
-
-class BlobModelForTokenClassification(BlobModel, PeftModelForTokenClassification):
-    """`BlobModel` for token classification."""
-
-
-class BlobModelForQuestionAnswering(BlobModel, PeftModelForQuestionAnswering):
-    """`BlobModel` for extractive question answering."""
-
-
-class BlobModelForFeatureExtraction(BlobModel, PeftModelForFeatureExtraction):
-    """`BlobModel` for embeddings."""
-
-
-_BLOB_CLASSES: dict[type[PeftModel], type[BlobModel]] = {
-    PeftModel: BlobModel,
-    PeftModelForSequenceClassification: BlobModelForSequenceClassification,
-    PeftModelForSeq2SeqLM: BlobModelForSeq2SeqLM,
-    PeftModelForCausalLM: BlobModelForCausalLM,
-    PeftModelForTokenClassification: BlobModelForTokenClassification,
-    PeftModelForQuestionAnswering: BlobModelForQuestionAnswering,
-    PeftModelForFeatureExtraction: BlobModelForFeatureExtraction,
-}
+_CLASSES = _task_classes()
+globals().update({kind.__name__: kind for kind in _CLASSES.values()})  # for pickle, which looks them up by name
 
 
 def get_blob_model(model: PreTrainedModel, config: BlobConfig, adapter_name: str = "default") -> BlobModel:
@@ -237,15 +367,21 @@ def get_blob_model(model: PreTrainedModel, config: BlobConfig, adapter_name: str
     """
     if not isinstance(config, BlobConfig):
         raise BlobError(f"get_blob_model needs a BlobConfig, got {type(config).__name__}")
-    return bayesianize(_wrap(model, config, adapter_name), config, adapter_name)
+    return bayesianize(get_lora_model(model, config, adapter_name), config, adapter_name)
 
 
 def get_lora_model(model: PreTrainedModel, config: LoraConfig, adapter_name: str = "default") -> BlobModel:
     """A plain LoRA model with all else as in `get_blob_model`, the head's treatment and saving included.
 
     For comparing BLoB with LoRA. It has no posterior until `bayesianize`.
+
+    Raises:
+        BlobError: target_modules match nothing.
     """
-    return _wrap(model, config, adapter_name)
+    if targets_head(model, config):
+        config.task_type = None
+    _check_targets(model, config)
+    return as_blob_model(get_peft_model(model, config, adapter_name))
 
 
 def bayesianize(peft_model: PeftModel, config: BlobConfig | None = None, adapter_name: str | None = None) -> BlobModel:
@@ -260,7 +396,7 @@ def bayesianize(peft_model: PeftModel, config: BlobConfig | None = None, adapter
         adapter_name: Default: the active adapter.
 
     Returns:
-        The same object, now a `BlobModel`.
+        A `BlobModel` of the same modules; go on with it in the place of `peft_model`.
 
     Raises:
         BlobError: Not a PEFT model, or the adapter is not plain LoRA on linear layers.
@@ -281,37 +417,53 @@ def bayesianize(peft_model: PeftModel, config: BlobConfig | None = None, adapter
 
 def load_lora(base: PreTrainedModel, folder: str | os.PathLike[str], is_trainable: bool = False) -> BlobModel:
     """Load a plain LoRA adapter as what it is: `BlobModel.from_pretrained` would give it a posterior."""
-    config = LoraConfig.from_pretrained(os.fspath(folder))
+    saved = adapter_files.read(Path(folder))
+    config = saved.config.to_lora() if isinstance(saved.config, BlobConfig) else saved.config
     config.inference_mode = not is_trainable
-    model = _wrap(base, config, "default")
-    model.load_adapter(folder, "default", is_trainable=is_trainable)
+    model = get_lora_model(base, config)
+    model._fill(saved, "default", is_trainable)
     return model
 
 
 def as_blob_model(peft_model: PeftModel) -> BlobModel:
-    """Give a PEFT model our saving and loading, in place; it has no posterior by that."""
-    if not isinstance(peft_model, BlobModel):
-        peft_model.__class__ = _BLOB_CLASSES[type(peft_model)]
-    assert isinstance(peft_model, BlobModel)
-    peft_model._remember_head()
-    return peft_model
+    """A `BlobModel` of the same modules, with our saving and loading; it has no posterior by that."""
+    if isinstance(peft_model, BlobModel):
+        return peft_model
+    kind = _CLASSES[type(peft_model)]
+    model = kind.__new__(kind)
+    model.__dict__.update(peft_model.__dict__)  # modules, hooks and settings are shared, nothing is made twice
+    model.companions, model.adapter_heads = {}, {}
+    model.remember_head()
+    return model
 
 
-def _wrap(model: PreTrainedModel, config: LoraConfig, adapter_name: str) -> BlobModel:
-    if targets_head(model, config):
-        config.task_type = None
-    try:
-        peft_model = get_peft_model(model, config, adapter_name)
-    except ValueError as error:
-        if "arget modules" not in str(error) and "modules were targeted" not in str(error):
-            raise
+def _check_targets(model: nn.Module, config: LoraConfig) -> None:
+    targets = config.target_modules
+    if not targets or targets == "all-linear" or config.target_parameters:
+        return
+    names = [name for name, _ in model.named_modules()]
+    if isinstance(targets, str):
+        found = any(re.fullmatch(targets, name) for name in names)
+    else:
+        found = any(name == target or name.endswith(f".{target}") for name in names for target in targets)
+    if not found:
         raise BlobError(
-            f"target_modules {config.target_modules!r} match no layer of {type(model).__name__}; "
+            f"target_modules {targets!r} match no layer of {type(model).__name__}; "
             f"it has, for example, {', '.join(_linear_names(model))} (or use 'all-linear')"
-        ) from error
-    return as_blob_model(peft_model)
+        )
 
 
 def _linear_names(model: nn.Module, count: int = 8) -> list[str]:
     names = (name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear))
     return list(dict.fromkeys(names))[:count]
+
+
+def _subfolder(adapter: str) -> str:
+    """Where in a folder of adapters the adapter of this name is: PEFT's layout.
+
+    Raises:
+        BlobError: The name would lead out of the folder.
+    """
+    if adapter in (".", "..") or Path(adapter).name != adapter:
+        raise BlobError(f"adapter name {adapter!r} is not a folder name; rename the adapter to save it")
+    return "" if adapter == "default" else adapter

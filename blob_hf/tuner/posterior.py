@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.layer import GaussianA
 from blob_hf.tuner.sampled import SampledLinear, layer_name
+from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import full_tensor, gathered
 
@@ -96,31 +97,29 @@ def posterior_mean(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def posterior_samples(
-    model: nn.Module, num_samples: int, seed: int = 0, first: int = 0, antithetic: bool = False
-) -> Iterator[None]:
-    """Inside the block the network is `num_samples` coherent posterior samples.
+def posterior_samples(model: nn.Module, sampling: Sampling | int, seed: int | None = None) -> Iterator[None]:
+    """Inside the block the network is coherent posterior samples: `Sampling(S, ...)`, or S of a seed.
 
-    Inputs must be sample-major: `num_samples` equal blocks of rows (`tensor.repeat(num_samples, 1)`), block s for
-    sample `first + s`. One sample is one draw of all A matrices, the same for every token, layer and decoding step,
-    and the same weights on every device, rank and batch size for the same seed.
-
-    Args:
-        num_samples: S >= 1.
-        seed: Names the sequence of samples. No global random state is read or changed.
-        first: Index of the first sample, to walk through a sequence in parts.
-        antithetic: Samples in pairs M + Omega eps, M - Omega eps (Hammersley & Morton, 1956): each is a draw of the
-            posterior, but what is odd in eps cancels in the average of a pair, so fewer samples are enough.
+    Inputs must be sample-major: S equal blocks of rows (`tensor.repeat(S, 1)`), block s for sample `first + s`. One
+    sample is one draw of all A matrices, the same for every token, layer and decoding step.
 
     Raises:
-        BlobError: num_samples < 1, the model has no posterior, or its adapter is merged.
+        BlobError: S < 1, the model has no posterior, or its adapter is merged.
     """
-    if num_samples < 1:
-        raise BlobError(f"num_samples must be >= 1, got {num_samples}; for no samples use posterior_mean()")
+    drawn = Sampling.of(sampling, seed).required()
     with ExitStack() as stack:
         for layer in samplable_layers(model):
-            stack.enter_context(layer.frozen_samples(num_samples, seed, first, antithetic))
+            stack.enter_context(layer.frozen_samples(drawn))
         yield
+
+
+def sampling_of(model: nn.Module, wanted: Sampling) -> Sampling:
+    """What of `wanted` a model can give: no samples of a point, and all networks where their number is given."""
+    layers = sampled_layers(model)
+    given = [layer.num_networks for layer in layers if layer.num_networks is not None]
+    if not layers or wanted.num_samples == 0:
+        return replace(wanted, num_samples=0)
+    return replace(wanted, num_samples=min(given)) if given else wanted
 
 
 def kl_divergence(model: nn.Module, prior_std: float) -> Tensor:
@@ -168,7 +167,7 @@ class PosteriorStatistics:
     total: LayerStatistics
     layers: dict[str, LayerStatistics]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain numbers, for JSON."""
         return asdict(self)
 

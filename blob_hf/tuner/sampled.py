@@ -1,7 +1,7 @@
 """A linear layer that can stand for many networks at once: one weight matrix for each block of a batch's rows.
 
-What makes a posterior sample one network is here; what the samples are drawn from is the subclass's: a Gaussian
-(`layer.GaussianA`), masks, the members of an ensemble, a Laplace approximation (`methods/`).
+What makes a posterior sample one network is here; what the samples are drawn from is the subclass's: the Gaussian of
+`layer.GaussianA`, or whatever a baseline brings.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 
 
@@ -25,7 +26,12 @@ class SampledLinear(nn.Linear):
         linear: What it takes the place of; the weight stays the same parameter.
         layer: Name of the LoRA layer.
         part: `lora_A` or `lora_B`.
+
+    Attributes:
+        num_networks: How many networks there are, if they are not drawn but given; None: as many as one asks for.
     """
+
+    num_networks: int | None = None
 
     def __init__(self, linear: nn.Linear, layer: str, part: str = "lora_A") -> None:
         nn.Module.__init__(self)  # not nn.Linear's: the trained or freshly initialised weight is taken over as it is
@@ -49,8 +55,8 @@ class SampledLinear(nn.Linear):
         """The layer in train mode, where a subclass may add noise."""
         return F.linear(x, self.weight)
 
-    def draw(self, num_samples: int, seed: int, first: int = 0, antithetic: bool = False) -> Tensor:
-        """Samples `first` ... of the weight, shape (num_samples, out_features, in_features).
+    def draw(self, sampling: Sampling) -> Tensor:
+        """The samples of the weight, shape (num_samples, out_features, in_features).
 
         Sample s depends on (seed, s, layer name) alone: not on the number of samples, the device, the rank, the
         batch or any global random state.
@@ -58,17 +64,17 @@ class SampledLinear(nn.Linear):
         raise NotImplementedError
 
     @contextmanager
-    def frozen_samples(self, num_samples: int, seed: int, first: int = 0, antithetic: bool = False) -> Iterator[None]:
-        """Use samples `first` ... `first + num_samples - 1` of seed `seed` inside the block (sample-major rows)."""
-        outer, self._samples = self._samples, self.draw(num_samples, seed, first, antithetic)
+    def frozen_samples(self, sampling: Sampling) -> Iterator[None]:
+        """Use these samples inside the block (sample-major rows)."""
+        outer, self._samples = self._samples, self.draw(sampling)
         try:
             yield
         finally:
             self._samples = outer
 
-    def drawn(self, seed: int, index: int) -> dict[str, Tensor]:
-        """The tensors of one sample by their names in the files of an adapter."""
-        return {self.weight_name: self.draw(1, seed, index)[0]}
+    def drawn(self, sample: Sampling) -> dict[str, Tensor]:
+        """The tensors of one sample (of one alone) by their names in the files of an adapter."""
+        return {self.weight_name: self.draw(sample)[0]}
 
     def plain(self) -> nn.Linear:
         """An ordinary linear layer with the same parameters."""
@@ -77,9 +83,9 @@ class SampledLinear(nn.Linear):
         return linear.train(self.training)
 
     @torch.no_grad()
-    def fix_at_sample(self, seed: int, index: int) -> None:
+    def fix_at_sample(self, sample: Sampling) -> None:
         """Overwrite the weight by one sample."""
-        self.weight.copy_(self.draw(1, seed, index)[0])
+        self.weight.copy_(self.draw(sample)[0])
 
 
 def _sample_major_linear(x: Tensor, samples: Tensor, name: str) -> Tensor:
@@ -108,7 +114,12 @@ def sample_generator(name: str, seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
 
 
-def standard_normal(name: str, seed: int, index: int, shape: Sequence[int], antithetic: bool = False) -> Tensor:
-    """eps of sample `index`; antithetic samples 2k and 2k + 1 have eps_k and -eps_k."""
-    noise = torch.randn(tuple(shape), generator=sample_generator(name, seed, index // 2 if antithetic else index))
-    return -noise if antithetic and index % 2 else noise
+def standard_normal(name: str, sampling: Sampling, shape: Sequence[int]) -> Tensor:
+    """eps of every sample, `(num_samples, *shape)`; antithetic samples 2k and 2k + 1 have eps_k and -eps_k."""
+    return torch.stack([_standard_normal(name, sampling, index, shape) for index in sampling.indices])
+
+
+def _standard_normal(name: str, sampling: Sampling, index: int, shape: Sequence[int]) -> Tensor:
+    pair = index // 2 if sampling.antithetic else index
+    noise = torch.randn(tuple(shape), generator=sample_generator(name, sampling.seed, pair))
+    return -noise if sampling.antithetic and index % 2 else noise

@@ -68,29 +68,38 @@ class DecoupledKLStep:
                     _keep_positive(parameter, optimizer.state.get(parameter, {}))
 
     def apply(self, parameter: Tensor, role: str, rate: float) -> None:
-        """One SGD step on the KL, in place, which ends at the prior (mean 0, std sigma_p) rather than jump over it."""
+        """One SGD step on the KL, in place."""
         if role == "mean":
-            parameter.sub_(kl_gradient_mean(parameter, self.prior_std), alpha=min(rate, self.prior_std**2))
+            parameter.copy_(descend_mean(parameter, rate, self.prior_std))
         else:
-            stepped = parameter - rate * kl_gradient_rho(parameter, self.prior_std, self.parameterization)
-            target = rho_from_std(torch.tensor(self.prior_std), self.parameterization).item()
-            parameter.copy_(_step_towards_prior(parameter, stepped, target, self.parameterization))
+            parameter.copy_(descend_rho(parameter, rate, self.prior_std, self.parameterization))
 
 
 def _lr_scale(group: dict[str, Any]) -> float:
     return group["lr"] / (group.get("initial_lr", group["lr"]) or 1.0)
 
 
-def _step_towards_prior(old: Tensor, new: Tensor, target: float, parameterization: str) -> Tensor:
-    """Stop a step on the KL at its minimiser (std = prior std) instead of jumping over it.
+def descend_mean(mean: Tensor, rate: float, prior_std: float) -> Tensor:
+    """One SGD step of a mean on the KL, which ends at 0 rather than jump over it."""
+    return mean - min(rate, prior_std**2) * kl_gradient_mean(mean, prior_std)
+
+
+def descend_rho(rho: Tensor, rate: float, prior_std: float, parameterization: str) -> Tensor:
+    """One SGD step of a rho on the KL, which ends at the prior (std = sigma_p) rather than jump over it.
 
     The gradient grows like 1/G: where Adam has carried a G next to 0, a plain SGD step would throw its std far
-    beyond the prior. Everywhere else this changes nothing.
+    beyond the prior. Everywhere else stopping there changes nothing.
     """
+    stepped = rho - rate * kl_gradient_rho(rho, prior_std, parameterization)
+    prior = rho_from_std(torch.tensor(prior_std, dtype=torch.float64), parameterization).item()
     if parameterization == "square":  # G and -G are the same std
-        sign, old, new = old.sign(), old.abs(), new * old.sign()
-        return sign * torch.where(old < target, new.clamp(max=target), new.clamp(min=target))
-    return torch.where(old < target, new.clamp(max=target), new.clamp(min=target))
+        sign = rho.sign()
+        return sign * _stop_at(rho.abs(), stepped * sign, prior)
+    return _stop_at(rho, stepped, prior)
+
+
+def _stop_at(old: Tensor, new: Tensor, limit: float) -> Tensor:
+    return torch.where(old < limit, new.clamp(max=limit), new.clamp(min=limit))
 
 
 def _keep_positive(g: Tensor, state: dict[str, Any]) -> None:

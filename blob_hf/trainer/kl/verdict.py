@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from blob_hf.trainer.kl.diagnosis import LEAST_EXPOSURE
-from blob_hf.tuner.kl import kl_gradient_rho
+from blob_hf.trainer.kl.step import descend_rho
 from blob_hf.tuner.layer import rho_from_std, std_from_rho
 from blob_hf.tuner.posterior import gaussian_layers, posterior_statistics
 from blob_hf.utils.sharding import full_tensor, gathered
@@ -188,9 +188,8 @@ def std_by_kl_alone(std: float, prior_std: float, parameterization: str, rates: 
     Args:
         rates: kl_learning_rate * pi_t * lr_t / lr_0 of each step.
     """
-    rho, target = (rho_from_std(torch.tensor(s, dtype=torch.float64), parameterization) for s in (std, prior_std))
+    rho = rho_from_std(torch.tensor(std, dtype=torch.float64), parameterization)
     for rate in rates:
         if rate > 0:
-            moved = rho - rate * kl_gradient_rho(rho, prior_std, parameterization)
-            rho = moved.clamp(max=target) if rho < target else moved.clamp(min=target)
+            rho = descend_rho(rho, rate, prior_std, parameterization)
     return float(std_from_rho(rho, parameterization))

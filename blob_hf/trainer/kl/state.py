@@ -1,0 +1,180 @@
+"""`KLState`: all that the trainer, its callback and the optimizer's hook share of the KL in one training."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from blob_hf.trainer.kl.diagnosis import KLDiagnosis, diagnose
+from blob_hf.trainer.kl.history import FILE_NAME, KLHistory
+from blob_hf.trainer.kl.schedule import KLSchedule, kl_cycle_length
+from blob_hf.trainer.kl.step import DecoupledKLStep
+from blob_hf.trainer.kl.target import TargetSchedule
+from blob_hf.trainer.kl.verdict import Verdict, initial_stds, judge, measure
+from blob_hf.tuner.config import BlobConfig
+from blob_hf.tuner.posterior import kl_divergence, mean_posterior_std
+
+if TYPE_CHECKING:
+    from blob_hf.trainer.training_args import BlobTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+INITIAL_STDS = "initial_stds.safetensors"
+
+
+@dataclass(frozen=True)
+class _AtStep:
+    """The KL at one optimizer step, the same for all its micro-batches."""
+
+    step: int
+    kl: Tensor
+    std: Tensor
+    weight: float
+
+
+@dataclass
+class KLState:
+    """The KL of a training, from its plan to its verdict.
+
+    Attributes:
+        schedule: pi_t of each step.
+        diagnosis: What the schedule will do, known before the first step; None before a training.
+        step: The optimizer's hook, which applies the KL; None before there is an optimizer.
+        history: A row for each step.
+        initial_stds: Omega by layer name, before the first step.
+        verdict: What the KL did; None until the training is over, and fixed from then on.
+    """
+
+    schedule: KLSchedule | TargetSchedule = field(default_factory=lambda: KLSchedule("none"))
+    diagnosis: KLDiagnosis | None = None
+    step: DecoupledKLStep | None = None
+    history: KLHistory = field(default_factory=KLHistory)
+    initial_stds: dict[str, Tensor] = field(default_factory=dict)
+    verdict: Verdict | None = None
+    _now: _AtStep | None = None
+
+    def attach(
+        self, optimizer: torch.optim.Optimizer, model: nn.Module, config: BlobConfig, kl_learning_rate: float
+    ) -> None:
+        """Have every step of an optimizer followed by one on the KL."""
+        self.step = DecoupledKLStep(
+            optimizer, model, config.prior_std, config.std_parameterization, kl_learning_rate
+        )
+
+    def begin(
+        self, args: "BlobTrainingArguments", config: BlobConfig, model: nn.Module, num_examples: int, batch_size: int,
+        total_steps: int,
+    ) -> KLDiagnosis:  # fmt: skip
+        """Plan a training, and forget the one before."""
+        self.schedule, self.diagnosis = plan_kl(args, num_examples, batch_size, total_steps, model, config)
+        self.history, self.verdict, self._now = KLHistory(), None, None
+        self.initial_stds = initial_stds(model)
+        return self.diagnosis
+
+    def share(self, model: nn.Module, prior_std: float, nll: Tensor, step: int, through_loss: bool) -> Tensor:
+        """pi_t * KL at a step, for its loss; tells the optimizer's hook its weight and the history what happened.
+
+        Args:
+            nll: Of one micro-batch, its part of the step's.
+            step: The coming optimizer step, 1-based.
+            through_loss: Whether the KL's gradient goes through the loss (`kl_gradient="loss"`).
+        """
+        if through_loss or self._now is None or self._now.step != step:
+            with torch.set_grad_enabled(through_loss):
+                kl = kl_divergence(model, prior_std)
+            self._now = _AtStep(step, kl, mean_posterior_std(model), self.schedule(step))
+        now, lr_scale = self._now, 1.0
+        if self.step is not None:
+            self.step.weight, lr_scale = now.weight, self.step.lr_scale
+        self.history.add(step, nll, now.kl, now.weight, now.std, lr_scale)
+        return now.weight * now.kl
+
+    def conclude(
+        self, model: nn.Module, config: BlobConfig, kl_learning_rate: float | None, sample_gap: float | None
+    ) -> None:
+        """Judge the finished training.
+
+        Args:
+            kl_learning_rate: Rate of the decoupled step; None where the KL went through the loss.
+            sample_gap: How far the samples' predictions are apart (see `KLFigures`).
+        """
+        if self.history.rows:
+            figures = measure(
+                model, config.prior_std, config.std_parameterization, self.schedule, self.history.rows,
+                self.initial_stds, kl_learning_rate,
+            )  # fmt: skip
+            self.verdict = judge(figures, sample_gap)
+
+    def save(self, folder: Path, average: Callable[[Tensor], Tensor], writes: bool, for_resuming: bool = False) -> None:
+        """Write kl_history.csv, and for a checkpoint the stds of the start (called on every process).
+
+        Args:
+            average: Mean over the processes.
+            writes: Whether this process writes files.
+        """
+        self.history.drain(average)
+        if writes:
+            self.history.save(folder / FILE_NAME)
+            if for_resuming and self.initial_stds:
+                save_file(self.initial_stds, folder / INITIAL_STDS)
+
+    def resume(self, folder: Path) -> None:
+        """Go on as the checkpoint in a folder left it."""
+        if (folder / INITIAL_STDS).is_file():
+            self.initial_stds = load_file(folder / INITIAL_STDS)
+        self.history.load(folder / FILE_NAME)
+        if isinstance(self.schedule, TargetSchedule) and self.history.rows:
+            self.schedule.kl_start = self.history.rows[0]["kl"]
+
+
+def plan_kl(
+    args: "BlobTrainingArguments",
+    num_examples: int,
+    batch_size: int,
+    total_steps: int,
+    model: nn.Module,
+    config: BlobConfig,
+) -> tuple[KLSchedule | TargetSchedule, KLDiagnosis]:
+    """The KL schedule that the arguments ask for, and what it will do.
+
+    Args:
+        num_examples: Training examples n.
+        batch_size: Global batch size.
+        total_steps: Optimizer steps of the run.
+        model: With a posterior; the `target` schedule looks at it.
+    """
+    schedule: KLSchedule | TargetSchedule
+    if args.kl_target_nats_per_weight is not None:
+        schedule = TargetSchedule(
+            model, config.prior_std, config.std_parameterization, args.kl_target_nats_per_weight,
+            args.kl_learning_rate, args.kl_cycle_steps or max(1, total_steps // 10), total_steps,
+        )  # fmt: skip
+    else:
+        cycle = args.kl_cycle_steps or kl_cycle_length(num_examples, args.gamma, batch_size)
+        schedule = KLSchedule(args.kl_schedule, cycle, num_examples, total_steps, args.kl_weight)
+    gamma = None if args.kl_cycle_steps else args.gamma
+    return schedule, diagnose(schedule, batch_size, gamma, _lr_shape(args, total_steps))
+
+
+def _lr_shape(args: "BlobTrainingArguments", total_steps: int) -> list[float]:
+    """lr_t / lr_0 of each step, from transformers' scheduler of this name; 1 where it depends on the run."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    try:
+        scheduler = get_scheduler(
+            args.lr_scheduler_type, optimizer, args.get_warmup_steps(total_steps), total_steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )  # fmt: skip
+        shape = []
+        for _ in range(total_steps):
+            shape.append(float(scheduler.get_last_lr()[0]))
+            optimizer.step()
+            scheduler.step()
+        return shape
+    except (TypeError, ValueError):  # reduce_lr_on_plateau, greedy: they follow the metrics
+        return [1.0] * total_steps

@@ -1,0 +1,85 @@
+"""Where higher floors register what a `BlobModel` takes along: companions of its adapters, and verbs of its own.
+
+Like PEFT's registry of tuners: what is registered is found by name, and nothing here knows what there is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+if TYPE_CHECKING:
+    from blob_hf.tuner.model import BlobModel
+
+
+class Companion:
+    """Something beside an adapter's weights that is saved with it: how it was made, how it is calibrated.
+
+    Attributes:
+        slot: What it is; an adapter has at most one companion in a slot.
+        files: Names (or glob patterns) of its files in the adapter's folder.
+        name: What it says of the adapter, for example the name of the method that made it.
+    """
+
+    slot: ClassVar[str]
+    files: ClassVar[tuple[str, ...]] = ()
+    name: ClassVar[str]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Companion | None":
+        """Read and check it, before any model is touched; None if this adapter has none.
+
+        Raises:
+            BlobError: A file is damaged, or of something that this version does not know.
+        """
+        raise NotImplementedError
+
+    def attach(self, model: "BlobModel", folder: Path) -> None:
+        """Make the loaded plain LoRA, or posterior, of the active adapter what it was when it was saved."""
+
+    def save(self, model: "BlobModel", folder: Path) -> None:
+        """Write its files into a folder that holds the adapter already."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, object]:
+        """What was chosen or found, by the names that reports and model cards show."""
+        return {}
+
+
+Kind = TypeVar("Kind", bound=type[Companion])
+_KINDS: dict[str, type[Companion]] = {}
+
+
+def register_companion(kind: Kind) -> Kind:
+    """Have a kind of companion looked for in every adapter that is loaded (a class decorator)."""
+    _KINDS[kind.slot] = kind
+    return kind
+
+
+def load_companions(folder: Path) -> list[Companion]:
+    """The companions that an adapter was saved with."""
+    return [found for kind in _KINDS.values() if (found := kind.load(folder)) is not None]
+
+
+def companion_files() -> tuple[str, ...]:
+    """Names and patterns of all files that companions may have."""
+    return tuple(name for kind in _KINDS.values() for name in kind.files)
+
+
+@dataclass
+class Verbs:
+    """What a `BlobModel` does that is made on higher floors; each floor puts its own here when it is imported.
+
+    Attributes:
+        generate: A text from each posterior sample (`blob_hf.inference`).
+        write_card: README.md of an adapter of which no run is known, into a folder (`blob_hf.trainer`).
+    """
+
+    generate: Callable[..., Tensor | ModelOutput] | None = None
+    write_card: Callable[["BlobModel", Path], None] | None = None
+
+
+VERBS = Verbs()
