@@ -10,7 +10,7 @@ from blob_hf.data.summarization import Dialogue
 from blob_hf.inference.generate import SEQUENCE_SCORES
 from blob_hf.inference.predict import IGNORED_LABEL, TokenScores
 from blob_hf.metrics.calibration import calibration_metrics
-from blob_hf.metrics.detection import strangeness
+from blob_hf.metrics.detection import uncertainty_scores
 from blob_hf.metrics.selective import RiskCoverage, prediction_rejection_ratio, risk_coverage
 from blob_hf.metrics.similarity import (
     Utility,
@@ -22,7 +22,7 @@ from blob_hf.metrics.similarity import (
 )
 from blob_hf.metrics.summarization import rouge, rouge_per_example
 from blob_hf.metrics.uncertainty import predictive_log_probs, uncertainty_metrics
-from blob_hf.reporting.tables import MEAN, STD
+from blob_hf.utils.names import MEAN, STD
 
 ROUGE_NAMES = ("rouge1", "rouge2", "rougeL")
 
@@ -63,11 +63,11 @@ def rejection_curves(samples: np.ndarray, mean: np.ndarray, labels: np.ndarray) 
         labels: Class ids `(examples,)`.
     """
     curves = {}
-    scores = strangeness(mean[:, None])
+    scores = uncertainty_scores(mean[:, None])
     wrong = (mean.argmax(-1) != labels).astype(float)
     curves[MEAN_CURVE] = risk_coverage(scores["max_prob"], wrong)
     if samples.shape[1] > 1:
-        scores = strangeness(samples)
+        scores = uncertainty_scores(samples)
         wrong = (predictive_log_probs(samples).argmax(-1) != labels).astype(float)
         curves[SAMPLES_CURVE] = risk_coverage(scores["max_prob"], wrong)
         curves["samples, mutual information"] = risk_coverage(scores["mutual_information"], wrong)

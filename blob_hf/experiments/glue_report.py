@@ -16,9 +16,10 @@ from blob_hf.metrics.selective import RiskCoverage
 from blob_hf.reporting.classification_plots import plot_rejection, plot_reliability
 from blob_hf.reporting.grid_plots import plot_methods
 from blob_hf.reporting.kl_plots import plot_trajectories
-from blob_hf.reporting.tables import MEAN, text_table
+from blob_hf.reporting.tables import text_table
 from blob_hf.trainer.kl.history import FILE_NAME
 from blob_hf.utils import files
+from blob_hf.utils.names import MEAN
 
 Key = tuple[str, str, int]  # task, method, seed
 SCALED = " + T"  # behind a method's name: with temperature scaling

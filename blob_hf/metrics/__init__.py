@@ -1,7 +1,7 @@
 """Metrics over numpy arrays; each module also holds an `evaluate.Metric` that loads without network."""
 
 from blob_hf.metrics.calibration import Calibration, accuracy, brier, calibration_metrics, ece, nll, reliability_bins
-from blob_hf.metrics.summarization import MultiReferenceRouge, group_references, rouge, rouge_per_example
+from blob_hf.metrics.summarization import MultiReferenceRouge, rouge, rouge_per_example
 from blob_hf.metrics.uncertainty import (
     Uncertainty,
     expected_entropy,
@@ -20,7 +20,6 @@ __all__ = [
     "calibration_metrics",
     "ece",
     "expected_entropy",
-    "group_references",
     "mutual_information",
     "nll",
     "predictive_entropy",

@@ -5,9 +5,9 @@ from typing import Any
 
 import pandas as pd
 
-MEAN, STD = "mean_", "_sample_std"  # a metric of the posterior mean, and the std of a metric over samples
+from blob_hf.utils.names import CHOICES, MEAN, STD
+
 STD_COLUMN = "std over samples"
-CHOICES = ("predictive", "mbr")  # ways to one text from the samples, each with metrics of its own
 
 
 def results_table(metrics: dict[str, float], prefix: str, names: list[str], num_samples: int) -> pd.DataFrame:

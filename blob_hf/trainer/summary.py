@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from blob_hf.reporting.run_summary import DataSource, Results, RunSummary
-from blob_hf.reporting.tables import MEAN, results_table
+from blob_hf.reporting.tables import results_table
 from blob_hf.trainer.training_args import DEFINING
 from blob_hf.tuner.base_model import peft_loading
 from blob_hf.tuner.config import adapter_settings
+from blob_hf.utils.names import MEAN
 
 
 def summarize(
