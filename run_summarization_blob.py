@@ -179,8 +179,7 @@ def main() -> None:
         group = dialogues[split]
         rows = generation_rows(group, tokenizer, prompt, max_source_length)
         tokens = trainer.predict(rows, metric_key_prefix=prefix, **decoding).predictions
-        chosen = training_args.decoding
-        metrics, predictions = summaries_report(*tokens[:2], group, tokenizer, chosen, tokens[2:] or None, utility)
+        metrics, predictions = summaries_report(tokens, group, tokenizer, training_args.decoding, utility)
         scores = trainer.score(scored[split], metric_key_prefix=prefix)
         return scores | {f"{prefix}_{name}": value for name, value in metrics.items()}, predictions
 

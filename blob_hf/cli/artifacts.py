@@ -9,10 +9,11 @@ import numpy as np
 
 from blob_hf.baselines.temperature import fit_temperature, scale
 from blob_hf.cli.costs import COSTS_FILE, training_costs
-from blob_hf.cli.evaluation import rejection_curves, selective_summarization
 from blob_hf.metrics.calibration import calibration_metrics
+from blob_hf.metrics.classification import rejection_curves
 from blob_hf.metrics.detection import detection_report
 from blob_hf.metrics.samples import NLLCurve, nll_curve
+from blob_hf.metrics.summaries import selective_summarization
 from blob_hf.metrics.uncertainty import predictive_entropy
 from blob_hf.reporting.classification_plots import (
     plot_confidence,

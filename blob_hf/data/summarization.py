@@ -1,6 +1,7 @@
 """Dialogues and their summaries: one prompt for training, scoring and generation; references grouped by dialogue."""
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,6 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 
 from blob_hf.data.loading import check_limit, load_files, load_hub, require_columns
-from blob_hf.metrics.summarization import group_references
 from blob_hf.utils.errors import BlobError
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,39 @@ def single_references(rows: Dataset) -> list[Dialogue]:
     """Every row on its own, as training takes them."""
     columns = (rows[_ID], rows[_TEXT], rows[_SUMMARY])
     return [Dialogue(row_id, text, [summary]) for row_id, text, summary in zip(*columns, strict=True)]
+
+
+def group_references(
+    ids: Sequence[str], dialogues: Sequence[str], summaries: Sequence[str]
+) -> list[tuple[str, str, list[str]]]:
+    """Gather the references of each dialogue: rows of the same text whose ids are `stem_1`, `stem_2`, ... or equal.
+
+    (DialogSum's test rows are test_0_1, test_0_2, test_0_3, test_1_1, ...)
+
+    Returns:
+        (id, dialogue, references) in the order of first appearance; the id is the stem of a gathered dialogue.
+
+    Raises:
+        BlobError: Columns of unequal length, or two dialogues with unequal numbers of references.
+    """
+    if not len(ids) == len(dialogues) == len(summaries):
+        raise BlobError(f"got {len(ids)} ids, {len(dialogues)} dialogues and {len(summaries)} summaries; need equal")
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for row_id, dialogue, summary in zip(ids, dialogues, summaries, strict=True):
+        stem = re.sub(r"_\d+$", "", row_id) if re.search(r"_\d+_\d+$", row_id) else row_id
+        groups.setdefault((stem, dialogue), []).append((row_id, summary))
+    result = []
+    for (stem, dialogue), rows in groups.items():
+        result.append((stem if len(rows) > 1 else rows[0][0], dialogue, [summary for _, summary in rows]))
+    if result:
+        usual = len(result[0][2])
+        for name, _, references in result:
+            if len(references) != usual:
+                raise BlobError(
+                    f"dialogue {name} has {len(references)} references, but {result[0][0]} has {usual}; "
+                    "every dialogue needs the same number"
+                )
+    return result
 
 
 def group_dialogues(rows: Dataset, limit: int | None = None) -> list[Dialogue]:

@@ -10,15 +10,16 @@ import pandas as pd
 
 from blob_hf.cli.artifacts import CLASSIFICATION_METRICS, VERDICT_FILE
 from blob_hf.cli.costs import COSTS_FILE
-from blob_hf.cli.evaluation import MEAN_CURVE, rejection_curves
 from blob_hf.experiments.statistics import Spread, paired_interval, spread
+from blob_hf.metrics.classification import MEAN_CURVE, rejection_curves
 from blob_hf.metrics.selective import RiskCoverage
 from blob_hf.reporting.classification_plots import plot_rejection, plot_reliability
 from blob_hf.reporting.grid_plots import plot_methods
 from blob_hf.reporting.kl_plots import plot_trajectories
-from blob_hf.reporting.tables import MEAN, text_table
+from blob_hf.reporting.tables import markdown_table
 from blob_hf.trainer.kl.history import FILE_NAME
 from blob_hf.utils import files
+from blob_hf.utils.names import MEAN
 
 Key = tuple[str, str, int]  # task, method, seed
 SCALED = " + T"  # behind a method's name: with temperature scaling
@@ -146,7 +147,7 @@ def _read_detection(runs: Mapping[Key, Path]) -> pd.DataFrame:
 
 
 def _text(table: pd.DataFrame) -> str:
-    return text_table(list(table.columns), table.astype(str).to_numpy().tolist())
+    return markdown_table(list(table.columns), table.astype(str).to_numpy().tolist())
 
 
 def _label(method: str, count: int) -> str:
@@ -261,7 +262,7 @@ def costs_text(runs: Mapping[Key, Path]) -> str:
         "evaluation of a row",
     )  # fmt: skip
     return (
-        "## Costs\n\n" + text_table(names, rows) + "\n\nRatios to `lora`, mean over tasks and seeds; times of runs "
+        "## Costs\n\n" + markdown_table(names, rows) + "\n\nRatios to `lora`, mean over tasks and seeds; times of runs "
         "that may have shared the machine. Laplace and TFB need a trained LoRA besides. Evaluation includes N=0."
     )
 

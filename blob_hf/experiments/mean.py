@@ -28,6 +28,7 @@ from blob_hf.experiments.setup import (
 )
 from blob_hf.experiments.statistics import Comparison, compare
 from blob_hf.inference.generate import generate_mean
+from blob_hf.reporting.tables import markdown_table
 from blob_hf.utils import files
 
 # [K], experiment III: BART-base on DialogSum, 12,500 steps; BERTScore of deberta-xlarge-mnli, rescaled
@@ -116,23 +117,19 @@ def summarize(table: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, dict[str, C
 
 
 def _text(args: MeanArguments, count: int, summary: pd.DataFrame, comparisons: dict[str, Comparison], note: str) -> str:
+    rows = [
+        [
+            METRIC_NAMES[name],
+            *(f"{summary.loc[name, (m, 'mean')]:.3f} +- {summary.loc[name, (m, 'std')]:.3f}" for m in METHODS),
+            *("{:.3f} +- {:.3f}".format(*PUBLISHED[m][name]) for m in METHODS),
+        ]
+        for name in summary.index
+    ]
     lines = [
         "# Experiment III: the posterior mean, BLoB against LoRA",
         f"{count} dialogues, beam {args.num_beams}, length penalty {args.length_penalty:g}, at most "
         f"{args.max_new_tokens} new tokens; best of each dialogue's references; mean +- std over dialogues. {note}.",
-        "| metric | BLoB | LoRA | published BLoB | published LoRA |\n| --- | --- | --- | --- | --- |\n"
-        + "\n".join(
-            f"| {METRIC_NAMES[name]} | "
-            + " | ".join(
-                f"{value:.3f} +- {std:.3f}"
-                for value, std in (
-                    *((summary.loc[name, (m, "mean")], summary.loc[name, (m, "std")]) for m in METHODS),
-                    *(PUBLISHED[m][name] for m in METHODS),
-                )
-            )
-            + " |"
-            for name in summary.index
-        ),
+        markdown_table(("metric", "BLoB", "LoRA", "published BLoB", "published LoRA"), rows),
         "BLoB - LoRA on the same dialogues (95 % paired bootstrap interval):",
         "\n".join(
             f"- {METRIC_NAMES[name]}: {comparison}. BLoB is {comparison.verdict}."

@@ -29,6 +29,7 @@ from blob_hf.experiments.setup import (
 from blob_hf.experiments.statistics import best_of, compare, decompose, mean_interval, sizes_up_to
 from blob_hf.metrics.similarity import minimum_bayes_risk, pairwise, rouge_utility
 from blob_hf.reporting.generation_plots import plot_curves, plot_densities
+from blob_hf.reporting.tables import markdown_table
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
 
@@ -179,14 +180,12 @@ def report_text(table: pd.DataFrame, curves: pd.DataFrame, args: SamplingArgumen
 
 
 def _scores_table(means: pd.DataFrame, metrics: Sequence[str], aggregate: str, seed: int) -> str:
-    lines = [
-        "| arm | " + " | ".join(METRIC_NAMES[name] for name in metrics) + " |",
-        "| --- |" + " --- |" * len(metrics),
+    rows = [
+        [arm, *(mean_interval(means.loc[arm, f"{name}_{aggregate}"], seed) for name in metrics)]
+        for arm in dict.fromkeys(means.index.get_level_values("arm"))
     ]
-    for arm in dict.fromkeys(means.index.get_level_values("arm")):
-        cells = (str(mean_interval(means.loc[arm, f"{name}_{aggregate}"], seed)) for name in metrics)
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    return f"## Scores: {aggregate} over references\n\n" + "\n".join(lines)
+    table = markdown_table(["arm", *(METRIC_NAMES[name] for name in metrics)], rows)
+    return f"## Scores: {aggregate} over references\n\n{table}"
 
 
 def _comparisons(means: pd.DataFrame, metrics: Sequence[str], seed: int) -> list[str]:
@@ -209,12 +208,17 @@ def _decompositions(table: pd.DataFrame, metrics: Sequence[str], seed: int) -> l
     for name, rows in found.items():
         if rows is None:
             return ["(needs the arms blob-sample-greedy, blob-mean-sampling and blob-sample-sampling)"]
-        lines.append(
-            f"**{METRIC_NAMES[name]}**\n\n| source | variance | 95 % interval | share |\n| --- | --- | --- | --- |"
-        )
-        for source, row in rows.iterrows():
-            interval = "" if np.isnan(row["low"]) else f"[{row['low']:.5f}, {row['high']:.5f}]"
-            lines[-1] += f"\n| {source} | {row['variance']:.5f} | {interval} | {row['share']:.1%} |"
+        cells = [
+            [
+                source,
+                f"{row['variance']:.5f}",
+                "" if np.isnan(row["low"]) else f"[{row['low']:.5f}, {row['high']:.5f}]",
+                f"{row['share']:.1%}",
+            ]
+            for source, row in rows.iterrows()
+        ]
+        shown = markdown_table(("source", "variance", "95 % interval", "share"), cells)
+        lines.append(f"**{METRIC_NAMES[name]}**\n\n{shown}")
         weights, decoding = rows.loc["weights"], rows.loc["decoding"]
         if weights["low"] > decoding["high"]:
             lines.append(f"{METRIC_NAMES[name]} varies more with the weights than with the tokens.")
@@ -229,12 +233,11 @@ def _curves_table(curves: pd.DataFrame) -> str:
     if curves.empty:
         return ""
     wide = curves.pivot_table(index=["arm", "kind"], columns="samples", values="value", sort=False)
-    lines = [
-        "| arm | choice | " + " | ".join(f"n={n}" for n in wide.columns) + " |",
-        "| --- | --- |" + " --- |" * len(wide.columns),
+    rows = [
+        [*key, *("" if np.isnan(value) else f"{value:.4f}" for value in values)]
+        for key, values in zip(wide.index, wide.to_numpy(), strict=True)
     ]
-    for key, values in zip(wide.index, wide.to_numpy(), strict=True):
-        lines.append(f"| {key[0]} | {key[1]} | " + " | ".join("" if np.isnan(v) else f"{v:.4f}" for v in values) + " |")
-    return "ROUGE-L, best of the references; `best` knows them, `mbr` (minimum Bayes risk) does not.\n\n" + "\n".join(
-        lines
+    return (
+        "ROUGE-L, best of the references; `best` knows them, `mbr` (minimum Bayes risk) does not.\n\n"
+        + markdown_table(["arm", "choice", *(f"n={n}" for n in wide.columns)], rows)
     )

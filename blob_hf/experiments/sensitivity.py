@@ -18,7 +18,7 @@ from blob_hf.cli.artifacts import VERDICT_FILE
 from blob_hf.experiments.grid import GridArguments, GridRun, check_passed_on, complete_runs, refuse_failed
 from blob_hf.experiments.setup import setup_logging
 from blob_hf.reporting.kl_plots import plot_trajectories
-from blob_hf.reporting.tables import text_table
+from blob_hf.reporting.tables import markdown_table
 from blob_hf.trainer.kl.history import FILE_NAME
 from blob_hf.utils import files
 
@@ -148,7 +148,7 @@ def _kl_table(table: pd.DataFrame) -> str:
         ]
         for row in table.to_dict("records")
     ]  # fmt: skip
-    return text_table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _results_table(table: pd.DataFrame) -> str:
@@ -164,7 +164,7 @@ def _results_table(table: pd.DataFrame) -> str:
         nlls = [f"{row[name]:.4f}" for name in ("mean_nll", "nll", "sample_nll")]
         rows.append([f"{row['beta']:g}", f"{row['gamma']:g}", *cells, *nlls])
     head = ("beta", "gamma", "KL loss", "ELBO", "ROUGE-1", "ROUGE-2", "ROUGE-L", "NLL, N=0", "NLL", "NLL of a sample")
-    return text_table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _styles(keys: Sequence[Key]) -> dict[str, dict[str, Any]]:

@@ -41,7 +41,7 @@ def detection_metrics(inside: ArrayLike, outside: ArrayLike) -> dict[str, float]
     }
 
 
-def strangeness(sample_log_probs: ArrayLike) -> dict[str, NDArray[np.float64]]:
+def uncertainty_scores(sample_log_probs: ArrayLike) -> dict[str, NDArray[np.float64]]:
     """Scores `(batch,)` that are higher where a classifier is less sure.
 
     Args:
@@ -58,8 +58,8 @@ def strangeness(sample_log_probs: ArrayLike) -> dict[str, NDArray[np.float64]]:
 
 
 def detection_report(inside: Any, outside: Any, prefix: str = "") -> dict[str, float]:
-    """`detection_metrics` of each of the scores of `strangeness`, as `{prefix}{score}_{metric}`."""
-    scores = strangeness(inside), strangeness(outside)
+    """`detection_metrics` of each of the scores of `uncertainty_scores`, as `{prefix}{score}_{metric}`."""
+    scores = uncertainty_scores(inside), uncertainty_scores(outside)
     return {
         f"{prefix}{name}_{metric}": value
         for name in scores[0]

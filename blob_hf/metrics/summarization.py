@@ -1,6 +1,5 @@
-"""ROUGE against several references, and the grouping of rows that are references of one dialogue."""
+"""ROUGE against several references."""
 
-import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal
@@ -89,39 +88,6 @@ def rouge(
     scores = rouge_per_example(predictions, references, aggregate, require_equal_references)
     means = {name: float(values.mean()) for name, values in scores.items()}
     return means | {f"{name}_std": float(values.std()) for name, values in scores.items()}
-
-
-def group_references(
-    ids: Sequence[str], dialogues: Sequence[str], summaries: Sequence[str]
-) -> list[tuple[str, str, list[str]]]:
-    """Gather the references of each dialogue: rows of the same text whose ids are `stem_1`, `stem_2`, ... or equal.
-
-    (DialogSum's test rows are test_0_1, test_0_2, test_0_3, test_1_1, ...)
-
-    Returns:
-        (id, dialogue, references) in the order of first appearance; the id is the stem of a gathered dialogue.
-
-    Raises:
-        BlobError: Columns of unequal length, or two dialogues with unequal numbers of references.
-    """
-    if not len(ids) == len(dialogues) == len(summaries):
-        raise BlobError(f"got {len(ids)} ids, {len(dialogues)} dialogues and {len(summaries)} summaries; need equal")
-    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for row_id, dialogue, summary in zip(ids, dialogues, summaries, strict=True):
-        stem = re.sub(r"_\d+$", "", row_id) if re.search(r"_\d+_\d+$", row_id) else row_id
-        groups.setdefault((stem, dialogue), []).append((row_id, summary))
-    result = []
-    for (stem, dialogue), rows in groups.items():
-        result.append((stem if len(rows) > 1 else rows[0][0], dialogue, [summary for _, summary in rows]))
-    if result:
-        usual = len(result[0][2])
-        for name, _, references in result:
-            if len(references) != usual:
-                raise BlobError(
-                    f"dialogue {name} has {len(references)} references, but {result[0][0]} has {usual}; "
-                    "every dialogue needs the same number"
-                )
-    return result
 
 
 class MultiReferenceRouge(evaluate.Metric):

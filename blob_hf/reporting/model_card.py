@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from blob_hf.baselines import METHODS
 from blob_hf.reporting.run_summary import RunSummary
-from blob_hf.reporting.tables import STD_COLUMN, settings_table, to_markdown
+from blob_hf.reporting.tables import STD_COLUMN, results_markdown, settings_markdown
 from blob_hf.utils import files
 from blob_hf.version import __version__
 
@@ -36,10 +36,10 @@ def model_card(run: RunSummary) -> ModelCard:
         f"# {method.title} of {base}" + (f" on {run.data.name}" if run.data else ""),
         method.about,
         *(["## Results"] if run.results else []),
-        *(f"**{results.title}**\n\n{to_markdown(results.table)}" for results in run.results),
+        *(f"**{results.title}**\n\n{results_markdown(results.table)}" for results in run.results),
         "## Intended use and limits\n\n" + f"{_USE.get(run.task, _USE[None])} {method.limits} {_LIMITS}",
         "## How to use\n\n" + _usage(run),
-        "## Training\n\n" + settings_table(run.settings),
+        "## Training\n\n" + settings_markdown(run.settings),
         *(["\n".join(f"- {note}" for note in run.kl_notes)] if run.kl_notes else []),
         *([_all_arguments(run)] if run.arguments else []),
         f"## Citation\n\n```bibtex\n{method.citation}\n```",
@@ -122,5 +122,5 @@ def _usage(run: RunSummary) -> str:
 
 
 def _all_arguments(run: RunSummary) -> str:
-    table = settings_table(run.arguments)
+    table = settings_markdown(run.arguments)
     return f"<details><summary>All training arguments that define the run</summary>\n\n{table}\n\n</details>"

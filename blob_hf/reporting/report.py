@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from blob_hf.reporting.run_summary import RunSummary
-from blob_hf.reporting.tables import settings_table, to_markdown
+from blob_hf.reporting.tables import results_markdown, settings_markdown
 from blob_hf.utils import files
 
 
@@ -13,10 +13,10 @@ def write_report(folder: Path, run: RunSummary) -> None:
     body = [
         f"# {run.method} on {data}",
         f"Base model: `{run.base_model}`.",
-        *(f"## {results.title}\n\n{to_markdown(results.table)}" for results in run.results),
+        *(f"## {results.title}\n\n{results_markdown(results.table)}" for results in run.results),
         *(["## KL\n\n" + "\n".join(f"- {note}" for note in run.kl_notes)] if run.kl_notes else []),
         *(["\n".join(f"- {note}" for note in run.notes)] if run.notes else []),
         *(f"![{Path(plot).stem}]({plot})" for plot in run.plots),
-        "## Settings\n\n" + settings_table(run.settings),
+        "## Settings\n\n" + settings_markdown(run.settings),
     ]
     files.write_text(folder / "report.md", "\n\n".join(body) + "\n")

@@ -5,9 +5,9 @@ from typing import Any
 
 import pandas as pd
 
-MEAN, STD = "mean_", "_sample_std"  # a metric of the posterior mean, and the std of a metric over samples
+from blob_hf.utils.names import CHOICES, MEAN, STD
+
 STD_COLUMN = "std over samples"
-CHOICES = ("predictive", "mbr")  # ways to one text from the samples, each with metrics of its own
 
 
 def results_table(metrics: dict[str, float], prefix: str, names: list[str], num_samples: int) -> pd.DataFrame:
@@ -35,23 +35,25 @@ def to_text(table: pd.DataFrame, title: str) -> str:
     return f"\n{title}\n{table.to_string(float_format='{:.4f}'.format, na_rep='-')}\n"
 
 
-def to_markdown(table: pd.DataFrame) -> str:
-    """The table as GitHub Markdown."""
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], align: str = "") -> str:
+    """Cells as a GitHub Markdown table, each as `str` writes it.
 
-    def row(cells: list[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
-
-    lines = [row(["", *table.columns]), row(["---", *["---:"] * len(table.columns)])]
-    for name, values in zip(table.index, table.to_numpy(), strict=True):
-        lines.append(row([str(name), *("-" if pd.isna(value) else f"{value:.4f}" for value in values)]))
-    return "\n".join(lines)
-
-
-def text_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells that are text already, as a GitHub Markdown table."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
+    Args:
+        head: Names of the columns.
+        rows: As many cells each.
+        align: "l" or "r" for each column; default all "l".
+    """
+    rules = [{"l": "---", "r": "---:"}[letter] for letter in align or "l" * len(head)]
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (head, rules, *rows))
 
 
-def settings_table(settings: Mapping[str, Any]) -> str:
-    """Settings and their values as a GitHub Markdown table."""
-    return "\n".join(["| setting | value |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in settings.items())])
+def results_markdown(table: pd.DataFrame) -> str:
+    """A `results_table` as GitHub Markdown."""
+    cells = [["-" if pd.isna(value) else f"{value:.4f}" for value in values] for values in table.to_numpy()]
+    rows = [[name, *values] for name, values in zip(table.index, cells, strict=True)]
+    return markdown_table(["", *table.columns], rows, "l" + "r" * len(table.columns))
+
+
+def settings_markdown(settings: Mapping[str, Any]) -> str:
+    """Settings and their values as GitHub Markdown."""
+    return markdown_table(("setting", "value"), settings.items())

@@ -8,11 +8,10 @@ from blob_hf.cli.evaluation import (
     classification_metrics,
     decode,
     rouge_compute_metrics,
-    selective_summarization,
     summaries_report,
 )
 from blob_hf.data.summarization import Dialogue
-from blob_hf.metrics import calibration_metrics, mutual_information, rouge
+from blob_hf.metrics import calibration_metrics, mutual_information, rouge, selective_summarization
 
 WORDS = ["<pad>", "</s>", "anna", "pays", "leaves", "early"]
 
@@ -50,7 +49,7 @@ def test_summaries_are_scored_against_all_references():
     dialogues = [Dialogue("a", "...", ["anna pays", "anna leaves early"]), Dialogue("b", "...", ["early", "anna"])]
     mean = np.array([[2, 4, 5, 1], [2, 1, -100, -100]])
     samples = np.array([[[2, 3, 1, 0], [4, 1, 0, 0]], [[5, 1, 0, 0], [3, 1, 0, 0]]])
-    metrics, rows = summaries_report(mean, samples, dialogues, Tokenizer())
+    metrics, rows = summaries_report((mean, samples), dialogues, Tokenizer())
     references = [dialogue.references for dialogue in dialogues]
     assert metrics["mean_rouge1"] == rouge(["anna leaves early", "anna"], references)["rouge1"] == 1
     each = [rouge(texts, references)["rouge1"] for texts in (["anna pays", "early"], ["leaves", "pays"])]
@@ -70,19 +69,19 @@ SAMPLES = np.array([[[2, 3, 1, 0], [4, 1, 0, 0], [2, 3, 1, 0]], [[5, 1, 0, 0], [
 
 
 def test_what_each_decoding_answers():
-    metrics, rows = summaries_report(MEAN, SAMPLES, DIALOGUES, Tokenizer(), "mean")
+    metrics, rows = summaries_report((MEAN, SAMPLES), DIALOGUES, Tokenizer(), "mean")
     assert set(metrics) == {"mean_rouge1", "mean_rouge2", "mean_rougeL"} and "samples" not in rows[0]
     assert rows[0]["summary"] == "anna leaves early"
-    metrics, rows = summaries_report(MEAN, SAMPLES, DIALOGUES, Tokenizer(), "samples")
+    metrics, rows = summaries_report((MEAN, SAMPLES), DIALOGUES, Tokenizer(), "samples")
     assert rows[0]["summary"] == rows[0]["mean_summary"] and not any(name.startswith("mbr") for name in metrics)
-    metrics, rows = summaries_report(MEAN, SAMPLES, DIALOGUES, Tokenizer(), "mbr")
+    metrics, rows = summaries_report((MEAN, SAMPLES), DIALOGUES, Tokenizer(), "mbr")
     assert [row["summary"] for row in rows] == ["anna pays", "early"]  # what two of three say; of equals the first
     assert rows[0]["sample_utilities"] == pytest.approx([0.5, 0.0, 0.5])
 
     def shortest(texts, references):
         return np.array([1 - len(text + reference) / 100 for text, reference in zip(texts, references, strict=True)])
 
-    _, other = summaries_report(MEAN, SAMPLES, DIALOGUES, Tokenizer(), "mbr", utility=shortest)
+    _, other = summaries_report((MEAN, SAMPLES), DIALOGUES, Tokenizer(), "mbr", utility=shortest)
     assert [row["summary"] for row in other] == ["anna pays", "pays"] and other[1]["uncertainty"] == rows[1][
         "uncertainty"
     ]
@@ -90,7 +89,7 @@ def test_what_each_decoding_answers():
     assert metrics["mbr_rougeL"] == pytest.approx(rouge(["anna pays", "early"], references)["rougeL"])
     assert rows[0]["uncertainty"]["dissimilarity"] == pytest.approx(2 / 3)
     predictive = (np.array([[4, 1], [2, 1]]), np.array([[1.0, 2.0, 1.5, 0.5], [0.1, 0.2, 0.1, 0.1]]))
-    metrics, rows = summaries_report(MEAN, SAMPLES, DIALOGUES, Tokenizer(), "predictive", predictive)
+    metrics, rows = summaries_report((MEAN, SAMPLES, *predictive), DIALOGUES, Tokenizer(), "predictive")
     assert [row["summary"] for row in rows] == ["leaves", "anna"]
     assert rows[0]["uncertainty"]["token_nll"] == 1.0 and rows[0]["uncertainty"]["mutual_information"] == 0.5
     assert metrics["predictive_rouge1"] == pytest.approx(rouge(["leaves", "anna"], references)["rouge1"])
@@ -98,7 +97,7 @@ def test_what_each_decoding_answers():
 
 def test_an_uncertainty_that_finds_the_bad_summary_has_the_best_ratio():
     predictive = (np.array([[4, 1], [2, 1]]), np.array([[1.0, 2.0, 1.5, 0.5], [0.1, 0.2, 0.1, 0.9]]))
-    _, rows = summaries_report(MEAN, SAMPLES, DIALOGUES, Tokenizer(), "predictive", predictive)
+    _, rows = summaries_report((MEAN, SAMPLES, *predictive), DIALOGUES, Tokenizer(), "predictive")
     curves, ratios = selective_summarization(rows)
     assert ratios["token_nll"] == pytest.approx(1) and ratios["mutual_information"] == pytest.approx(-1)
     assert curves["oracle"].area == curves["token_nll"].area < curves["random"].area

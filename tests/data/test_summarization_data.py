@@ -10,6 +10,7 @@ from blob_hf.data.summarization import (
     Prompt,
     generation_rows,
     group_dialogues,
+    group_references,
     load_summaries,
     scoring_rows,
 )
@@ -98,3 +99,30 @@ def test_bad_input(tmp_path, words):
         Prompt(DEFAULT_PROMPT).encode(["hello"], words, 4)
     with pytest.raises(BlobError, match=r"cannot get the dataset 'knkarthick/dialogsum'.*--demo"):
         load_summaries("knkarthick/dialogsum")
+
+
+def test_references_of_one_dialogue_are_gathered_in_order():
+    ids = ["test_0_1", "test_0_2", "test_1_1", "test_1_2"]
+    groups = group_references(ids, ["A", "A", "B", "B"], ["a1", "a2", "b1", "b2"])
+    assert groups == [("test_0", "A", ["a1", "a2"]), ("test_1", "B", ["b1", "b2"])]
+
+
+def test_rows_with_plain_ids_stay_on_their_own():
+    groups = group_references(["train_0", "train_1", "7"], ["A", "A", "A"], ["x", "y", "z"])
+    assert groups == [("train_0", "A", ["x"]), ("train_1", "A", ["y"]), ("7", "A", ["z"])]
+    assert group_references(["5", "5"], ["A", "A"], ["x", "y"]) == [("5", "A", ["x", "y"])]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: group_references(["a"], ["A"], []), "1 ids, 1 dialogues and 0 summaries"),
+        (
+            lambda: group_references(["t_0_1", "t_0_2", "t_1_1"], ["A", "A", "B"], ["x", "y", "z"]),
+            "dialogue t_1_1 has 1 references, but t_0 has 2",
+        ),
+    ],
+)
+def test_columns_and_references_that_do_not_fit_together(call, message):
+    with pytest.raises(BlobError, match=message):
+        call()

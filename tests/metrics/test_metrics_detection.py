@@ -3,7 +3,7 @@ import pytest
 from scipy.special import log_softmax
 from scipy.stats import entropy
 
-from blob_hf.metrics.detection import detection_metrics, detection_report, strangeness
+from blob_hf.metrics.detection import detection_metrics, detection_report, uncertainty_scores
 from blob_hf.utils.errors import BlobError
 
 
@@ -48,17 +48,17 @@ def test_fpr95_is_at_95_percent_and_at_no_other():
     assert detection_metrics(numbers + 0.5, numbers)["fpr95"] == pytest.approx(0.95)
 
 
-def test_strangeness_of_samples_and_of_one_network():
+def test_uncertainty_scores_of_samples_and_of_one_network():
     rng = np.random.default_rng(0)
     values = log_softmax(3 * rng.normal(size=(7, 5, 3)), axis=-1)
     mean = np.exp(values).mean(1)
-    found = strangeness(values)
+    found = uncertainty_scores(values)
     np.testing.assert_allclose(found["entropy"], entropy(mean, axis=1))
     np.testing.assert_allclose(found["max_prob"], 1 - mean.max(1))
     np.testing.assert_allclose(
         found["mutual_information"], entropy(mean, axis=1) - entropy(np.exp(values), axis=2).mean(1)
     )
-    assert set(strangeness(values[:, :1])) == {"entropy", "max_prob"}
+    assert set(uncertainty_scores(values[:, :1])) == {"entropy", "max_prob"}
 
 
 def test_the_report_names_every_score_and_metric():
@@ -66,7 +66,7 @@ def test_the_report_names_every_score_and_metric():
     inside, outside = (log_softmax(s * rng.normal(size=(30, 4, 3)), axis=-1) for s in (5, 1))
     found = detection_report(inside, outside, "mean_")
     assert len(found) == 9 and found["mean_entropy_auroc"] > 0.7
-    expected = detection_metrics(strangeness(inside)["max_prob"], strangeness(outside)["max_prob"])
+    expected = detection_metrics(uncertainty_scores(inside)["max_prob"], uncertainty_scores(outside)["max_prob"])
     assert found["mean_max_prob_fpr95"] == expected["fpr95"]
 
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from blob_hf.metrics import MultiReferenceRouge, group_references, rouge, rouge_per_example, summarization
+from blob_hf.metrics import MultiReferenceRouge, rouge, rouge_per_example, summarization
 from blob_hf.utils.errors import BlobError
 
 PREDICTIONS = ["Anna visits the doctors tomorrow.", "They argue about money", ""]
@@ -44,18 +44,6 @@ def test_is_an_evaluate_metric_without_network():
         assert found == pytest.approx(rouge(PREDICTIONS, REFERENCES))
 
 
-def test_references_of_one_dialogue_are_gathered_in_order():
-    ids = ["test_0_1", "test_0_2", "test_1_1", "test_1_2"]
-    groups = group_references(ids, ["A", "A", "B", "B"], ["a1", "a2", "b1", "b2"])
-    assert groups == [("test_0", "A", ["a1", "a2"]), ("test_1", "B", ["b1", "b2"])]
-
-
-def test_rows_with_plain_ids_stay_on_their_own():
-    groups = group_references(["train_0", "train_1", "7"], ["A", "A", "A"], ["x", "y", "z"])
-    assert groups == [("train_0", "A", ["x"]), ("train_1", "A", ["y"]), ("7", "A", ["z"])]
-    assert group_references(["5", "5"], ["A", "A"], ["x", "y"]) == [("5", "A", ["x", "y"])]
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -67,12 +55,7 @@ def test_rows_with_plain_ids_stay_on_their_own():
             lambda: rouge(["a", "b"], [["a"], ["b", "c"]], require_equal_references=True),
             r"same number .* got \[1, 2\]",
         ),
-        (lambda: group_references(["a"], ["A"], []), "1 ids, 1 dialogues and 0 summaries"),
         (lambda: rouge(["a"], [["a"]], "best"), "aggregate must be one of max, mean, min"),
-        (
-            lambda: group_references(["t_0_1", "t_0_2", "t_1_1"], ["A", "A", "B"], ["x", "y", "z"]),
-            "dialogue t_1_1 has 1 references, but t_0 has 2",
-        ),
     ],
 )
 def test_bad_input(call, message):

@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard, metadata_eval_result
 from blob_hf.reporting.model_card import model_card, write_model_card
 from blob_hf.reporting.report import write_report
 from blob_hf.reporting.run_summary import DataSource, Results, RunSummary
-from blob_hf.reporting.tables import results_table, to_markdown, to_text
+from blob_hf.reporting.tables import markdown_table, results_markdown, results_table, to_text
 
 METRICS = {"eval_nll": 0.5, "eval_mean_nll": 0.6, "eval_nll_sample_std": 0.01, "eval_rouge1": 0.4, "other": 1.0}
 
@@ -18,7 +18,13 @@ def test_table_has_the_mean_the_samples_and_their_spread():
     assert list(results_table(METRICS, "eval", ["nll"], 0).columns) == ["N=0 (posterior mean)"]
     text = to_text(table, "title")
     assert "title" in text and "0.5000" in text and "N=10 (samples)" in text
-    assert to_markdown(table).splitlines()[2] == "| nll | 0.6000 | 0.5000 | 0.0100 |"
+    assert results_markdown(table).splitlines()[2] == "| nll | 0.6000 | 0.5000 | 0.0100 |"
+
+
+def test_a_table_in_markdown_is_aligned_as_asked():
+    rows = [("a", 1), ("b", "x")]
+    assert markdown_table(("name", "value"), rows) == "| name | value |\n| --- | --- |\n| a | 1 |\n| b | x |"
+    assert markdown_table(("name", "value"), [], "lr") == "| name | value |\n| --- | ---: |"
 
 
 def summary(method="blob", **changes):
