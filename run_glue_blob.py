@@ -17,13 +17,10 @@ from transformers import (
     set_seed,
 )
 
-from blob_hf import BlobTrainer, BlobTrainingArguments
-from blob_hf.baselines import METHODS
-from blob_hf.cli import arguments as cli
-from blob_hf.cli import models as runs
+from blob_hf import BlobTrainer, BlobTrainingArguments, cli
 from blob_hf.cli.artifacts import CLASSIFICATION_METRICS, ClassifierRun
 from blob_hf.cli.evaluation import classification_metrics
-from blob_hf.cli.search import SearchArguments, check_backend, search
+from blob_hf.cli.search import SearchArguments, check_backend, check_route, search, searchable
 from blob_hf.data import demo
 from blob_hf.data.glue import TASKS, load_classification, load_shifted, tokenize_classification
 from blob_hf.data.loading import first_rows, hold_out
@@ -45,7 +42,7 @@ DEMO = {
 
 
 @dataclass
-class ModelArguments(runs.AdapterArguments):
+class ModelArguments(cli.AdapterArguments):
     """Which model, and which adapter on it."""
 
     model_name_or_path: str = field(default="roberta-base", metadata={"help": "Base model: Hub id or local folder."})
@@ -81,7 +78,7 @@ class DataArguments:
 
 
 @dataclass
-class TrainingArguments(runs.PublishedDefaults, BlobTrainingArguments):
+class TrainingArguments(cli.PublishedDefaults, BlobTrainingArguments):
     """transformers' and BLoB's training arguments with the published defaults."""
 
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Batch size per device."})
@@ -89,13 +86,17 @@ class TrainingArguments(runs.PublishedDefaults, BlobTrainingArguments):
 
 
 def main() -> None:
-    parsed = cli.parse_arguments((ModelArguments, DataArguments, TrainingArguments, SearchArguments), DEMO, __doc__)
-    model_args, data_args, training_args, search_args = parsed
+    types = (ModelArguments, DataArguments, cli.MethodArguments, TrainingArguments, SearchArguments)
+    parsed = cli.parse_arguments(types, DEMO, __doc__)
+    model_args, data_args, method_args, training_args, search_args = parsed
     check_backend(search_args)
-    cli.setup_logging(training_args)
-    cli.run_everything_by_default(training_args)
-    runs.take_saved_method(model_args, training_args)
-    cli.warn_of_ignored(training_args, model_args)
+    cli.setup_logging(training_args.should_log)
+    route = cli.choose_route(model_args, method_args, training_args)
+    route.check_run(method_args, training_args)
+    cli.warn_of_ignored(route, method_args, training_args, model_args)
+    if search_args.hp_search:
+        check_route(route)
+        training_args = searchable(training_args)
 
     # ----- data -----
     files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
@@ -106,16 +107,17 @@ def main() -> None:
         source = DataSource("demo replies" if data_args.demo else task_name or Path(next(iter(files.values()))).stem)
     else:
         source = DataSource(task_name, TASKS[task_name].dataset, task_name)
-    cli.default_output_dir(training_args, source.name.replace(" ", "-"), model_args.adapter_name_or_path)
-    adapter = runs.adapter_folder(model_args, training_args)
+    folder = route.folder_name(source.name.replace(" ", "-"), training_args)
+    training_args = cli.with_output_dir(training_args, folder, model_args.adapter_name_or_path)
+    adapter = cli.starting_adapter(route, model_args, method_args, training_args)
     if training_args.do_train:
-        runs.require_split(data.splits, "train")
-        cli.claim_output_dir(training_args, model_args, data_args)
+        cli.require_split(data.splits, "train")
+        cli.claim_output_dir(training_args, adapter is None, method_args, model_args, data_args)
     for split in data.splits:
         limit = data_args.max_train_samples if split == "train" else data_args.max_eval_samples
         data.splits[split] = first_rows(data.splits[split], limit)
-    if training_args.do_train and training_args.holds_out:
-        hold_out(data.splits, training_args.calibration_samples)
+    if training_args.do_train and method_args.holds_out:
+        hold_out(data.splits, method_args.calibration_samples)
 
     others = [*(data_args.ood_tasks or []), *(data_args.ood_file or [])]
     shifted = load_shifted(others, data, data_args.label_column)
@@ -138,36 +140,42 @@ def main() -> None:
     def make_model(trial=None):
         with fetching("model", base_name, "--model_name_or_path"):
             base = AutoModelForSequenceClassification.from_pretrained(base_name, config=config, dtype=model_args.dtype)
-        return runs.make_model(base, model_args, training_args, targets, "SEQ_CLS", adapter)
+        return cli.make_model(route, base, model_args, method_args, training_args, targets, "SEQ_CLS", adapter)
 
-    makes_models = search_args.hp_search or METHODS[training_args.method].retrains  # each trial or member a fresh one
-    trainer = BlobTrainer(
-        model=None if makes_models else make_model(),
-        model_init=make_model if makes_models else None,
-        args=training_args,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        train_dataset=tokenized.get("train") if training_args.do_train else None,
-        eval_dataset=tokenized.get("validation"),
-        processing_class=tokenizer,
-        compute_metrics=classification_metrics,
-    )
-    trainer.calibration_dataset = tokenized.get("calibration")
+    train_rows = tokenized.get("train") if training_args.do_train else None
+
+    def make_trainer(model, args=training_args, model_init=None):
+        return BlobTrainer(
+            model=None if model_init else model,
+            args=route.arguments(args, train_rows),
+            model_init=model_init,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            train_dataset=train_rows,
+            eval_dataset=tokenized.get("validation"),
+            processing_class=tokenizer,
+            compute_metrics=classification_metrics,
+            point_estimate=not model.has_posterior,
+        )
 
     if search_args.hp_search:
-        runs.require_split(tokenized, "validation")
-        search(trainer, search_args)
+        cli.require_split(tokenized, "validation")
+        search(make_trainer(make_model(), model_init=make_model), search_args)
         return
 
     # ----- train, evaluate, report -----
     settings = {"max length": data_args.max_length}
     license = model_args.adapter_license
-    run = ClassifierRun(trainer, base_name, source, "text-classification", CLASSIFICATION_METRICS, settings, license)
+    trainer = make_trainer(make_model())
+    job = cli.Job(training_args, method_args, make_model, make_trainer, tokenized.get("calibration"))
+    run = ClassifierRun(
+        route, job, trainer, base_name, source, "text-classification", CLASSIFICATION_METRICS, settings, license
+    )
     if data_args.compare_base and training_args.do_train and "validation" in tokenized:
         metrics = trainer.predict(tokenized["validation"], metric_key_prefix="base").metrics
         run.add_results("base", metrics, "validation", before_training=True)
     if training_args.do_train:
         run.train()
-    if training_args.temperature_scaling:
+    if method_args.temperature_scaling:
         run.calibrate()
     for prefix, split, wanted in (
         ("eval", "validation", training_args.do_eval),

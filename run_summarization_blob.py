@@ -12,11 +12,9 @@ from pathlib import Path
 
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 
-from blob_hf import BlobError, BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments
-from blob_hf.baselines import METHODS
-from blob_hf.cli import arguments as cli
-from blob_hf.cli import models as runs
+from blob_hf import BlobError, BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments, cli
 from blob_hf.cli.artifacts import SUMMARIZATION_METRICS, SummarizerRun
+from blob_hf.cli.bases import config_from_name, kept_base
 from blob_hf.cli.evaluation import rouge_compute_metrics, summaries_report
 from blob_hf.data import demo
 from blob_hf.data.loading import first_rows
@@ -51,7 +49,7 @@ DEMO = {
 
 
 @dataclass
-class ModelArguments(runs.AdapterArguments):
+class ModelArguments(cli.AdapterArguments):
     """Which model, and which adapter on it."""
 
     model_name_or_path: str = field(
@@ -99,7 +97,7 @@ class DataArguments:
 
 
 @dataclass
-class TrainingArguments(runs.PublishedDefaults, BlobSeq2SeqTrainingArguments):
+class TrainingArguments(cli.PublishedDefaults, BlobSeq2SeqTrainingArguments):
     """transformers' and BLoB's training arguments with the published defaults."""
 
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Batch size per device."})
@@ -107,12 +105,15 @@ class TrainingArguments(runs.PublishedDefaults, BlobSeq2SeqTrainingArguments):
 
 
 def main() -> None:
-    parsed = cli.parse_arguments((ModelArguments, DataArguments, TrainingArguments), DEMO, __doc__)
-    model_args, data_args, training_args = parsed
-    cli.setup_logging(training_args)
-    cli.run_everything_by_default(training_args)
-    runs.take_saved_method(model_args, training_args)
-    cli.warn_of_ignored(training_args, model_args)
+    parsed = cli.parse_arguments(
+        (ModelArguments, DataArguments, cli.MethodArguments, TrainingArguments), DEMO, __doc__
+    )
+    model_args, data_args, method_args, training_args = parsed
+    cli.setup_logging(training_args.should_log)
+    route = cli.choose_route(model_args, method_args, training_args)
+    route.check_run(method_args, training_args)
+    cli.check_texts(route, method_args, training_args)
+    cli.warn_of_ignored(route, method_args, training_args, model_args)
 
     # ----- data -----
     files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
@@ -126,20 +127,21 @@ def main() -> None:
     else:
         name = data_args.dataset_name
         source = DataSource(Path(name).name, None if Path(name).exists() else name, data_args.dataset_config_name)
-    cli.default_output_dir(training_args, source.name.replace(" ", "-"), model_args.adapter_name_or_path)
-    adapter = runs.adapter_folder(model_args, training_args)
+    folder = route.folder_name(source.name.replace(" ", "-"), training_args)
+    training_args = cli.with_output_dir(training_args, folder, model_args.adapter_name_or_path)
+    adapter = cli.starting_adapter(route, model_args, method_args, training_args)
     if training_args.do_train:
-        runs.require_split(splits, "train")
-        cli.claim_output_dir(training_args, model_args, data_args)
+        cli.require_split(splits, "train")
+        cli.claim_output_dir(training_args, adapter is None, method_args, model_args, data_args)
 
     # ----- model -----
     set_seed(training_args.seed)
     base, tokenizer = load_base(model_args, training_args)
     targets = model_args.target_modules or default_target_modules(base.config.model_type, "summarization")
 
-    def make_model(trial=None):
+    def make_model():
         fresh = load_base(model_args, training_args)[0]
-        return runs.make_model(fresh, model_args, training_args, targets, "SEQ_2_SEQ_LM", adapter)
+        return cli.make_model(route, fresh, model_args, method_args, training_args, targets, "SEQ_2_SEQ_LM", adapter)
 
     # ----- rows: one per reference to train on and to score, one per dialogue to generate from -----
     positions = getattr(base.config, "max_position_embeddings", None) or data_args.max_source_length
@@ -153,19 +155,21 @@ def main() -> None:
         train_rows = scoring_rows(pairs, tokenizer, prompt, *lengths)
     scored = {name: scoring_rows(group, tokenizer, prompt, *lengths) for name, group in dialogues.items()}
 
-    retrains = METHODS[training_args.method].retrains  # each member of an ensemble is a fresh model
-    trainer = BlobSeq2SeqTrainer(
-        model=None if retrains else make_model(),
-        model_init=make_model if retrains else None,
-        args=training_args,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model=base),
-        train_dataset=train_rows,
-        eval_dataset=scored.get("validation"),
-        processing_class=tokenizer,
-        compute_metrics=rouge_compute_metrics(dialogues["validation"], tokenizer)
-        if training_args.predict_with_generate and "validation" in dialogues
-        else None,
-    )
+    def make_trainer(model, args=training_args):
+        return BlobSeq2SeqTrainer(
+            model=model,
+            args=route.arguments(args, train_rows),
+            data_collator=DataCollatorForSeq2Seq(tokenizer, model=base),
+            train_dataset=train_rows,
+            eval_dataset=scored.get("validation"),
+            processing_class=tokenizer,
+            compute_metrics=rouge_compute_metrics(dialogues["validation"], tokenizer)
+            if training_args.predict_with_generate and "validation" in dialogues
+            else None,
+            point_estimate=not model.has_posterior,
+        )
+
+    trainer = make_trainer(make_model())
     utility = None
     if training_args.decoding == "mbr":
         is_bertscore = data_args.mbr_utility == "bertscore"
@@ -186,8 +190,10 @@ def main() -> None:
     # ----- train, evaluate, report -----
     base_name = model_args.config_name or model_args.model_name_or_path
     settings = {"prompt": repr(data_args.prompt), "max source, target": lengths, "decoding": decoding}
+    job = cli.Job(training_args, method_args, make_model, make_trainer)
+    license = model_args.adapter_license
     run = SummarizerRun(
-        trainer, base_name, source, "summarization", SUMMARIZATION_METRICS, settings, model_args.adapter_license
+        route, job, trainer, base_name, source, "summarization", SUMMARIZATION_METRICS, settings, license
     )
     first_split = "validation" if "validation" in dialogues else "test"
     if data_args.compare_base and training_args.do_train and dialogues:
@@ -220,8 +226,8 @@ def load_base(model_args, training_args):
     if model_args.config_name is None:
         with fetching("model", name, "--model_name_or_path"):
             return AutoModelForSeq2SeqLM.from_pretrained(name, dtype=model_args.dtype), tokenizer
-    config = runs.config_from_name(model_args.config_name, model_args.config_overrides, tokenizer)
-    return runs.kept_base(config, tokenizer, training_args), tokenizer
+    config = config_from_name(model_args.config_name, model_args.config_overrides, tokenizer)
+    return kept_base(config, tokenizer, training_args), tokenizer
 
 
 if __name__ == "__main__":

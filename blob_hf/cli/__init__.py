@@ -1,1 +1,34 @@
-"""What the scripts share: arguments, output folders, one-line errors, the choice of a method."""
+"""Floor 5, what the scripts share: arguments, output folders, one-line errors, the choice of a method."""
+
+from blob_hf.cli.adapters import AdapterArguments, PublishedDefaults, require_split
+from blob_hf.cli.arguments import parse_arguments
+from blob_hf.cli.folders import claim_folder, claim_output_dir, with_output_dir
+from blob_hf.cli.methods import (
+    Job,
+    MethodArguments,
+    check_texts,
+    choose_route,
+    make_model,
+    starting_adapter,
+    warn_of_ignored,
+)
+from blob_hf.cli.terminal import setup_logging, user_errors
+
+__all__ = [
+    "AdapterArguments",
+    "Job",
+    "MethodArguments",
+    "PublishedDefaults",
+    "check_texts",
+    "choose_route",
+    "claim_folder",
+    "claim_output_dir",
+    "make_model",
+    "parse_arguments",
+    "require_split",
+    "setup_logging",
+    "starting_adapter",
+    "user_errors",
+    "warn_of_ignored",
+    "with_output_dir",
+]

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from blob_hf.baselines.temperature import fit_temperature, scale
+from blob_hf.baselines.temperature import Temperatures, fit_temperature, scale
 from blob_hf.cli.costs import COSTS_FILE, training_costs
+from blob_hf.cli.methods import Job, Route
 from blob_hf.metrics.calibration import calibration_metrics
 from blob_hf.metrics.classification import rejection_curves
 from blob_hf.metrics.detection import detection_report
@@ -28,10 +29,10 @@ from blob_hf.reporting.model_card import write_model_card
 from blob_hf.reporting.report import write_report
 from blob_hf.reporting.run_summary import DataSource, Results
 from blob_hf.reporting.tables import results_table, to_text
-from blob_hf.trainer.engines import leave
+from blob_hf.trainer.engines import shutdown
 from blob_hf.trainer.kl.history import FILE_NAME
 from blob_hf.trainer.summary import summarize
-from blob_hf.tuner.posterior import posterior_statistics
+from blob_hf.trainer.trainer import BlobTrainer
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
 
@@ -44,7 +45,9 @@ class Run:
     """Trains through a trainer and leaves the artifacts of a run in its output folder.
 
     Args:
-        trainer: A `BlobTrainer` or `BlobSeq2SeqTrainer`.
+        route: How the method trains, or fits.
+        job: What the training needs.
+        trainer: A `BlobTrainer` or `BlobSeq2SeqTrainer` with the model to start with.
         base_model: Hub id or folder of the base model.
         data: The data, for titles and the model card.
         task: Its tag on the Hub, "text-classification" or "summarization".
@@ -54,7 +57,9 @@ class Run:
 
     def __init__(
         self,
-        trainer: Any,
+        route: Route,
+        job: Job,
+        trainer: BlobTrainer,
         base_model: str,
         data: DataSource,
         task: str,
@@ -62,8 +67,9 @@ class Run:
         settings: Mapping[str, Any],
         license: str | None = None,
     ) -> None:
+        self.route, self.job = route, job
         self.trainer, self.args = trainer, trainer.args
-        self.folder = Path(trainer.args.output_dir)
+        self.folder = Path(str(trainer.args.output_dir))
         self.data, self.metric_names = data, metric_names
         self.trained = False
         self.results: list[Results] = []
@@ -78,19 +84,24 @@ class Run:
         """Whether this process writes files."""
         return self.args.should_save
 
+    @property
+    def num_samples(self) -> int:
+        """Networks that an evaluation draws; 0 for a point."""
+        return self.trainer.eval_sampling.num_samples
+
     def train(self) -> None:
         """Train, or resume if asked to; leave the adapter, train_results.json, kl_history.csv, plots/kl.png, state."""
         self.trained = True
-        result = self.trainer.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+        outcome = self.route.train(self.job, self.trainer)
         self.trainer.save_model()
-        self.trainer.save_metrics("train", result.metrics)
-        self.costs = training_costs(self.trainer, result)
+        self.trainer.save_metrics("train", outcome.metrics())
+        self.costs = training_costs(outcome)
         self.trainer.save_state()
-        if self.trainer.kl_diagnosis is not None:
+        if self.trainer.kl_verdict is not None:
             self.add_plot("kl", lambda path: plot_kl(self.folder / FILE_NAME, path))
-            config = self.trainer.model.active_peft_config
-            layers = posterior_statistics(self.trainer.model, config.prior_std).layers
-            self.add_plot("posterior_std", lambda path: plot_posterior_std(layers, config.prior_std, path))
+            model = self.trainer.blob_model
+            layers = model.posterior_statistics().layers
+            self.add_plot("posterior_std", lambda path: plot_posterior_std(layers, model.blob_config.prior_std, path))
 
     def add_results(
         self, prefix: str, metrics: dict[str, float], split: str, rows: str = "", before_training: bool = False
@@ -101,11 +112,11 @@ class Run:
             rows: What was evaluated, for the title, for example "408 examples".
             before_training: Whether the model is not yet the adapter that will be saved.
         """
-        self.trainer.save_metrics(prefix, metrics | {f"{prefix}_num_samples": self.trainer.num_eval_samples})
+        self.trainer.save_metrics(prefix, metrics | {f"{prefix}_num_samples": self.num_samples})
         if self.costs and f"{prefix}_runtime" in metrics:
-            self.costs |= {"eval_runtime": metrics[f"{prefix}_runtime"], "networks": self.trainer.num_eval_samples}
+            self.costs |= {"eval_runtime": metrics[f"{prefix}_runtime"], "networks": self.num_samples}
             self.costs["eval_rows"] = round(metrics[f"{prefix}_runtime"] * metrics[f"{prefix}_samples_per_second"])
-        table = results_table(metrics, prefix, self.metric_names, self.trainer.num_eval_samples)
+        table = results_table(metrics, prefix, self.metric_names, self.num_samples)
         title = f"{self.data.name}, {split}" + (f" ({rows})" if rows else "")
         title = f"before training: {title}" if before_training else title
         self.results.append(Results(title, split, table, in_index=not before_training))
@@ -137,13 +148,13 @@ class Run:
                 write_report(self.folder, summary)
                 write_model_card(self.folder, summary)
             for results in self.results:
-                print(to_text(results.table, f"{self.args.method}: {results.title}"))
+                print(to_text(results.table, f"{self.route.name}: {results.title}"))
             for note in [*self.notes, *([self.trainer.kl_verdict] if self.trained and self.trainer.kl_verdict else [])]:
                 print(note)
             print(f"Everything is in {self.folder}")
         if self.args.push_to_hub:
             self.trainer.push_to_hub()
-        leave(self.trainer.accelerator)
+        shutdown(self.trainer.accelerator)
 
     def add_nll_curve(self, curve: NLLCurve, mean_nll: float, split: str, unit: str) -> None:
         """Draw what more samples buy, and note how many are enough."""
@@ -158,42 +169,42 @@ class Run:
 class ClassifierRun(Run):
     """A `Run` of a classifier."""
 
-    temperatures: dict[str, float] | None = None  # of the samples' predictive and of the mean
+    temperatures: Temperatures | None = None
 
     def calibrate(self) -> None:
-        """Fit temperatures to the trainer's held-out rows and keep them in method.json; without training, read them.
+        """Fit temperatures to the held-out rows and keep them with the adapter; without training, take the saved ones.
 
         Raises:
             BlobError: There is nothing to fit them to, and none was saved.
         """
-        model, rows = self.trainer.model, self.trainer.calibration_dataset
+        model, rows = self.trainer.blob_model, self.job.calibration_rows
         if rows is not None:
             output = self.trainer.predict(rows, metric_key_prefix="calibration")
             log_probs, _, mean = output.predictions
-            pairs = {"predictive": log_probs, "mean": mean}
-            found = {name: fit_temperature(values, output.label_ids) for name, values in pairs.items()}
-            model.method_facts = {"method": self.args.method, **model.method_facts, "temperatures": found}
+            found = [fit_temperature(values, output.label_ids) for values in (log_probs, mean)]
+            model.set_companion(Temperatures(*found))
             if self.writes:
-                self.trainer.method.save(model, self.folder)
-        self.temperatures = model.method_facts.get("temperatures")
-        if self.temperatures is None:
+                Temperatures(*found).save(model, self.folder)
+        saved = model.companion(Temperatures.slot)
+        if not isinstance(saved, Temperatures):
             raise BlobError(
                 "temperature_scaling: the adapter was saved without temperatures; fit them with --do_train "
                 "--temperature_scaling, which holds training rows out"
             )
+        self.temperatures = saved
 
     def _add_scaled(self, prefix: str, split: str, output: Any) -> None:
         """Results with the temperatures, in {prefix}_temperature_results.json."""
         if self.temperatures is None:
             return
         log_probs, _, mean = output.predictions
-        kinds = {"": (log_probs, "predictive"), "mean_": (mean, "mean")}
+        kinds = {"": (log_probs, self.temperatures.predictive), "mean_": (mean, self.temperatures.mean)}
         metrics: dict[str, float] = {}
-        for kind, (values, name) in kinds.items():
-            scaled = calibration_metrics(scale(values, self.temperatures[name]), output.label_ids)
+        for kind, (values, temperature) in kinds.items():
+            scaled = calibration_metrics(scale(values, temperature), output.label_ids)
             metrics |= {f"{prefix}_{kind}{metric}": value for metric, value in scaled.items()}
-            metrics[f"{prefix}_{kind}temperature"] = self.temperatures[name]
-        count = self.trainer.num_eval_samples
+            metrics[f"{prefix}_{kind}temperature"] = temperature
+        count = self.num_samples
         self.trainer.save_metrics(f"{prefix}_temperature", metrics | {f"{prefix}_num_samples": count})
         table = results_table(metrics, prefix, [*self.metric_names, "temperature"], count)
         title = f"{self.data.name}, {split}, temperature-scaled"
@@ -206,7 +217,7 @@ class ClassifierRun(Run):
             output: Of `BlobTrainer.predict` with labels: log_probs, sample_log_probs, mean_log_probs.
         """
         log_probs, samples, mean = output.predictions
-        labels, num_samples = output.label_ids, self.trainer.num_eval_samples
+        labels, num_samples = output.label_ids, self.num_samples
         self.add_results(prefix, output.metrics, split, f"{len(mean)} examples")
         self._add_scaled(prefix, split, output)
         shown = {"posterior mean (N=0)": mean} | ({f"{num_samples} samples": log_probs} if num_samples else {})
@@ -235,19 +246,19 @@ class ClassifierRun(Run):
         """
         prefix = f"ood_{name}"
         metrics = dict(outside.metrics or {})
-        reports = {"": 1, "mean_": 2} if self.trainer.num_eval_samples else {"mean_": 2}
+        reports = {"": 1, "mean_": 2} if self.num_samples else {"mean_": 2}
         scores: dict[str, tuple[Any, Any]] = {}
         for kind, field in reports.items():
             pair = [output.predictions[field] for output in (inside, outside)]
             own, other = pair if kind == "" else [np.expand_dims(one, 1) for one in pair]
             metrics |= {f"{prefix}_{kind}{key}": value for key, value in detection_report(own, other).items()}
-            title = f"{self.trainer.num_eval_samples} samples" if kind == "" else "posterior mean (N=0)"
+            title = f"{self.num_samples} samples" if kind == "" else "posterior mean (N=0)"
             scores[title] = predictive_entropy(own), predictive_entropy(other)
         self.trainer.save_metrics(prefix, metrics)
         kinds = ("entropy", "max_prob", "mutual_information")
         detected = [f"{kind}_{metric}" for kind in kinds for metric in ("auroc", "aupr", "fpr95")]
         shifted = [metric for metric in CLASSIFICATION_METRICS if f"{prefix}_mean_{metric}" in metrics]
-        table = results_table(metrics, prefix, shifted + detected, self.trainer.num_eval_samples)
+        table = results_table(metrics, prefix, shifted + detected, self.num_samples)
         table = table.dropna(how="all").dropna(how="all", axis="columns")
         count = len(outside.predictions[0])
         self.results.append(Results(f"out of distribution: {name} ({count} examples)", name, table, in_index=False))
@@ -260,14 +271,14 @@ class SummarizerRun(Run):
 
     def add_samples(self, mean_nll: float, split: str) -> None:
         """Draw the NLL of the references by the number of samples, from the last scoring of a split."""
-        if self.trainer.num_eval_samples and self.trainer.nll_by_samples is not None:
+        if self.num_samples and self.trainer.nll_by_samples is not None:
             nll = np.asarray(self.trainer.nll_by_samples, dtype=float)
             curve = NLLCurve(np.arange(1, len(nll) + 1), nll, np.zeros_like(nll))
             self.add_nll_curve(curve, mean_nll, split, "token")
 
     def add_selective(self, rows: Sequence[Mapping[str, Any]], split: str) -> None:
         """Draw risk against coverage for each uncertainty score of generated summaries, and keep the ratios."""
-        if self.trainer.num_eval_samples and len(rows) > 1 and "uncertainty" in rows[0]:
+        if self.num_samples and len(rows) > 1 and "uncertainty" in rows[0]:
             curves, ratios = selective_summarization(rows)
             self.add_plot(f"risk_coverage_{split}", lambda path: plot_risk_coverage(curves, "1 - ROUGE-L", path))
             shown = ", ".join(f"{name} {value:.3f}" for name, value in ratios.items())

@@ -1,4 +1,4 @@
-"""Turn a checkpoint of the BLoB authors' code into a blob_hf adapter: `python -m blob_hf.convert SRC DST`.
+"""Turn a checkpoint of the BLoB authors' code into a blob_hf adapter: `blob convert SRC DST`.
 
 Their checkpoints (github.com/Wang-ML-Lab/bayesian-peft) are PEFT folders whose adapter_model.safetensors also holds a
 `lora_A_rho` beside each `lora_A.weight`. The std is rho^2, or log(1 + exp(rho)) if they trained with bayes_eps < 0. The
@@ -14,11 +14,12 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from blob_hf.cli import arguments as cli
+from blob_hf.cli.terminal import user_errors
 from blob_hf.reporting.model_card import write_model_card
 from blob_hf.reporting.run_summary import RunSummary
+from blob_hf.trainer.summary import BLOB_CARD, adapter_settings
 from blob_hf.tuner import adapter_files
-from blob_hf.tuner.config import STD_PARAMETERIZATIONS, BlobConfig, adapter_settings
+from blob_hf.tuner.config import STD_PARAMETERIZATIONS, BlobConfig
 from blob_hf.tuner.layer import std_to_save
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
@@ -47,21 +48,22 @@ def convert(
     folder, target = adapter_files.resolve(source), Path(destination)
     if (target / CONFIG_NAME).exists():
         raise BlobError(f"{target} already holds an adapter; choose another folder")
-    adapter_files.is_blob_adapter(folder)  # reads the configuration, or says that it cannot
-    config = BlobConfig.from_pretrained(str(folder))
+    own = adapter_files.read_config(folder)
     weights, _ = adapter_files.read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)
     mean, rhos = split(weights, source)
     if std_parameterization is None:
         negative = sum(int((rho < 0).sum()) for rho in rhos.values())
         std_parameterization = "softplus" if 2 * negative > sum(rho.numel() for rho in rhos.values()) else "square"
-    config = BlobConfig.from_lora(config, BlobConfig(prior_std=prior_std, std_parameterization=std_parameterization))
+    config = BlobConfig.from_lora(own, BlobConfig(prior_std=prior_std, std_parameterization=std_parameterization))
     with files.staged(target) as staging:
         adapter_files.write(
             staging, mean, {name: std_to_save(rho.float(), std_parameterization) for name, rho in rhos.items()}
         )
         config.save_pretrained(str(staging))
         adapter_files.read(staging)  # checks that all is finite and fits together before anything takes its place
-    card = RunSummary(config.base_model_name_or_path or "", None, "blob", adapter_settings(config))
+    card = RunSummary(
+        config.base_model_name_or_path or "", None, "blob", card=BLOB_CARD, settings=adapter_settings(config)
+    )
     write_model_card(target, card)
     return config
 
@@ -86,7 +88,7 @@ def split(weights: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], d
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m blob_hf.convert", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="blob convert", description=__doc__.split("\n\n")[0])
     parser.add_argument("source", help="folder or Hub repo of the authors' checkpoint")
     parser.add_argument("destination", help="new folder for the adapter")
     parser.add_argument(
@@ -96,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--std_parameterization", choices=STD_PARAMETERIZATIONS, help="default: found by the sign of most rhos"
     )
     args = parser.parse_args(argv)
-    with cli.user_errors():
+    with user_errors():
         config = convert(args.source, args.destination, args.prior_std, args.std_parameterization)
         print(
             f"{args.destination}: BLoB adapter of {config.base_model_name_or_path}, r={config.r}, std = "

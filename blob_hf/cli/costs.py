@@ -2,18 +2,16 @@
 
 import resource
 import sys
-from typing import Any
 
 import torch
+
+from blob_hf.cli.methods import Outcome
 
 COSTS_FILE = "costs.json"
 
 
-def training_costs(trainer: Any, output: Any) -> dict[str, float]:
+def training_costs(outcome: Outcome) -> dict[str, float]:
     """The costs of a finished training or fit.
-
-    Args:
-        output: Of `trainer.train`.
 
     Returns:
         trained_parameters: By gradient, over all trainings of the run.
@@ -26,10 +24,10 @@ def training_costs(trainer: Any, output: Any) -> dict[str, float]:
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated()
     return {
-        "trained_parameters": trainer.trained_parameters,
-        "train_steps": output.global_step,
-        "train_runtime": output.metrics.get("train_runtime", 0.0),
-        "fit_forwards": output.metrics.get("fit_forwards", 0),
-        "fit_runtime": output.metrics.get("fit_runtime", 0.0),
+        "trained_parameters": outcome.trained_parameters,
+        "train_steps": outcome.output.global_step,
+        "train_runtime": outcome.output.metrics.get("train_runtime", 0.0),
+        "fit_forwards": outcome.fit_forwards,
+        "fit_runtime": outcome.fit_runtime,
         "peak_memory": memory,
     }

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
-
-from blob_hf.trainer.engines import leave
+from blob_hf.cli.methods import EnsembleRoute, FittedRoute, Route
+from blob_hf.trainer.engines import shutdown
+from blob_hf.trainer.trainer import BlobTrainer
+from blob_hf.trainer.training_args import Arguments
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
 
@@ -139,7 +140,13 @@ def check_backend(args: SearchArguments) -> None:
         raise BlobError("--hp_storage is Optuna's; give --hp_search optuna")
 
 
-def search(trainer: Any, args: SearchArguments) -> dict[str, Any] | None:
+def check_route(route: Route) -> None:
+    """Refuse a method that is not one training."""
+    if isinstance(route, (FittedRoute, EnsembleRoute)):
+        raise BlobError(f"--hp_search varies one training a trial, which method {route.name} has not")
+
+
+def search(trainer: BlobTrainer, args: SearchArguments) -> dict[str, Any] | None:
     """Search for the lowest NLL of the predictive on the evaluation set, and write best_run.json.
 
     Args:
@@ -148,11 +155,7 @@ def search(trainer: Any, args: SearchArguments) -> dict[str, Any] | None:
     Returns:
         run_id, eval_nll and hyperparameters of the best trial; None on the processes that do not lead the search.
     """
-    if trainer.method.post_hoc or trainer.method.retrains:
-        raise BlobError(f"--hp_search varies one training a trial, which method {trainer.method.name} has not")
     space = parse_space(args.hp_space, trainer.args)
-    if args.hp_search == "ray":
-        trainer.args.__class__ = _importable(type(trainer.args))
     own: dict[str, Any] = {}
     if args.hp_storage:
         own = {"storage": args.hp_storage, "study_name": Path(trainer.args.output_dir).name, "load_if_exists": True}
@@ -171,10 +174,13 @@ def search(trainer: Any, args: SearchArguments) -> dict[str, Any] | None:
         files.write_text(Path(trainer.args.output_dir) / BEST_FILE, json.dumps(found, indent=2) + "\n")
         flags = " ".join(f"--{name} {value}" for name, value in best.hyperparameters.items())
         print(f"lowest validation NLL {best.objective:.4f} of {args.hp_trials} trials; train with {flags}")
-    leave(trainer.accelerator)
+    shutdown(trainer.accelerator)
     return found
 
 
-def _importable(kind: type) -> type:
-    """The training arguments' class that Ray's workers know: they cannot import one of the script that was started."""
-    return next(base for base in kind.__mro__ if base.__module__ != "__main__" and issubclass(base, TrainingArguments))
+def searchable(args: Arguments) -> Arguments:
+    """Training arguments in a class that Ray's workers know: they cannot import one of the script that was started."""
+    known = next(base for base in type(args).__mro__ if base.__module__ != "__main__")
+    same = known.__new__(known)
+    same.__dict__.update(vars(args))
+    return same

@@ -1,6 +1,6 @@
-"""Give a trained LoRA adapter a posterior without training: `python -m blob_hf.tfb SRC DST --anchor_file FILE`.
+"""Give a trained LoRA adapter a posterior without training: `blob tfb SRC DST --anchor_file FILE`.
 
-Training-free Bayesianization (Shi et al., NeurIPS 2025; see `blob_hf.methods.tfb`) of a plain LoRA adapter from a
+Training-free Bayesianization (Shi et al., NeurIPS 2025; see `blob_hf.baselines.tfb`) of a plain LoRA adapter from a
 folder or the Hub, a classifier or a summarizer. The result is a folder that `BlobModel.from_pretrained` loads.
 """
 
@@ -10,24 +10,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft.utils import CONFIG_NAME
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-from blob_hf.baselines import require_plain
-from blob_hf.cli import arguments as cli
+from blob_hf.baselines.tfb import TFBConfig, TFBState, anchor_rows, fit_tfb
+from blob_hf.cli.methods import MethodArguments, require_plain
+from blob_hf.cli.terminal import user_errors
 from blob_hf.data.glue import TASKS, load_classification, tokenize_classification
 from blob_hf.data.summarization import DEFAULT_PROMPT, Prompt, load_summaries, scoring_rows, single_references
-from blob_hf.trainer.trainer import BlobSeq2SeqTrainer, BlobTrainer
-from blob_hf.trainer.training_args import BlobArguments, BlobSeq2SeqTrainingArguments, BlobTrainingArguments
-from blob_hf.tuner import adapter_files
+from blob_hf.trainer import BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments, BlobTrainer, BlobTrainingArguments
+from blob_hf.tuner.adapter_files import read_config, resolve
 from blob_hf.tuner.base_model import has_task_head, load_base_model
-from blob_hf.tuner.config import BlobConfig
-from blob_hf.tuner.model import BlobModel, load_lora
+from blob_hf.tuner.model import load_lora
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.hub import fetching
 
 
-def bayesianize_adapter(source: str, destination: str, args: argparse.Namespace) -> BlobModel:
+def bayesianize_adapter(source: str, destination: str, args: argparse.Namespace) -> TFBState:
     """Search sigma_q on the anchors and write the adapter with its posterior.
 
     Args:
@@ -38,12 +38,13 @@ def bayesianize_adapter(source: str, destination: str, args: argparse.Namespace)
     Raises:
         BlobError: No plain LoRA adapter, no anchors or anchors that do not fit it, or the destination is taken.
     """
-    folder, target = adapter_files.resolve(source), Path(destination)
+    folder, target = resolve(source), Path(destination)
     if (target / CONFIG_NAME).exists():
         raise BlobError(f"{target} already holds an adapter; choose another folder")
+    search = TFBConfig(args.tolerance, args.bound, args.samples)
     require_plain(folder, "tfb")
-    config = BlobConfig.from_pretrained(str(folder))
-    base: Any = load_base_model(str(folder), config, None, {})
+    config = read_config(folder)
+    base: Any = load_base_model(folder, config, None, {})
     name = str(folder) if (folder / "tokenizer_config.json").is_file() else str(config.base_model_name_or_path)
     with fetching("tokenizer", name, "the adapter's base model"):
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -53,18 +54,18 @@ def bayesianize_adapter(source: str, destination: str, args: argparse.Namespace)
     kind: Any = BlobTrainingArguments if is_classifier else BlobSeq2SeqTrainingArguments
     with tempfile.TemporaryDirectory() as scratch:
         training_args = kind(
-            scratch, method="tfb", do_train=True, report_to="none", per_device_eval_batch_size=args.batch_size,
-            num_anchors=args.num_anchors, tfb_tolerance=args.tolerance, tfb_bound=args.bound,
-            tfb_samples=args.samples, dataloader_pin_memory=False,
+            scratch, report_to="none", per_device_eval_batch_size=args.batch_size, dataloader_pin_memory=False,
+            use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
         collator = DataCollatorWithPadding(tokenizer) if is_classifier else DataCollatorForSeq2Seq(tokenizer, base)
         trainer = (BlobTrainer if is_classifier else BlobSeq2SeqTrainer)(
-            model=model, args=training_args, train_dataset=rows, data_collator=collator
+            model=model, args=training_args, data_collator=collator, point_estimate=True
         )
-        trainer.train()
+        anchors = anchor_rows(rows, args.num_anchors)
+        state = fit_tfb(model, lambda count: trainer.mean_nll(anchors, count), search, len(anchors))
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    return model
+    return state
 
 
 def _classified(args: argparse.Namespace, tokenizer: Any, base: Any) -> Any:
@@ -86,9 +87,9 @@ def _summarized(args: argparse.Namespace, tokenizer: Any, base: Any) -> Any:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; its defaults are those of `BlobArguments`."""
+    """The command line; its defaults are those of `--method tfb`."""
     own = argparse.ArgumentParser(
-        prog="python -m blob_hf.tfb", description=(__doc__ or "").split("\n\n")[0],
+        prog="blob tfb", description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     own.add_argument("source", help="folder or Hub repo of a plain LoRA adapter")
@@ -103,23 +104,18 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--max_length", type=int, default=256, help="longest input in tokens")
     own.add_argument("--max_target_length", type=int, default=128, help="longest summary in tokens")
     own.add_argument("--batch_size", type=int, default=16, help="examples in a batch")
-    own.add_argument("--num_anchors", type=int, default=BlobArguments.num_anchors, help="examples taken of the file")
-    own.add_argument("--tolerance", type=float, default=BlobArguments.tfb_tolerance, help="relative increase of NLL")
-    own.add_argument("--bound", type=float, default=BlobArguments.tfb_bound, help="largest sigma_q to try")
-    own.add_argument("--samples", type=int, default=BlobArguments.tfb_samples, help="samples in the loss")
+    own.add_argument("--num_anchors", type=int, default=MethodArguments.num_anchors, help="examples taken of the file")
+    own.add_argument("--tolerance", type=float, default=TFBConfig.tolerance, help="relative increase of NLL")
+    own.add_argument("--bound", type=float, default=TFBConfig.bound, help="largest sigma_q to try")
+    own.add_argument("--samples", type=int, default=TFBConfig.num_samples, help="samples in the loss")
     return own
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    with cli.user_errors():
-        facts = bayesianize_adapter(args.source, args.destination, args).method_facts
+    with user_errors():
+        state = bayesianize_adapter(args.source, args.destination, args)
         print(
-            f"{args.destination}: sigma_q = {facts['sigma_q']:.4g}; the NLL of {facts['anchors']} anchors changes from "
-            f"{facts['anchor_nll']:.4f} by {100 * facts['relative_change']:+.2f} % "
-            f"(at most {100 * facts['tolerance']:g} %)"
+            f"{args.destination}: sigma_q = {state.sigma_q:.4g}; the NLL of {state.anchors} anchors changes from "
+            f"{state.anchor_nll:.4f} by {100 * state.relative_change:+.2f} % (at most {100 * state.tolerance:g} %)"
         )
-
-
-if __name__ == "__main__":
-    main()

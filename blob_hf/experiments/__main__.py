@@ -4,9 +4,9 @@ import sys
 
 from accelerate import PartialState
 
-from blob_hf.cli import arguments as cli
+from blob_hf import cli
 from blob_hf.experiments import glue, mean, sampling, sensitivity
-from blob_hf.trainer.engines import leave
+from blob_hf.trainer.engines import shutdown
 from blob_hf.utils.errors import BlobError
 
 EXPERIMENTS = {"glue": glue.main, "sensitivity": sensitivity.main, "mean": mean.main, "sampling": sampling.main}
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
             raise BlobError(f"name an experiment, one of {', '.join(EXPERIMENTS)}; got {found}")
         EXPERIMENTS[argv[0]](argv[1:])
         if PartialState._shared_state:  # those that only start runs have no processes of their own
-            leave()
+            shutdown()
 
 
 if __name__ == "__main__":

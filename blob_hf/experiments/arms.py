@@ -5,8 +5,7 @@ its weights and decoded greedily, while LoRA kept its weights and sampled tokens
 """
 
 import hashlib
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, TopKLogitsWarper
 
 from blob_hf.inference.generate import generate_posterior
 from blob_hf.inference.predict import repeat_rows
-from blob_hf.tuner.posterior import posterior_mean, posterior_samples
+from blob_hf.tuner.posterior import posterior_mean, posterior_samples, sampling_of
+from blob_hf.tuner.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -94,20 +94,18 @@ def summaries(
     input_ids: Tensor,
     name: str,
     dialogue: str,
-    num_samples: int,
-    seed: int,
+    sampling: Sampling,
     max_new_tokens: int,
     top_k: int = 50,
-    per_batch: int | None = None,
 ) -> Tensor:
     """Summaries of one dialogue by one arm, `(samples, length)`: one row where the arm is not random.
 
     Args:
         input_ids: `(1, length)`.
         name: A key of `ARMS`.
-        num_samples: S. An ensemble has its members alone to sample from: fewer summaries where it samples weights.
+        sampling: S summaries, `batch_size` of them generated together. An ensemble has its members alone to sample
+            from: fewer summaries where it samples weights.
         top_k: Token sampling from the k likeliest tokens, 0 for all (the published runs: transformers' 50).
-        per_batch: Samples generated together.
     """
     arm = ARMS[name]
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
@@ -115,23 +113,20 @@ def summaries(
     if not arm.is_random:
         with posterior_mean(model):
             return model.generate(**inputs, **options)
-    if arm.samples_weights and (members := getattr(model, "method_facts", {}).get("members")):
-        num_samples = min(num_samples, len(members))
+    if arm.samples_weights:
+        available = sampling_of(model, sampling).num_samples
+        sampling = replace(sampling, num_samples=min(sampling.num_samples, available))
     if not arm.samples_tokens:
-        return generate_posterior(model, num_samples, seed, per_batch, **inputs, **options)
+        return generate_posterior(model, sampling, **inputs, **options)
     start = 1 if model.config.is_encoder_decoder else input_ids.shape[1]
-    parts = []
-    step = per_batch or num_samples
-    for first in range(0, num_samples, step):
-        samples = range(first, min(first + step, num_samples))
-        chosen = uniforms(seed, dialogue, name, samples, max_new_tokens)
+    texts: list[Tensor] = []
+    for part in sampling.batches():
+        chosen = uniforms(sampling.seed, dialogue, name, part.indices, max_new_tokens)
         processors = [TopKLogitsWarper(top_k)] if top_k else []
         processor = LogitsProcessorList([*processors, SeededTokenSampling(chosen, start)])
-        weights: AbstractContextManager[None] = posterior_mean(model)
-        if arm.samples_weights:
-            weights = posterior_samples(model, len(samples), seed, first)
+        weights = posterior_samples(model, part) if arm.samples_weights else posterior_mean(model)
         with weights:
-            parts.extend(model.generate(**repeat_rows(inputs, len(samples)), **options, logits_processor=processor))
+            texts.extend(model.generate(**repeat_rows(inputs, part.num_samples), **options, logits_processor=processor))
     return torch.nn.utils.rnn.pad_sequence(
-        parts, batch_first=True, padding_value=model.generation_config.pad_token_id or 0
+        texts, batch_first=True, padding_value=model.generation_config.pad_token_id or 0
     )

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blob_hf.baselines import METHODS
-from blob_hf.cli import arguments as cli
+from blob_hf.cli.methods import ROUTES, FittedRoute
+from accelerate import PartialState
+
+from blob_hf import cli
 from blob_hf.data.glue import TASKS
 from blob_hf.experiments import glue_report
 from blob_hf.experiments.grid import GridArguments, GridRun, check_passed_on, complete_runs, refuse_failed
-from blob_hf.experiments.setup import setup_logging
 from blob_hf.utils.errors import BlobError
 
 
@@ -27,7 +28,7 @@ class GlueArguments(GridArguments):
     methods: list[str] = field(
         default_factory=lambda: ["blob", "lora"],
         metadata={
-            "help": f"Among {', '.join(METHODS)}, alone or with settings of run_glue_blob.py: "
+            "help": f"Among {', '.join(ROUTES)}, alone or with settings of run_glue_blob.py: "
             "blob:kl_schedule=elbo,beta=0.1"
         },
     )
@@ -49,7 +50,7 @@ class GlueArguments(GridArguments):
 def main(argv: Sequence[str]) -> None:
     """Complete the runs, report on those that there are."""
     args, rest = cli.parse_arguments((GlueArguments,), {}, __doc__ or "", argv, pass_on=True)
-    setup_logging()
+    cli.setup_logging(PartialState().is_main_process, quiet_libraries=True)
     folder = Path(args.output_dir)
     check_passed_on(rest, ("task_name", "seed", "method"))
     runs = {key: _run(folder, rest, *key) for key in _keys(args)}
@@ -81,7 +82,7 @@ def _run_name(task: str, method: str, seed: int) -> str:
 
 def _needs_lora(method: str) -> bool:
     """Whether a method, with its settings, is fitted to the adapter that `lora` trains."""
-    return METHODS[method.partition(":")[0]].post_hoc and "--adapter_name_or_path" not in method_arguments(method)
+    return isinstance(ROUTES[method.partition(":")[0]], FittedRoute) and "--adapter_name_or_path" not in method_arguments(method)
 
 
 def method_arguments(method: str) -> tuple[str, ...]:
@@ -91,8 +92,8 @@ def method_arguments(method: str) -> tuple[str, ...]:
         BlobError: Unknown method, or a setting without a value.
     """
     base, _, settings = method.partition(":")
-    if base not in METHODS:
-        raise BlobError(f"--methods must be among {', '.join(METHODS)}, with settings after a colon; got {method!r}")
+    if base not in ROUTES:
+        raise BlobError(f"--methods must be among {', '.join(ROUTES)}, with settings after a colon; got {method!r}")
     flags = ["--method", base]
     for setting in settings.split(",") if settings else []:
         name, sign, value = setting.partition("=")

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 
-from blob_hf.cli import arguments as cli
+from blob_hf import cli
 from blob_hf.data.summarization import Dialogue
 from blob_hf.experiments import units
 from blob_hf.experiments.scores import METRIC_NAMES, metrics_of, score_rows

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 
-from blob_hf.cli import arguments as cli
+from blob_hf import cli
 from blob_hf.data.summarization import Dialogue
 from blob_hf.experiments import units
 from blob_hf.experiments.arms import ARMS, PEERS, summaries
@@ -30,6 +30,7 @@ from blob_hf.experiments.statistics import best_of, compare, decompose, mean_int
 from blob_hf.metrics.similarity import minimum_bayes_risk, pairwise, rouge_utility
 from blob_hf.reporting.generation_plots import plot_curves, plot_densities
 from blob_hf.reporting.tables import markdown_table
+from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
 
@@ -92,8 +93,9 @@ def main(argv: Sequence[str]) -> None:
         name = dialogues[index].id
         with torch.no_grad():
             tokens = summaries(
-                summarizer.model, ids, arm, name, args.num_samples, args.seed, args.max_new_tokens, args.top_k,
-                args.posterior_batch_size,
+                summarizer.model, ids, arm, name,
+                Sampling(args.num_samples, args.seed, batch_size=args.posterior_batch_size),
+                args.max_new_tokens, args.top_k,
             )  # fmt: skip
         texts = summarizer.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [{"dialogue": name, "arm": arm, "sample": s, "text": text.strip()} for s, text in enumerate(texts)]

@@ -13,10 +13,11 @@ from typing import Any
 import pandas as pd
 import seaborn as sns
 
-from blob_hf.cli import arguments as cli
+from accelerate import PartialState
+
+from blob_hf import cli
 from blob_hf.cli.artifacts import VERDICT_FILE
 from blob_hf.experiments.grid import GridArguments, GridRun, check_passed_on, complete_runs, refuse_failed
-from blob_hf.experiments.setup import setup_logging
 from blob_hf.reporting.kl_plots import plot_trajectories
 from blob_hf.reporting.tables import markdown_table
 from blob_hf.trainer.kl.history import FILE_NAME
@@ -56,7 +57,7 @@ class SensitivityArguments(GridArguments):
 def main(argv: Sequence[str]) -> None:
     """Complete the runs, report on those that there are."""
     args, rest = cli.parse_arguments((SensitivityArguments,), {}, __doc__ or "", argv, pass_on=True)
-    setup_logging()
+    cli.setup_logging(PartialState().is_main_process, quiet_libraries=True)
     check_passed_on(rest, ("method",))
     if not any(part.split("=")[0] == "--max_steps" for part in rest):
         rest += ["--max_steps", "1500"]

@@ -1,7 +1,6 @@
 """What the generative experiments start from: two adapters, dialogues with their references, a scorer."""
 
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,8 @@ import transformers
 from accelerate import PartialState
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
 
-from blob_hf.baselines import read_facts
-from blob_hf.cli import arguments as cli
+from blob_hf.cli.adapters import saved_method
+from blob_hf import cli
 from blob_hf.data import demo
 from blob_hf.data.summarization import (
     DEFAULT_PROMPT,
@@ -92,7 +91,7 @@ def start(args: ExperimentArguments, name: str, ignored: Sequence[str] = ()) -> 
         BlobError: The folder holds an experiment of other settings, or no adapters were given.
     """
     state = PartialState()
-    setup_logging()
+    cli.setup_logging(state.is_main_process, quiet_libraries=True)
     folder = Path(args.output_dir or f"runs/experiment-{name}")
     settings = {key: value for key, value in vars(args).items() if key not in ("output_dir", *ignored)}
     cli.claim_folder(folder, {"experiment": name, **settings}, write=state.is_main_process)
@@ -107,15 +106,6 @@ def start(args: ExperimentArguments, name: str, ignored: Sequence[str] = ()) -> 
             "or use --demo"
         )
     return folder
-
-
-def setup_logging() -> None:
-    """Show the package's log on the main process, of the libraries only errors."""
-    level = logging.INFO if PartialState().is_main_process else logging.ERROR
-    logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr, level=logging.WARNING)
-    logging.getLogger("blob_hf").setLevel(level)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def load_dialogues(args: ExperimentArguments) -> list[Dialogue]:
@@ -134,16 +124,13 @@ def load_dialogues(args: ExperimentArguments) -> list[Dialogue]:
 def load_summarizer(args: ExperimentArguments, method: str) -> Summarizer:
     """The adapter of a method on its base model, in eval mode."""
     folder = adapter_files.resolve(getattr(args, method))
-    is_blob = adapter_files.is_blob_adapter(folder)
-    facts = read_facts(folder)
-    found = facts.get("method", "blob" if is_blob else "lora")
+    found, config = saved_method(folder), adapter_files.read_config(folder)
     if found != method:
         raise BlobError(f"--{method} {getattr(args, method)} is an adapter of method {found}; exchange it")
-    config = BlobConfig.from_pretrained(str(folder))
-    if is_blob or facts:
-        model = BlobModel.from_pretrained(folder)
+    if method == "lora":
+        model = load_lora(load_base_model(folder, config, None, {}), folder)
     else:
-        model = load_lora(load_base_model(str(folder), config, None, {}), folder)
+        model = BlobModel.from_pretrained(folder)
     source = str(folder) if (folder / "tokenizer_config.json").is_file() else str(config.base_model_name_or_path)
     with fetching("tokenizer", source, f"--{method}"):
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -197,13 +184,14 @@ def _train_demo(method: str, folder: Path, max_steps: int = 100) -> str:
     model = get_blob_model(base, config) if method == "blob" else get_lora_model(base, config.to_lora())
     train = load_summaries(None, None, {"train": str(demo.SUMMARIZATION_FILES["train"])})["train"]
     training_args = BlobSeq2SeqTrainingArguments(
-        str(folder), method=method, max_steps=max_steps, learning_rate=3e-3, per_device_train_batch_size=16,
+        str(folder), max_steps=max_steps, learning_rate=3e-3, per_device_train_batch_size=16,
         warmup_steps=6, save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=100,
         dataloader_pin_memory=False, kl_cycle_steps=50,
     )  # fmt: skip
     trainer = BlobSeq2SeqTrainer(
         model=model,
         args=training_args,
+        point_estimate=not model.has_posterior,
         train_dataset=scoring_rows(single_references(train), tokenizer, Prompt(), 192, 48),
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=base),
         processing_class=tokenizer,

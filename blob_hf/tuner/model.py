@@ -50,6 +50,11 @@ class BlobModel(PeftModel):
             raise BlobError(f"the active adapter {self.active_adapter!r} has no posterior; bayesianize it first")
         return config
 
+    @property
+    def has_posterior(self) -> bool:
+        """Whether the active adapters have a Gaussian A."""
+        return bool(posterior.gaussian_layers(self))
+
     def posterior_mean(self) -> AbstractContextManager[None]:
         """Context in which the network is the posterior mean, also in train mode."""
         return posterior.posterior_mean(self)

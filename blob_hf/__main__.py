@@ -1,0 +1,68 @@
+"""The `blob` command: `blob classify`, `blob summarize`, `blob convert`, `blob tfb`, `blob experiments`."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from blob_hf.utils.errors import BlobError
+
+
+def _classify(argv: Sequence[str]) -> None:
+    _script("run_glue_blob", argv)
+
+
+def _summarize(argv: Sequence[str]) -> None:
+    _script("run_summarization_blob", argv)
+
+
+def _script(name: str, argv: Sequence[str]) -> None:
+    """One of the scripts, as `python NAME.py` runs it."""
+    import runpy
+
+    sys.argv = [f"{name}.py", *argv]
+    runpy.run_module(name, run_name="__main__")
+
+
+def _convert(argv: Sequence[str]) -> None:
+    from blob_hf.cli.convert import main
+
+    main(argv)
+
+
+def _tfb(argv: Sequence[str]) -> None:
+    from blob_hf.cli.tfb import main
+
+    main(argv)
+
+
+def _experiments(argv: Sequence[str]) -> None:
+    from blob_hf.experiments.__main__ import main
+
+    main(list(argv))
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    "classify": ("fine-tune and evaluate a classifier (run_glue_blob.py)", _classify),
+    "summarize": ("fine-tune and evaluate a summarizer (run_summarization_blob.py)", _summarize),
+    "convert": ("turn a checkpoint of the BLoB authors' code into an adapter", _convert),
+    "tfb": ("give a trained LoRA adapter a posterior without training", _tfb),
+    "experiments": ("run an experiment: glue, sensitivity, mean, sampling", _experiments),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command."""
+    from blob_hf.cli.terminal import user_errors
+
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        lines = [f"  {name:<12} {about}" for name, (about, _) in COMMANDS.items()]
+        print("\n".join(["usage: blob COMMAND ...", "", *lines, "", "blob COMMAND --help has a command's arguments."]))
+        return
+    with user_errors():
+        if argv[0] not in COMMANDS:
+            raise BlobError(f"name a command, one of {', '.join(COMMANDS)}; got {argv[0]}")
+        COMMANDS[argv[0]][1](argv[1:])
+
+
+if __name__ == "__main__":
+    main()

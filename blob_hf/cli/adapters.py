@@ -1,0 +1,149 @@
+"""The adapter of a run: its arguments, the saved one that it starts from, and the model that comes out."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from blob_hf.baselines.base import read_facts
+from blob_hf.trainer.training_args import BlobTrainingArguments
+from blob_hf.tuner.adapter_files import read_config, resolve
+from blob_hf.tuner.config import NOISES, STD_PARAMETERIZATIONS, BlobConfig
+from blob_hf.tuner.model import BlobModel, bayesianize, load_lora
+from blob_hf.tuner.posterior import gaussian_layers
+from blob_hf.utils.errors import BlobError
+
+
+@dataclass
+class AdapterArguments:
+    """The adapter: LoRA's shape and the posterior's form."""
+
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Data type of the base model; auto is the checkpoint's. The posterior is float32 whatever this is.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
+    lora_r: int = field(default=8, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=8, metadata={"help": "LoRA alpha (scaling = alpha / rank)."})
+    lora_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout on the LoRA input. Default: 0.1 for --method mc_dropout, else 0."}
+    )
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers to adapt. Default: a preset per model family, else all-linear."}
+    )
+    init_eps: float = field(default=0.05, metadata={"help": "Initial std G^2 with G ~ U(eps/sqrt(2), eps)."})
+    std_parameterization: str = field(
+        default="square", metadata={"help": "std = G*G or softplus(rho).", "choices": list(STD_PARAMETERIZATIONS)}
+    )
+    noise: str = field(default="flipout", metadata={"help": "Training-time noise.", "choices": list(NOISES)})
+    adapter_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Continue from (or, without --do_train, evaluate) this adapter, BLoB or plain LoRA."},
+    )
+    adapter_license: str | None = field(default=None, metadata={"help": "License named in the model card."})
+
+
+@dataclass
+class PublishedDefaults:
+    """Training arguments whose published values differ from transformers' defaults (reference: [W], [K])."""
+
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW (the NLL's)."})
+    warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up: steps, or a fraction of all if below 1."})
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
+    logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Keep at most so many checkpoints."})
+    dataloader_pin_memory: bool = field(
+        default=torch.cuda.is_available(), metadata={"help": "Pin memory (off without a GPU)."}
+    )
+
+    def __post_init__(self) -> None:
+        """With none of --do_train, --do_eval, --do_predict given, do all three."""
+        parsed: Any = self  # mixed into training arguments, whose __post_init__ comes next
+        asked = parsed.do_train or parsed.do_eval or parsed.do_predict
+        super().__post_init__()  # type: ignore[misc]
+        if not asked:
+            parsed.do_train = parsed.do_eval = parsed.do_predict = True
+
+
+def require_split(splits: Mapping[str, Any], split: str) -> None:
+    """Raise a BlobError when a split that is needed is not there."""
+    if split not in splits:
+        raise BlobError(f"there is no {split} split, only {', '.join(splits)}; give --{split}_file")
+
+
+def holds_adapter(folder: str | os.PathLike[str]) -> bool:
+    """Whether there is an adapter in a folder."""
+    return os.path.isfile(os.path.join(folder, "adapter_config.json"))
+
+
+def adapter_to_evaluate(adapter_args: AdapterArguments, args: BlobTrainingArguments) -> str:
+    """The adapter that is named, or the one in the output folder.
+
+    Raises:
+        BlobError: There is none.
+    """
+    if adapter_args.adapter_name_or_path:
+        return adapter_args.adapter_name_or_path
+    folder = str(args.output_dir)
+    if not holds_adapter(folder):
+        raise BlobError(
+            f"nothing to evaluate: {folder} holds no adapter; train first (--do_train) or give --adapter_name_or_path"
+        )
+    return folder
+
+
+def saved_method(folder: Path) -> str:
+    """Name of the method that a saved adapter is of."""
+    has_posterior = isinstance(read_config(folder), BlobConfig)
+    return read_facts(folder).get("method", "blob" if has_posterior else "lora")
+
+
+def lora_settings(adapter_args: AdapterArguments, default_dropout: float = 0.0) -> dict[str, Any]:
+    """LoRA's shape, as `LoraConfig` takes it."""
+    dropout = adapter_args.lora_dropout
+    return {
+        "r": adapter_args.lora_r,
+        "lora_alpha": adapter_args.lora_alpha,
+        "lora_dropout": default_dropout if dropout is None else dropout,
+    }
+
+
+def posterior_settings(adapter_args: AdapterArguments, args: BlobTrainingArguments) -> dict[str, Any]:
+    """The posterior's form, as `BlobConfig` takes it: here the default of --beta is applied, and nowhere else."""
+    return {
+        "init_eps": adapter_args.init_eps,
+        "std_parameterization": adapter_args.std_parameterization,
+        "noise": adapter_args.noise,
+        "prior_std": args.beta or BlobConfig.prior_std,
+    }
+
+
+def load_posterior(
+    base: PreTrainedModel, adapter: str, args: BlobTrainingArguments, settings: Mapping[str, Any]
+) -> BlobModel:
+    """A saved adapter to train or evaluate as BLoB. Of one all stays but beta, if given; others get a posterior.
+
+    Raises:
+        BlobError: It has stds of 0, and is to be trained.
+    """
+    folder, trainable = resolve(adapter), args.do_train
+    if not isinstance(read_config(folder), BlobConfig):
+        if saved_method(folder) != "lora":  # the LoRA that another method left
+            return bayesianize(load_lora(base, folder, trainable), BlobConfig(**settings))
+        return BlobModel.from_pretrained(folder, model=base, is_trainable=trainable, config=BlobConfig(**settings))
+    model = BlobModel.from_pretrained(folder, model=base, is_trainable=trainable)
+    model.companions.clear()  # what was fitted to it is not of what comes out now
+    if trainable and not all(layer.std.all() for layer in gaussian_layers(model).values()):
+        raise BlobError(
+            f"{adapter} has stds of 0 (tfb gives none to directions that B lacks), which training cannot widen; "
+            "continue from the LoRA adapter that it was made of"
+        )
+    if trainable and args.beta is not None:
+        model.blob_config.prior_std = args.beta
+    return model

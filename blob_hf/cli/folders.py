@@ -1,0 +1,76 @@
+"""Where a run writes, and that no other run's results are lost there."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from blob_hf.trainer.training_args import DEFINING, Arguments, BlobTrainingArguments, changed_arguments
+from blob_hf.tuner.config import BlobConfig
+from blob_hf.utils import files
+from blob_hf.utils.errors import BlobError
+
+SETTINGS_FILE = "run_settings.json"
+_NOT_GIVEN = "trainer_output"  # transformers' default
+
+
+def with_output_dir(args: Arguments, name: str, adapter: str | None) -> Arguments:
+    """The training arguments with an output folder, if they name none.
+
+    It is runs/{name}. The evaluation of a named adapter goes into the adapter's own folder, or for a Hub repo into one
+    of its name.
+    """
+    if args.output_dir != _NOT_GIVEN:
+        return args
+    if adapter is None or args.do_train:
+        return changed_arguments(args, output_dir=os.path.join("runs", name))
+    folder = adapter if os.path.isdir(adapter) else os.path.join("runs", Path(adapter).name)
+    return changed_arguments(args, output_dir=folder)
+
+
+def claim_output_dir(args: BlobTrainingArguments, fresh: bool, *others: Any) -> None:
+    """Write the settings of this run into its folder, unless the folder holds a run of different settings.
+
+    Args:
+        fresh: Whether it trains a new adapter, whose prior std is then settled; a saved one knows its own.
+        others: Argument dataclasses beside the training arguments.
+
+    Raises:
+        BlobError: naming the settings that differ. Nothing in the folder is touched.
+    """
+    settings = {name: getattr(args, name) for name in DEFINING}
+    if fresh:
+        settings["beta"] = args.beta or BlobConfig.prior_std
+    for arguments in others:
+        settings.update(dataclasses.asdict(arguments))
+    folder = Path(str(args.output_dir))
+    known = (folder / SETTINGS_FILE).is_file()
+    if not known and (
+        (folder / "adapter_config.json").is_file() or (folder.is_dir() and get_last_checkpoint(str(folder)))
+    ):
+        raise BlobError(
+            f"{folder} holds a run whose settings are unknown (no {SETTINGS_FILE}); choose another --output_dir"
+        )
+    claim_folder(folder, settings, args.should_save)
+
+
+def claim_folder(folder: Path, settings: Mapping[str, Any], write: bool = True) -> None:
+    """Write settings into a folder, unless it has others.
+
+    Raises:
+        BlobError: naming the settings that differ. Nothing in the folder is touched.
+    """
+    settings = json.loads(json.dumps(settings, default=str))
+    path = folder / SETTINGS_FILE
+    if path.is_file():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in settings if old.get(name) != settings[name]]
+        if changed:
+            shown = ", ".join(f"{name} {old.get(name)!r} -> {settings[name]!r}" for name in changed[:5])
+            raise BlobError(f"{folder} holds a run of different settings ({shown}); choose another --output_dir")
+    if write:
+        files.write_text(path, json.dumps(settings, indent=2) + "\n")
