@@ -1,6 +1,15 @@
 """Metrics over numpy arrays; each module also holds an `evaluate.Metric` that loads without network."""
 
-from blob_hf.metrics.calibration import Calibration, accuracy, brier, calibration_metrics, ece, nll, reliability_bins
+from blob_hf.metrics.calibration import (
+    Calibration,
+    accuracy,
+    brier,
+    calibration_metrics,
+    confidence,
+    ece,
+    nll,
+    reliability_bins,
+)
 from blob_hf.metrics.classification import classification_metrics, rejection_curves
 from blob_hf.metrics.summaries import selective_summarization, summaries_report
 from blob_hf.metrics.summarization import MultiReferenceRouge, rouge, rouge_per_example
@@ -21,6 +30,7 @@ __all__ = [
     "brier",
     "calibration_metrics",
     "classification_metrics",
+    "confidence",
     "ece",
     "expected_entropy",
     "mutual_information",
