@@ -14,9 +14,10 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
+from blob_hf.baselines import METHODS
 from blob_hf.cli import arguments as cli
 from blob_hf.reporting.model_card import write_model_card
-from blob_hf.reporting.run_summary import RunSummary
+from blob_hf.reporting.run_summary import MethodCard, RunSummary
 from blob_hf.tuner import adapter_files
 from blob_hf.tuner.config import STD_PARAMETERIZATIONS, BlobConfig, adapter_settings
 from blob_hf.tuner.layer import std_to_save
@@ -61,8 +62,10 @@ def convert(
         )
         config.save_pretrained(str(staging))
         adapter_files.read(staging)  # checks that all is finite and fits together before anything takes its place
-    card = RunSummary(config.base_model_name_or_path or "", None, "blob", adapter_settings(config))
-    write_model_card(target, card)
+    blob = METHODS["blob"]
+    card = MethodCard(blob.title, blob.about, blob.limits, blob.citation, blob.tags, blob.sampled)
+    base_model = config.base_model_name_or_path or ""
+    write_model_card(target, RunSummary(base_model, None, "blob", card, adapter_settings(config)))
     return config
 
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from blob_hf.reporting.run_summary import DataSource, Results, RunSummary
+from blob_hf.baselines import METHODS
+from blob_hf.reporting.run_summary import DataSource, MethodCard, Results, RunSummary
 from blob_hf.reporting.tables import results_table
 from blob_hf.trainer.training_args import DEFINING
 from blob_hf.tuner.base_model import peft_loading
@@ -27,7 +28,7 @@ def summarize(
         base_model: Default: the one that the adapter names.
         settings: Hyperparameters beside the training arguments', shown after them.
     """
-    args, config = trainer.args, trainer.model.active_peft_config
+    args, config, method = trainer.args, trainer.model.active_peft_config, METHODS[trainer.args.method]
     diagnosis, verdict = trainer.kl_diagnosis, trainer.kl_verdict
     auto_class, auto_arguments = peft_loading(trainer.model)
     shown = {**_settings(trainer, config), **(settings or {})}
@@ -37,6 +38,7 @@ def summarize(
         base_model=base_model or config.base_model_name_or_path or "",
         data=data,
         method=args.method,
+        card=MethodCard(method.title, method.about, method.limits, method.citation, method.tags, method.sampled),
         settings=shown,
         arguments={name: getattr(value := getattr(args, name), "value", value) for name in DEFINING},  # enums too
         kl_notes=([] if diagnosis is None else [str(diagnosis), *diagnosis.warnings])

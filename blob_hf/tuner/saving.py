@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blob_hf.baselines import METHODS
 from blob_hf.reporting.model_card import write_model_card
-from blob_hf.reporting.run_summary import RunSummary
+from blob_hf.reporting.run_summary import MethodCard, RunSummary
 from blob_hf.tuner import adapter_files, posterior
 from blob_hf.tuner.base_model import has_task_head, head_parameters, peft_loading
 from blob_hf.tuner.config import BlobConfig, adapter_settings
@@ -53,6 +53,7 @@ class SavingMixin(PeftModel):
             base_model=config.base_model_name_or_path or getattr(self.get_base_model(), "name_or_path", ""),
             data=None,
             method=self.method,
+            card=MethodCard(method.title, method.about, method.limits, method.citation, method.tags, method.sampled),
             settings=adapter_settings(config, method.variational) | method.settings(self),
             num_samples=len(self.method_facts.get("members", ())) or RunSummary.num_samples,
             auto_class=auto_class,
