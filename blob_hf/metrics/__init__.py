@@ -1,4 +1,16 @@
-"""Metrics over numpy arrays; each module also holds an `evaluate.Metric` that loads without network."""
+"""Metrics: arrays or texts in, numbers out.
+
+Three of them are also `evaluate.Metric` classes, for code that collects batches: `Calibration`, `Uncertainty` and
+`MultiReferenceRouge`.
+
+    metric = MultiReferenceRouge(keep_in_memory=True)
+    metric.add_batch(predictions=["Anna pays."], references=[["Anna is paying.", "Anna pays."]])
+    metric.compute()["rouge1"]
+
+They are thin: each calls the function of its module, and the scripts call these functions themselves. Measured with
+evaluate 0.4: making a metric creates a cache folder, which fails where HOME is read-only (give it `cache_dir`), and
+arrow's detour takes 20 ms more for 408 predictions and four times as long for 3,000 x 10 samples.
+"""
 
 from blob_hf.metrics.calibration import (
     Calibration,
