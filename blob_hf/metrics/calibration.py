@@ -1,7 +1,6 @@
 """Accuracy, expected calibration error, NLL and Brier score, exact over the whole set."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import datasets
 import evaluate
@@ -209,5 +208,5 @@ class Calibration(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions: Any, references: Any, num_bins: int = 15) -> dict[str, float]:
+    def _compute(self, predictions: ArrayLike, references: ArrayLike, num_bins: int = 15) -> dict[str, float]:
         return calibration_metrics(predictions, references, num_bins)
