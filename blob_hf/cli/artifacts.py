@@ -10,7 +10,7 @@ import numpy as np
 from blob_hf.baselines.temperature import Temperatures, fit_temperature, scale
 from blob_hf.cli.costs import COSTS_FILE, training_costs
 from blob_hf.cli.methods import Job, Route
-from blob_hf.metrics.calibration import calibration_metrics
+from blob_hf.metrics.calibration import calibration_metrics, confidence, reliability_bins
 from blob_hf.metrics.classification import rejection_curves
 from blob_hf.metrics.detection import detection_report
 from blob_hf.metrics.samples import NLLCurve, nll_curve
@@ -222,8 +222,10 @@ class ClassifierRun(Run):
         self._add_scaled(prefix, split, output)
         shown = {"posterior mean (N=0)": mean} | ({f"{num_samples} samples": log_probs} if num_samples else {})
         suffix = "" if split == "validation" else f"_{split}"
-        self.add_plot(f"reliability{suffix}", lambda path: plot_reliability(shown, labels, path))
-        self.add_plot(f"confidence{suffix}", lambda path: plot_confidence(shown, labels, path))
+        bins = {title: reliability_bins(scores, labels) for title, scores in shown.items()}
+        self.add_plot(f"reliability{suffix}", lambda path: plot_reliability(bins, path))
+        sure = {title: confidence(scores, labels) for title, scores in shown.items()}
+        self.add_plot(f"confidence{suffix}", lambda path: plot_confidence(sure, path))
         curves = rejection_curves(samples, mean, labels)
         self.add_plot(f"accuracy_rejection{suffix}", lambda path: plot_rejection(curves, path))
         if num_samples:

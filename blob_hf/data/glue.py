@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict
+from transformers import PreTrainedTokenizerBase
 
 from blob_hf.data.loading import load_files, load_hub, require_columns
 from blob_hf.utils.errors import BlobError
@@ -185,7 +186,9 @@ def _encode_labels(data: DatasetDict, column: str, names: list[str]) -> DatasetD
     return DatasetDict(splits)
 
 
-def tokenize_classification(data: ClassificationData, tokenizer: Any, max_length: int) -> DatasetDict:
+def tokenize_classification(
+    data: ClassificationData, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> DatasetDict:
     """Token ids of each row's one or two texts, truncated to `max_length`, with its `label` and nothing else."""
     first, *second = data.text_columns
     if getattr(tokenizer, "pad_token", "") is None:

@@ -4,9 +4,9 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from datasets import Dataset, DatasetDict
+from transformers import PreTrainedTokenizerBase
 
 from blob_hf.data.loading import check_limit, load_files, load_hub, require_columns
 from blob_hf.utils.errors import BlobError
@@ -27,7 +27,9 @@ class Prompt:
         if self.template.count("{dialogue}") != 1:
             raise BlobError(f"--prompt must contain {{dialogue}} exactly once, got {self.template!r}")
 
-    def encode(self, dialogues: Sequence[str], tokenizer: Any, max_length: int) -> dict[str, list[list[int]]]:
+    def encode(
+        self, dialogues: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> dict[str, list[list[int]]]:
         """Token ids and attention masks of the prompts, at most max_length long."""
         before, after = self.template.split("{dialogue}")
         # count the tokens after the dialogue (with the closing special tokens, without the opening ones)
@@ -133,7 +135,7 @@ def group_dialogues(rows: Dataset, limit: int | None = None) -> list[Dialogue]:
 
 
 def scoring_rows(
-    dialogues: Sequence[Dialogue], tokenizer: Any, prompt: Prompt, max_source: int, max_target: int
+    dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_source: int, max_target: int
 ) -> Dataset:
     """One row per reference: input_ids, attention_mask and labels (the reference's token ids)."""
     pairs = [(dialogue.text, reference) for dialogue in dialogues for reference in dialogue.references]
@@ -142,6 +144,8 @@ def scoring_rows(
     return Dataset.from_dict({**source, "labels": target.input_ids})
 
 
-def generation_rows(dialogues: Sequence[Dialogue], tokenizer: Any, prompt: Prompt, max_source: int) -> Dataset:
+def generation_rows(
+    dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_source: int
+) -> Dataset:
     """One row per dialogue, without labels."""
     return Dataset.from_dict(prompt.encode([dialogue.text for dialogue in dialogues], tokenizer, max_source))

@@ -11,6 +11,7 @@ import pandas as pd
 from blob_hf.cli.artifacts import CLASSIFICATION_METRICS, VERDICT_FILE
 from blob_hf.cli.costs import COSTS_FILE
 from blob_hf.experiments.statistics import Spread, paired_interval, spread
+from blob_hf.metrics.calibration import reliability_bins
 from blob_hf.metrics.classification import MEAN_CURVE, rejection_curves
 from blob_hf.metrics.selective import RiskCoverage
 from blob_hf.reporting.classification_plots import plot_rejection, plot_reliability
@@ -286,7 +287,8 @@ def draw(folder: Path, runs: Mapping[Key, Path], results: pd.DataFrame) -> list[
     for task in dict.fromkeys(results["task"]):
         scores, curves, labels = _pooled(runs, task)
         if scores:
-            plot_reliability(scores, labels, target / f"reliability_{task}.png")
+            bins = {method: reliability_bins(values, labels) for method, values in scores.items()}
+            plot_reliability(bins, target / f"reliability_{task}.png")
             plot_rejection(curves, target / f"accuracy_rejection_{task}.png")
             plots += [f"plots/reliability_{task}.png", f"plots/accuracy_rejection_{task}.png"]
         shown: dict[str, tuple[int, Path]] = {}  # of each method its first seed

@@ -1,6 +1,27 @@
-"""Metrics over numpy arrays; each module also holds an `evaluate.Metric` that loads without network."""
+"""Metrics: arrays or texts in, numbers out.
 
-from blob_hf.metrics.calibration import Calibration, accuracy, brier, calibration_metrics, ece, nll, reliability_bins
+Three of them are also `evaluate.Metric` classes, for code that collects batches: `Calibration`, `Uncertainty` and
+`MultiReferenceRouge`.
+
+    metric = MultiReferenceRouge(keep_in_memory=True)
+    metric.add_batch(predictions=["Anna pays."], references=[["Anna is paying.", "Anna pays."]])
+    metric.compute()["rouge1"]
+
+They are thin: each calls the function of its module, and the scripts call these functions themselves. Measured with
+evaluate 0.4: making a metric creates a cache folder, which fails where HOME is read-only (give it `cache_dir`), and
+arrow's detour takes 20 ms more for 408 predictions and four times as long for 3,000 x 10 samples.
+"""
+
+from blob_hf.metrics.calibration import (
+    Calibration,
+    accuracy,
+    brier,
+    calibration_metrics,
+    confidence,
+    ece,
+    nll,
+    reliability_bins,
+)
 from blob_hf.metrics.classification import classification_metrics, rejection_curves
 from blob_hf.metrics.summaries import selective_summarization, summaries_report
 from blob_hf.metrics.summarization import MultiReferenceRouge, rouge, rouge_per_example
@@ -21,6 +42,7 @@ __all__ = [
     "brier",
     "calibration_metrics",
     "classification_metrics",
+    "confidence",
     "ece",
     "expected_entropy",
     "mutual_information",

@@ -1,7 +1,6 @@
 """Accuracy, expected calibration error, NLL and Brier score, exact over the whole set."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import datasets
 import evaluate
@@ -122,12 +121,13 @@ def calibration_metrics(log_probs: ArrayLike, labels: ArrayLike, num_bins: int =
 
 @dataclass(frozen=True)
 class ReliabilityBins:
-    """Per bin of confidence: mean confidence, accuracy (both NaN in an empty bin) and number of examples."""
+    """Per bin of confidence: mean confidence, accuracy (both NaN in an empty bin) and number of examples; their ECE."""
 
     edges: NDArray[np.float64]
     confidence: NDArray[np.float64]
     accuracy: NDArray[np.float64]
     count: NDArray[np.int64]
+    ece: float
 
 
 def reliability_bins(log_probs: ArrayLike, labels: ArrayLike, num_bins: int = 15) -> ReliabilityBins:
@@ -139,7 +139,7 @@ def reliability_bins(log_probs: ArrayLike, labels: ArrayLike, num_bins: int = 15
         num_bins: Equal-width bins of confidence.
 
     Returns:
-        Edges `(num_bins + 1,)`; confidence, accuracy and count `(num_bins,)`.
+        Edges `(num_bins + 1,)`; confidence, accuracy and count `(num_bins,)`; and the ECE itself.
 
     Raises:
         BlobError: Bad predictions (`check_predictions`) or fewer than one bin.
@@ -147,14 +147,38 @@ def reliability_bins(log_probs: ArrayLike, labels: ArrayLike, num_bins: int = 15
     scores, targets = check_predictions(log_probs, labels)
     _check_bins(num_bins)
     probs = _probabilities(scores)
-    confidence, correct = probs.max(axis=1), probs.argmax(axis=1) == targets
+    largest, correct = probs.max(axis=1), probs.argmax(axis=1) == targets
     edges = torch.linspace(0, 1, num_bins + 1).numpy()  # torchmetrics bins in float32: the same bins, edges included
-    index = np.searchsorted(edges, confidence.astype(np.float32), side="right") - 1
+    index = np.searchsorted(edges, largest.astype(np.float32), side="right") - 1
     count = np.bincount(index, minlength=num_bins)
     with np.errstate(invalid="ignore"):
-        mean_confidence = np.bincount(index, confidence, num_bins) / count
+        mean_confidence = np.bincount(index, largest, num_bins) / count
         mean_accuracy = np.bincount(index, correct, num_bins) / count
-    return ReliabilityBins(np.linspace(0, 1, num_bins + 1), mean_confidence, mean_accuracy, count)
+    error = ece(scores, targets, num_bins)
+    return ReliabilityBins(np.linspace(0, 1, num_bins + 1), mean_confidence, mean_accuracy, count, error)
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """Of each prediction its largest probability and whether it is right, `(examples,)`, among so many classes."""
+
+    confidence: NDArray[np.float64]
+    correct: NDArray[np.bool_]
+    num_classes: int
+
+
+def confidence(log_probs: ArrayLike, labels: ArrayLike) -> Confidence:
+    """How sure each prediction is and whether it is right (the first of equally probable classes counts).
+
+    Args:
+        log_probs: Log-probabilities `(examples, classes)`, nats.
+        labels: Class ids `(examples,)`.
+
+    Raises:
+        BlobError: Bad predictions (`check_predictions`).
+    """
+    scores, targets = check_predictions(log_probs, labels)
+    return Confidence(np.exp(scores.max(axis=1)), scores.argmax(axis=1) == targets, scores.shape[1])
 
 
 def _check_bins(num_bins: int) -> None:
@@ -184,5 +208,5 @@ class Calibration(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions: Any, references: Any, num_bins: int = 15) -> dict[str, float]:
+    def _compute(self, predictions: ArrayLike, references: ArrayLike, num_bins: int = 15) -> dict[str, float]:
         return calibration_metrics(predictions, references, num_bins)

@@ -1,7 +1,5 @@
 """Telling out-of-distribution inputs by how uncertain the predictive is."""
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
@@ -57,7 +55,7 @@ def uncertainty_scores(sample_log_probs: ArrayLike) -> dict[str, NDArray[np.floa
     return scores
 
 
-def detection_report(inside: Any, outside: Any, prefix: str = "") -> dict[str, float]:
+def detection_report(inside: ArrayLike, outside: ArrayLike, prefix: str = "") -> dict[str, float]:
     """`detection_metrics` of each of the scores of `uncertainty_scores`, as `{prefix}{score}_{metric}`."""
     scores = uncertainty_scores(inside), uncertainty_scores(outside)
     return {

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import datasets
 import evaluate
@@ -105,8 +105,8 @@ class MultiReferenceRouge(evaluate.Metric):
 
     def _compute(
         self,
-        predictions: Any,
-        references: Any,
+        predictions: Sequence[str],
+        references: Sequence[Sequence[str]],
         aggregate: Aggregate = "max",
         require_equal_references: bool = False,
     ) -> dict[str, float]:

@@ -1,7 +1,5 @@
 """Entropies of the posterior predictive, in nats: how uncertain, and how much of it the samples disagree about."""
 
-from typing import Any
-
 import datasets
 import evaluate
 import numpy as np
@@ -70,5 +68,5 @@ class Uncertainty(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions: Any) -> dict[str, float]:
+    def _compute(self, predictions: ArrayLike) -> dict[str, float]:
         return uncertainty_metrics(predictions)

@@ -1,7 +1,7 @@
 """Plots of a classifier's predictions: is it as sure as it is right, and does it know when it is wrong?"""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from os import PathLike
 
 import numpy as np
@@ -12,38 +12,31 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from blob_hf.metrics.calibration import ReliabilityBins, check_predictions, ece, reliability_bins
-from blob_hf.metrics.samples import NLLCurve
-from blob_hf.metrics.selective import RiskCoverage
+from blob_hf.reporting.curves import Confidence, NLLCurve, Reliability, RiskCoverage
 from blob_hf.reporting.plots import BLUE, GREY, ORANGE, legend_below, plot_style
 from blob_hf.utils.errors import BlobError
 
 
-def plot_reliability(
-    log_probs: Mapping[str, ArrayLike], labels: ArrayLike, path: str | PathLike[str], num_bins: int = 15
-) -> Figure:
+def plot_reliability(panels: Mapping[str, Reliability], path: str | PathLike[str]) -> Figure:
     """Reliability diagrams side by side, with the number of examples per bin of confidence below.
 
     Args:
-        log_probs: Log-probabilities `(examples, classes)`, nats, by title, for example of N=0 and of N=10.
-        labels: Class ids `(examples,)`.
+        panels: Bins and ECE (`metrics.reliability`) by title, for example of N=0 and of N=10.
         path: PNG to write.
-        num_bins: Equal-width bins of confidence, those of the ECE in the title.
 
     Returns:
         The figure; its axes are the diagrams from left to right, then the histograms.
 
     Raises:
-        BlobError: No panels, or predictions that `ece` rejects.
+        BlobError: No panels.
     """
-    if not log_probs:
-        raise BlobError("there are no log-probabilities to plot; give one array or more by title")
+    _require_panels(panels)
     with plot_style():
-        figure = Figure(figsize=(max(5.0, 4 * len(log_probs)), 5.4), layout=ConstrainedLayoutEngine(wspace=0.06))
-        axes = figure.subplots(2, len(log_probs), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 1])
-        for (upper, lower), (name, scores) in zip(axes.T, log_probs.items(), strict=True):
-            _reliability(upper, lower, reliability_bins(scores, labels, num_bins))
-            upper.set_title(f"{textwrap.fill(name, 40)}\nECE = {100 * ece(scores, labels, num_bins):.1f} %")
+        figure = Figure(figsize=(max(5.0, 4 * len(panels)), 5.4), layout=ConstrainedLayoutEngine(wspace=0.06))
+        axes = figure.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 1])
+        for (upper, lower), (name, panel) in zip(axes.T, panels.items(), strict=True):
+            _reliability(upper, lower, panel)
+            upper.set_title(f"{textwrap.fill(name, 40)}\nECE = {100 * panel.ece:.1f} %")
         axes[0, 0].set_ylabel("accuracy in bin")
         axes[1, 0].set_ylabel("examples")
         legend_below(figure, axes[0, 0], 3)
@@ -51,7 +44,12 @@ def plot_reliability(
     return figure
 
 
-def _reliability(upper: Axes, lower: Axes, bins: ReliabilityBins) -> None:
+def _require_panels(panels: Sized) -> None:
+    if not panels:
+        raise BlobError("there are no predictions to plot; give one panel or more by title")
+
+
+def _reliability(upper: Axes, lower: Axes, bins: Reliability) -> None:
     width, centres = bins.edges[1], (bins.edges[:-1] + bins.edges[1:]) / 2
     filled = bins.count > 0
     confidence, accuracy = bins.confidence[filled], bins.accuracy[filled]
@@ -68,21 +66,24 @@ def _reliability(upper: Axes, lower: Axes, bins: ReliabilityBins) -> None:
         sns.despine(ax=axis)
 
 
-def plot_confidence(log_probs: Mapping[str, ArrayLike], labels: ArrayLike, path: str | PathLike[str]) -> Figure:
+def plot_confidence(panels: Mapping[str, Confidence], path: str | PathLike[str]) -> Figure:
     """Histograms of the confidence, right and wrong predictions stacked, with the mean confidence and the accuracy.
 
-    Arguments and errors are those of `plot_reliability`.
+    Args:
+        panels: Confidence and correctness of every prediction (`metrics.confidence`) by title.
+        path: PNG to write.
+
+    Raises:
+        BlobError: No panels.
     """
-    if not log_probs:
-        raise BlobError("there are no log-probabilities to plot; give one array or more by title")
+    _require_panels(panels)
     with plot_style():
-        figure = Figure(figsize=(max(5.0, 4 * len(log_probs)), 4.0), layout="constrained", facecolor="white")
-        axes = figure.subplots(1, len(log_probs), sharex=True, sharey=True, squeeze=False)[0]
-        for axis, (name, scores) in zip(axes, log_probs.items(), strict=True):
-            values, targets = check_predictions(scores, labels)
-            confidence, correct = np.exp(values.max(axis=1)), values.argmax(axis=1) == targets
+        figure = Figure(figsize=(max(5.0, 4 * len(panels)), 4.0), layout="constrained", facecolor="white")
+        axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+        for axis, (name, panel) in zip(axes, panels.items(), strict=True):
+            confidence, correct = panel.confidence, panel.correct
             parts = [confidence[correct], confidence[~correct]]
-            edges = np.linspace(1 / values.shape[1], 1, 21)
+            edges = np.linspace(1 / panel.num_classes, 1, 21)
             axis.hist(
                 parts, bins=edges, stacked=True, color=[BLUE, ORANGE], edgecolor="white", label=["right", "wrong"]
             )

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-from blob_hf.metrics.selective import RiskCoverage
+from blob_hf.reporting.curves import RiskCoverage
 from blob_hf.reporting.plots import plot_style
 from blob_hf.utils.errors import BlobError
 

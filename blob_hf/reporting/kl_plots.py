@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from blob_hf.reporting.curves import LayerStd
 from blob_hf.reporting.plots import BLUE, GREEN, GREY, ORANGE, legend_below, plot_style
-from blob_hf.tuner.posterior import LayerStatistics
 from blob_hf.utils.errors import BlobError
 
 _SMALLEST = 1e-12  # pi_t below this is drawn here: the geometric schedule falls to 0 and a log axis has none
@@ -23,7 +23,7 @@ def plot_kl(history: pd.DataFrame | str | PathLike[str], path: str | PathLike[st
     """KL, its weight pi_t and the mean posterior std over optimizer steps.
 
     Args:
-        history: kl_history.csv or its table (columns of `blob_hf.history.COLUMNS`; KL in nats).
+        history: kl_history.csv or its table (columns step, kl, kl_weight, posterior_std; KL in nats).
         path: PNG to write.
 
     Returns:
@@ -78,7 +78,7 @@ def _line(axis: Axes, table: pd.DataFrame, column: str, label: str, color: objec
     sns.despine(ax=axis)
 
 
-def plot_posterior_std(layers: Mapping[str, LayerStatistics], prior_std: float, path: str | PathLike[str]) -> Figure:
+def plot_posterior_std(layers: Mapping[str, LayerStd], prior_std: float, path: str | PathLike[str]) -> Figure:
     """Heat map of each layer's mean posterior std over the prior's: depth downwards, kinds of layers side by side.
 
     Args:

@@ -33,10 +33,15 @@ class Results:
 
 @dataclass(frozen=True)
 class MethodCard:
-    """What a model card says of every adapter of a method.
+    """What a model card says of a method.
 
     Attributes:
-        sampled: Whether there are networks to draw.
+        title: What its adapters are called, for example "BLoB adapter".
+        about: How it works and what its files hold.
+        limits: What its uncertainty does not cover.
+        citation: BibTeX.
+        tags: Beside "lora" and "peft", for the Hub's search.
+        sampled: Whether it has networks to draw: the card then shows how.
     """
 
     title: str
@@ -53,6 +58,8 @@ class RunSummary:
 
     Attributes:
         base_model: Hub id or folder.
+        method: Its name, as in `--method`.
+        card: What the model card says of the method.
         settings: The main hyperparameters by name.
         arguments: All training arguments that define the run, by name.
         kl_notes: The KL diagnosis before training, its warnings, the verdict after it.
@@ -68,6 +75,7 @@ class RunSummary:
     base_model: str
     data: DataSource | None
     method: str
+    card: MethodCard
     settings: Mapping[str, Any]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     results: list[Results] = field(default_factory=list)

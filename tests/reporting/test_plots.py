@@ -7,7 +7,7 @@ import pytest
 from scipy.special import log_softmax
 from scipy.stats import gaussian_kde
 
-from blob_hf.metrics import reliability_bins
+from blob_hf.metrics import confidence, ece, reliability_bins
 from blob_hf.metrics.samples import NLLCurve
 from blob_hf.metrics.selective import risk_coverage
 from blob_hf.reporting.classification_plots import (
@@ -68,7 +68,7 @@ def test_plots_ignore_a_dark_style_and_leave_it_as_it_was(tmp_path):
     with matplotlib.style.context("dark_background"):
         matplotlib.rcParams["savefig.facecolor"] = "black"
         before = dict(matplotlib.rcParams)
-        figure = plot_reliability({"N=0": np.log([[0.9, 0.1]])}, [0], tmp_path / "reliability.png")
+        figure = plot_reliability({"N=0": reliability_bins(np.log([[0.9, 0.1]]), [0])}, tmp_path / "reliability.png")
         assert dict(matplotlib.rcParams) == before
     corner = matplotlib.image.imread(tmp_path / "reliability.png")[0, 0]
     assert corner.tolist() == [1, 1, 1, 1]  # opaque white, though the user saves on black
@@ -76,8 +76,10 @@ def test_plots_ignore_a_dark_style_and_leave_it_as_it_was(tmp_path):
 
 
 def test_reliability_plot_needs_a_panel(tmp_path):
-    with pytest.raises(BlobError, match="no log-probabilities"):
-        plot_reliability({}, [0], tmp_path / "reliability.png")
+    with pytest.raises(BlobError, match="no predictions"):
+        plot_reliability({}, tmp_path / "reliability.png")
+    with pytest.raises(BlobError, match="no predictions"):
+        plot_confidence({}, tmp_path / "confidence.png")
 
 
 @pytest.mark.parametrize("scale", [0.01, 3, 60])
@@ -85,13 +87,14 @@ def test_reliability_plot_shows_the_bins(tmp_path, scale):
     rng = np.random.default_rng(0)
     scores = {name: log_softmax(scale * rng.normal(size=(200, 3)), axis=1) for name in ("N=0", "N=10")}
     labels = rng.integers(0, 3, 200)
-    figure = plot_reliability(scores, labels, tmp_path / "reliability.png")
+    panels = {name: reliability_bins(log_probs, labels) for name, log_probs in scores.items()}
+    figure = plot_reliability(panels, tmp_path / "reliability.png")
     assert is_png(tmp_path / "reliability.png")
     for axis, log_probs in zip(figure.axes[:2], scores.values(), strict=True):
         bins = reliability_bins(log_probs, labels)
         heights = [bar.get_height() for bar in axis.patches]
         np.testing.assert_allclose(heights, bins.accuracy[bins.count > 0])
-        assert "ECE" in axis.get_title()
+        assert f"ECE = {100 * ece(log_probs, labels):.1f} %" in axis.get_title()
     counts = [sum(bar.get_height() for bar in axis.patches) for axis in figure.axes[2:]]
     assert counts == [200, 200]
 
@@ -129,14 +132,14 @@ def test_plots_of_generated_texts(tmp_path):
 def test_confidence_plot_counts_right_and_wrong(tmp_path):
     rng = np.random.default_rng(0)
     log_probs, labels = log_softmax(3 * rng.normal(size=(200, 3)), axis=1), rng.integers(0, 3, 200)
-    figure = plot_confidence({"N=0": log_probs, "N=10": log_probs}, labels, tmp_path / "confidence.png")
+    figure = plot_confidence(dict.fromkeys(("N=0", "N=10"), confidence(log_probs, labels)), tmp_path / "confidence.png")
     assert is_png(tmp_path / "confidence.png")
     right, wrong = (container for container in figure.axes[0].containers)
     correct = (log_probs.argmax(1) == labels).sum()
     assert sum(bar.get_height() for bar in right) == correct
     assert sum(bar.get_height() for bar in wrong) == 200 - correct
-    confidence, accuracy = (line.get_xdata()[0] for line in figure.axes[0].lines)
-    assert confidence == pytest.approx(np.exp(log_probs.max(1)).mean()) and accuracy == pytest.approx(correct / 200)
+    sure, accuracy = (line.get_xdata()[0] for line in figure.axes[0].lines)
+    assert sure == pytest.approx(np.exp(log_probs.max(1)).mean()) and accuracy == pytest.approx(correct / 200)
 
 
 def test_rejection_plot_is_the_accuracy_of_what_remains(tmp_path):

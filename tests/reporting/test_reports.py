@@ -5,7 +5,7 @@ from huggingface_hub import ModelCard, metadata_eval_result
 
 from blob_hf.reporting.model_card import model_card, write_model_card
 from blob_hf.reporting.report import write_report
-from blob_hf.reporting.run_summary import DataSource, Results, RunSummary
+from blob_hf.reporting.run_summary import DataSource, MethodCard, Results, RunSummary
 from blob_hf.reporting.tables import markdown_table, results_markdown, results_table, to_text
 
 METRICS = {"eval_nll": 0.5, "eval_mean_nll": 0.6, "eval_nll_sample_std": 0.01, "eval_rouge1": 0.4, "other": 1.0}
@@ -27,6 +27,12 @@ def test_a_table_in_markdown_is_aligned_as_asked():
     assert markdown_table(("name", "value"), [], "lr") == "| name | value |\n| --- | ---: |"
 
 
+CARDS = {
+    "blob": MethodCard("BLoB adapter", "About.", "Limits.", "@misc{blob}", ("blob", "bayesian"), sampled=True),
+    "lora": MethodCard("LoRA adapter", "About.", "Limits.", "@misc{lora}"),
+}
+
+
 def summary(method="blob", **changes):
     table = results_table(METRICS, "eval", ["nll", "rouge1"], 10)
     defaults = {
@@ -44,7 +50,7 @@ def summary(method="blob", **changes):
         "task": "summarization",
         "auto_class": "AutoPeftModelForSeq2SeqLM",
     }
-    return RunSummary(**{**defaults, "method": method, **changes})
+    return RunSummary(**{**defaults, "method": method, "card": CARDS[method], **changes})
 
 
 @pytest.mark.parametrize("method", ["blob", "lora"])
@@ -108,6 +114,92 @@ def test_a_card_without_a_run_says_what_the_adapter_knows(tmp_path):
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.eval_results is None and "## Results" not in card.text and "| gamma | 8 |" in card.text
     assert card_errors(str(card)) == []
+
+
+EVERYTHING = """
+# BLoB adapter of bart-base on dialogsum
+
+About.
+
+## Results
+
+**dialogsum, test (500 dialogues)**
+
+|  | N=0 (posterior mean) | N=10 (samples) | std over samples |
+| --- | ---: | ---: | ---: |
+| nll | 0.6000 | 0.5000 | 0.0100 |
+| rouge1 | - | 0.4000 | - |
+
+## Intended use and limits
+
+Summarizing texts like those it was trained on, where it matters how far to trust a summary. Limits. Use it as the \
+base model's own card allows.
+
+## How to use
+
+With its uncertainty (`pip install blob_hf`), inputs repeated once per sample:
+
+```python
+from blob_hf import BlobModel
+from transformers import AutoTokenizer
+
+model = BlobModel.from_pretrained("alice/summaries")
+tokenizer = AutoTokenizer.from_pretrained("alice/summaries")
+inputs = tokenizer(["..."], return_tensors="pt", padding=True)
+with model.posterior_samples(10, seed=0):
+    tokens = model.generate(**{name: x.repeat(10, 1) for name, x in inputs.items()}, max_new_tokens=128)
+summaries = tokenizer.batch_decode(tokens, skip_special_tokens=True)  # 10 per input, sample by sample
+```
+
+As plain LoRA (N=0), with PEFT alone:
+
+```python
+from peft import AutoPeftModelForSeq2SeqLM
+
+model = AutoPeftModelForSeq2SeqLM.from_pretrained("alice/summaries")
+```
+
+## Training
+
+| setting | value |
+| --- | --- |
+| gamma | 8 |
+
+- first <note> & {{ no tag }}
+- second
+
+<details><summary>All training arguments that define the run</summary>
+
+| setting | value |
+| --- | --- |
+| warmup_steps | 0.06 |
+
+</details>
+
+## Citation
+
+```bibtex
+@misc{blob}
+```
+
+Made with blob_hf """
+
+
+def test_the_card_with_all_its_parts_word_for_word():
+    run = summary(base_model="bart-base", kl_notes=["first <note> & {{ no tag }}", "second"])
+    run.results = run.results[1:]
+    text = model_card(run).text
+    assert text.startswith(EVERYTHING) and text.endswith(".\n") and text.count("\n") == EVERYTHING.count("\n") + 1
+
+
+def test_the_card_without_the_parts_that_are_optional():
+    run = summary("lora", data=None, results=[], kl_notes=[], arguments={}, task="text-classification")
+    text = model_card(run).text
+    for part in ("## Results", "posterior_samples", "With its uncertainty", "<details>", " on dialogsum", "\n- "):
+        assert part not in text, part
+    assert "\n\n\n" not in text and "Classifying texts" in text
+    sampled = model_card(summary(task="text-classification")).text
+    assert "\nprobs = logits.softmax(-1).unflatten(0, (10, -1)).mean(0)\n```\n" in sampled
 
 
 def test_report_shows_tables_notes_and_plots(tmp_path):
