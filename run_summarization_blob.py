@@ -105,9 +105,7 @@ class TrainingArguments(cli.PublishedDefaults, BlobSeq2SeqTrainingArguments):
 
 
 def main() -> None:
-    parsed = cli.parse_arguments(
-        (ModelArguments, DataArguments, cli.MethodArguments, TrainingArguments), DEMO, __doc__
-    )
+    parsed = cli.parse_arguments((ModelArguments, DataArguments, cli.MethodArguments, TrainingArguments), DEMO, __doc__)
     model_args, data_args, method_args, training_args = parsed
     cli.setup_logging(training_args.should_log)
     route = cli.choose_route(model_args, method_args, training_args)

@@ -1,4 +1,4 @@
-"""method.json: how an adapter was made, where its own files do not tell. Found by the method's name when it is loaded."""
+"""method.json: how an adapter was made, where its files do not tell; found by the method's name when it is loaded."""
 
 import dataclasses
 import json

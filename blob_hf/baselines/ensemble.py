@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from blob_hf.baselines.base import METHOD_FILE, MethodState, register_method
 from blob_hf.reporting.run_summary import MethodCard
 from blob_hf.trainer.checkpoints import newest_complete
-from blob_hf.trainer.training_args import DEFINING, BlobTrainingArguments, changed_arguments
 from blob_hf.trainer.trainer import num_trained
+from blob_hf.trainer.training_args import DEFINING, BlobTrainingArguments, changed_arguments
 from blob_hf.tuner import adapter_files
 from blob_hf.tuner.adapter_files import NAMES
 from blob_hf.tuner.base_model import head_parameters

@@ -134,8 +134,8 @@ class LaplaceState(MethodState):
         about=(
             "A trained LoRA adapter with a Laplace approximation over its weights (Laplace-LoRA): "
             "`laplace.safetensors` holds the Kronecker factors of the curvature. `adapter_model.safetensors` is the "
-            "trained adapter, unchanged. N=0 is that adapter; N=S averages the probabilities of S draws, of the linearised "
-            "network (`blob_hf.baselines.laplace.linearized_prediction`) or of the sampled one (`posterior_samples`)."
+            "trained adapter, unchanged. N=0 is that adapter; N=S averages the probabilities of S draws, of the "
+            "linearised network (`blob_hf.baselines.laplace.linearized_prediction`) or of the sampled one (`posterior_samples`)."
         ),
         limits="A Gaussian at one mode of the loss, with A and B and all layers independent of one another.",
         citation="""@inproceedings{yang2024laplacelora,
@@ -353,9 +353,7 @@ def _laplace_layers(model: nn.Module) -> list[LaplaceLinear]:
 # ----- predicting -------------------------------------------------------------------------------------------------
 
 
-def linearized_prediction(
-    model: nn.Module, inputs: dict[str, Any], sampling: Sampling
-) -> ClassPrediction:
+def linearized_prediction(model: nn.Module, inputs: dict[str, Any], sampling: Sampling) -> ClassPrediction:
     """Classes under the network linearised in its weights at the mean: logits ~ N(f, J Sigma J^T), S draws of them.
 
     Sample s has the same standard normal draw for every row, so that it does not depend on the batch.

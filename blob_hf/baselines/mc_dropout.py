@@ -52,8 +52,8 @@ class MCDropoutState(MethodState):
         title="MC-dropout LoRA adapter",
         about=(
             "LoRA trained with dropout on its input, which stays on at prediction (MC dropout): one mask per layer and "
-            "sample. N=0 is the network without dropout; N=S averages the probabilities of S masks. The files are those "
-            "of a plain LoRA adapter; the rate is `lora_dropout` of adapter_config.json."
+            "sample. N=0 is the network without dropout; N=S averages the probabilities of S masks. The files are "
+            "those of a plain LoRA adapter; the rate is `lora_dropout` of adapter_config.json."
         ),
         limits="The uncertainty is that of dropout on LoRA's inputs, with a rate that was chosen and not learned.",
         citation="""@inproceedings{gal2016dropout,

@@ -159,7 +159,8 @@ class TFBState(MethodState):
             "`adapter_model.safetensors` is the mean, the same network as the trained adapter; "
             "`posterior_std.safetensors` holds the stds. N=0 is the mean; N=S averages the probabilities of S samples."
         ),
-        limits="The width of the posterior is one number, found on the anchors; elsewhere it can be too wide or narrow.",
+        limits="The width of the posterior is one number, found on the anchors; elsewhere it can be too wide or "
+        "narrow.",
         citation="""@inproceedings{shi2025tfb,
   title = {Training-Free Bayesianization for Low-Rank Adapters of Large Language Models},
   author = {Shi, Haizhou and Wang, Yibin and Han, Ligong and Zhang, Huan and Wang, Hao},

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -180,8 +180,8 @@ class ClassifierRun(Run):
         model, rows = self.trainer.blob_model, self.job.calibration_rows
         if rows is not None:
             output = self.trainer.predict(rows, metric_key_prefix="calibration")
-            log_probs, _, mean = output.predictions
-            found = [fit_temperature(values, output.label_ids) for values in (log_probs, mean)]
+            predictions, labels = cast(tuple[np.ndarray, ...], output.predictions), np.asarray(output.label_ids)
+            found = [fit_temperature(predictions[kind], labels) for kind in (0, 2)]  # of the samples, of the mean
             model.set_companion(Temperatures(*found))
             if self.writes:
                 Temperatures(*found).save(model, self.folder)

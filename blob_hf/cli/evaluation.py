@@ -10,8 +10,8 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from blob_hf import metrics
 from blob_hf.data.summarization import Dialogue
-from blob_hf.inference.generate import SEQUENCE_SCORES
 from blob_hf.inference.predict import IGNORED_LABEL, TokenScores
+from blob_hf.inference.uncertainty import SEQUENCE_SCORES
 from blob_hf.metrics.similarity import Utility
 from blob_hf.metrics.summaries import Predictive
 from blob_hf.metrics.summarization import ROUGE_TYPES

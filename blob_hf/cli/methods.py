@@ -210,9 +210,7 @@ class Route:
         """The saved adapter that a training starts from, None for a new one."""
         return adapter_args.adapter_name_or_path
 
-    def fresh_model(
-        self, base: PreTrainedModel, lora: Mapping[str, Any], posterior: Mapping[str, Any]
-    ) -> BlobModel:
+    def fresh_model(self, base: PreTrainedModel, lora: Mapping[str, Any], posterior: Mapping[str, Any]) -> BlobModel:
         """A model with a new adapter."""
         return get_lora_model(base, LoraConfig(**lora))
 
@@ -252,9 +250,7 @@ class BlobRoute(Route):
         beta = args.beta or BlobConfig.prior_std
         return f"{data}-{self.name}-beta{beta:g}-gamma{args.gamma:g}-seed{args.seed}"
 
-    def fresh_model(
-        self, base: PreTrainedModel, lora: Mapping[str, Any], posterior: Mapping[str, Any]
-    ) -> BlobModel:
+    def fresh_model(self, base: PreTrainedModel, lora: Mapping[str, Any], posterior: Mapping[str, Any]) -> BlobModel:
         return get_blob_model(base, BlobConfig(**lora, **posterior))
 
     def load_model(
@@ -292,9 +288,7 @@ class DropoutRoute(Route):
     flags = _SAMPLING_FLAGS
     default_dropout = DEFAULT_DROPOUT
 
-    def fresh_model(
-        self, base: PreTrainedModel, lora: Mapping[str, Any], posterior: Mapping[str, Any]
-    ) -> BlobModel:
+    def fresh_model(self, base: PreTrainedModel, lora: Mapping[str, Any], posterior: Mapping[str, Any]) -> BlobModel:
         return baselines.attach_mc_dropout(super().fresh_model(base, lora, posterior))
 
     def load_model(
@@ -405,7 +399,8 @@ class LaplaceRoute(FittedRoute):
         raise BlobError(f"method {self.name} predicts classes; for summaries take another method")
 
     def fit(self, job: Job, trainer: BlobTrainer) -> int:
-        rows, held_out = trainer.train_dataset, job.calibration_rows
+        rows: Any = trainer.train_dataset
+        held_out = job.calibration_rows
         if rows is None or len(rows) == 0:
             raise BlobError("method laplace needs the training data, but there is none; give train_dataset")
         config = job.method_args.laplace_config()
@@ -453,9 +448,7 @@ def find_route(name: str) -> Route:
     return ROUTES[name]
 
 
-def choose_route(
-    adapter_args: AdapterArguments, method_args: MethodArguments, args: BlobTrainingArguments
-) -> Route:
+def choose_route(adapter_args: AdapterArguments, method_args: MethodArguments, args: BlobTrainingArguments) -> Route:
     """The route of a run: the one asked for, or without training that of the saved adapter.
 
     Raises:
@@ -552,9 +545,7 @@ def warn_of_ignored(route: Route, method_args: MethodArguments, args: BlobTraini
         logger.warning("--method %s ignores %s", route.name, ", ".join(f"--{name}" for name in names))
 
 
-def ignored_flags(
-    route: Route, method_args: MethodArguments, args: BlobTrainingArguments, *others: Any
-) -> list[str]:
+def ignored_flags(route: Route, method_args: MethodArguments, args: BlobTrainingArguments, *others: Any) -> list[str]:
     """Arguments that are not at their defaults, but that a method does not read."""
     unread = frozenset().union(*(one.flags for one in ROUTES.values())) - route.flags
     unread |= route.unread(method_args, args)

@@ -158,9 +158,13 @@ def search(trainer: BlobTrainer, args: SearchArguments) -> dict[str, Any] | None
     space = parse_space(args.hp_space, trainer.args)
     own: dict[str, Any] = {}
     if args.hp_storage:
-        own = {"storage": args.hp_storage, "study_name": Path(trainer.args.output_dir).name, "load_if_exists": True}
+        own = {
+            "storage": args.hp_storage,
+            "study_name": Path(str(trainer.args.output_dir)).name,
+            "load_if_exists": True,
+        }
     make_space = optuna_space if args.hp_search == "optuna" else ray_space
-    best = trainer.hyperparameter_search(
+    best: Any = trainer.hyperparameter_search(
         hp_space=make_space(space),
         compute_objective=lambda metrics: metrics["eval_nll"],
         n_trials=args.hp_trials,
@@ -171,7 +175,7 @@ def search(trainer: BlobTrainer, args: SearchArguments) -> dict[str, Any] | None
     found = None
     if best is not None:
         found = {"run_id": best.run_id, "eval_nll": best.objective, "hyperparameters": best.hyperparameters}
-        files.write_text(Path(trainer.args.output_dir) / BEST_FILE, json.dumps(found, indent=2) + "\n")
+        files.write_text(Path(str(trainer.args.output_dir)) / BEST_FILE, json.dumps(found, indent=2) + "\n")
         flags = " ".join(f"--{name} {value}" for name, value in best.hyperparameters.items())
         print(f"lowest validation NLL {best.objective:.4f} of {args.hp_trials} trials; train with {flags}")
     shutdown(trainer.accelerator)
@@ -181,6 +185,6 @@ def search(trainer: BlobTrainer, args: SearchArguments) -> dict[str, Any] | None
 def searchable(args: Arguments) -> Arguments:
     """Training arguments in a class that Ray's workers know: they cannot import one of the script that was started."""
     known = next(base for base in type(args).__mro__ if base.__module__ != "__main__")
-    same = known.__new__(known)
+    same: Any = object.__new__(known)
     same.__dict__.update(vars(args))
     return same

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blob_hf.cli.methods import ROUTES, FittedRoute
 from accelerate import PartialState
 
 from blob_hf import cli
+from blob_hf.cli.methods import ROUTES, FittedRoute
 from blob_hf.data.glue import TASKS
 from blob_hf.experiments import glue_report
 from blob_hf.experiments.grid import GridArguments, GridRun, check_passed_on, complete_runs, refuse_failed
@@ -82,7 +82,9 @@ def _run_name(task: str, method: str, seed: int) -> str:
 
 def _needs_lora(method: str) -> bool:
     """Whether a method, with its settings, is fitted to the adapter that `lora` trains."""
-    return isinstance(ROUTES[method.partition(":")[0]], FittedRoute) and "--adapter_name_or_path" not in method_arguments(method)
+    return isinstance(
+        ROUTES[method.partition(":")[0]], FittedRoute
+    ) and "--adapter_name_or_path" not in method_arguments(method)
 
 
 def method_arguments(method: str) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pandas as pd
 import seaborn as sns
-
 from accelerate import PartialState
 
 from blob_hf import cli

@@ -10,8 +10,8 @@ import transformers
 from accelerate import PartialState
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
 
-from blob_hf.cli.adapters import saved_method
 from blob_hf import cli
+from blob_hf.cli.adapters import saved_method
 from blob_hf.data import demo
 from blob_hf.data.summarization import (
     DEFAULT_PROMPT,

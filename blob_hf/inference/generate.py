@@ -43,9 +43,7 @@ def generate_mean(model: Any, inputs: dict[str, Any], **gen_kwargs: Any) -> Tens
         return model.generate(**inputs, **gen_kwargs)
 
 
-def generate_samples(
-    model: BlobModel, inputs: dict[str, Any], sampling: Sampling | int, **gen_kwargs: Any
-) -> Tensor:
+def generate_samples(model: BlobModel, inputs: dict[str, Any], sampling: Sampling | int, **gen_kwargs: Any) -> Tensor:
     """Generate once per posterior sample: `(batch, num_samples, length)` token ids, padded on the right."""
     tokens = generate_posterior(model, sampling, **inputs, **gen_kwargs)
     return tokens.view(-1, Sampling.of(sampling).num_samples, tokens.shape[-1])
@@ -207,7 +205,7 @@ def generate_predictive(
     gen_kwargs |= {"logits_processor": LogitsProcessorList([*own, processor]), "return_dict_in_generate": True}
     batch = _batch_size(inputs)
     with posterior_samples(model, drawn):
-        output = model.generate(**repeat_rows(inputs, drawn.num_samples), **gen_kwargs)
+        output: Any = model.generate(**repeat_rows(inputs, drawn.num_samples), **gen_kwargs)
     sequences = output.sequences[:batch]
     tokens = _until_end(sequences[:, _prompt_length(model, inputs) :], ends)
     rows = output.get("beam_indices")

@@ -97,9 +97,7 @@ def _own_predictive(model: Any) -> OwnPredictive | None:
 
 
 @torch.no_grad()
-def score_targets(
-    model: nn.Module, inputs: dict[str, Any], labels: Tensor, sampling: Sampling
-) -> TokenScores:
+def score_targets(model: nn.Module, inputs: dict[str, Any], labels: Tensor, sampling: Sampling) -> TokenScores:
     """Score target tokens under the posterior mean and under the predictive of posterior samples.
 
     Args:

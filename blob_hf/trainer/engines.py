@@ -98,9 +98,7 @@ def check_fsdp_training(accelerator: Accelerator, model: PeftModel) -> None:
         BlobError: Two of its layers share one weight (BART and T5 tie their head to the embeddings).
     """
     if getattr(accelerator, "is_fsdp2", False) and getattr(model.get_base_model().config, "tie_word_embeddings", False):
-        owners = [
-            id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)
-        ]
+        owners = [id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)]
         if len(set(owners)) < len(owners):
             raise BlobError(
                 "FSDP2 cannot shard the tied embeddings of this model (BART and T5 have them): use DeepSpeed ZeRO-3"

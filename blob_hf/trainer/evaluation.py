@@ -35,9 +35,7 @@ class Evaluated:
     labels: Tensor | None
 
 
-def evaluate_classes(
-    model: nn.Module, inputs: dict[str, Any], labels: Tensor | None, sampling: Sampling
-) -> Evaluated:
+def evaluate_classes(model: nn.Module, inputs: dict[str, Any], labels: Tensor | None, sampling: Sampling) -> Evaluated:
     """Predict the classes of a batch."""
     found = predict_classes(model, inputs, sampling)
     loss = None if labels is None else F.nll_loss(found.log_probs, labels)

@@ -163,7 +163,8 @@ def last_evaluation(trainer: "BlobTrainer") -> list[Results]:
 
 
 def _settings(trainer: "BlobTrainer") -> dict[str, object]:
-    args, settings = trainer.args, {}
+    args = trainer.args
+    settings: dict[str, object] = {}
     if trainer.state.global_step:  # else the adapter was fitted or put together, and its training is not known here
         settings |= {
             "learning rate": args.learning_rate,

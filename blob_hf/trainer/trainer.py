@@ -93,7 +93,7 @@ class BlobTrainerMixin(_Base):
     ) -> None:
         self.point_estimate = point_estimate
         adopted = None if model is None else _adopt(model)
-        super().__init__(model=adopted, args=args, model_init=model_init, **kwargs)
+        super().__init__(model=adopted, args=args, model_init=model_init, **kwargs)  # type: ignore[arg-type]
         self.model_accepts_loss_kwargs = True  # count the items of a batch, whether or not the model would use them
         # transformers goes by the loss type of the config, which models like GPT-2 do not have
         base = unwrap_peft_model(self.model)

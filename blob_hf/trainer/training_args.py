@@ -126,6 +126,7 @@ class BlobArguments:
     base_dropout: bool = field(
         default=False, metadata={"help": "Keep the backbone's own dropout in training (the paper has it off)."}
     )
+
     @property
     def sampling(self) -> Sampling:
         """The posterior samples of an evaluation."""
@@ -183,7 +184,7 @@ class BlobTrainingArguments(BlobArguments, TrainingArguments):
 
 
 @dataclass
-class BlobSeq2SeqTrainingArguments(BlobArguments, Seq2SeqTrainingArguments):
+class BlobSeq2SeqTrainingArguments(BlobTrainingArguments, Seq2SeqTrainingArguments):
     """`transformers.Seq2SeqTrainingArguments` with `BlobArguments`.
 
     Parameters:
@@ -202,16 +203,13 @@ class BlobSeq2SeqTrainingArguments(BlobArguments, Seq2SeqTrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        self._validate_blob()
         if self.decoding not in DECODINGS:
             raise BlobError(f"decoding must be one of {', '.join(DECODINGS)}, got {self.decoding!r}")
         if self.decoding in ("predictive", "mbr") and self.eval_samples == 0:
             raise BlobError(
                 f"decoding={self.decoding!r} needs posterior samples, but eval_samples is 0; use decoding='mean'"
             )
-        require_deepspeed(self.deepspeed)
         super().__post_init__()
-        join_deepspeed(self)
 
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)

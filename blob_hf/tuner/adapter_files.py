@@ -253,7 +253,9 @@ def _require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
             raise BlobError(f"{file}: {name} has NaN or infinite entries; the adapter is damaged or diverged")
 
 
-def check_fits(found: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], folder: Path, config: LoraConfig) -> None:
+def check_fits(
+    found: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], folder: Path, config: LoraConfig
+) -> None:
     """Check that the LoRA weights of an adapter are those that a model has room for, before any is copied.
 
     Args:

@@ -94,7 +94,9 @@ class BlobConfig(LoraConfig):
 
 
 def _lora_fields(config: LoraConfig) -> dict[str, Any]:
-    return {item.name: getattr(config, item.name) for item in fields(LoraConfig) if item.init and item.name != "peft_type"}
+    return {
+        item.name: getattr(config, item.name) for item in fields(LoraConfig) if item.init and item.name != "peft_type"
+    }
 
 
 def default_target_modules(model_type: str, task: str) -> list[str] | str:

@@ -30,7 +30,7 @@ def adapter_tensors(
     adapter: str,
     head: Mapping[str, Tensor],
     state_dict: dict[str, Tensor] | None = None,
-    save_embeddings: str | bool = False,
+    save_embeddings: Any = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What adapter_model.safetensors and posterior_std.safetensors hold.
 

@@ -280,9 +280,7 @@ class BlobModel(PeftModel):
                 self.delete_adapter(adapter_name)
             raise
 
-    def _fill(
-        self, saved: SavedAdapter, adapter: str, is_trainable: bool, autocast_adapter_dtype: bool = True
-    ) -> Any:
+    def _fill(self, saved: SavedAdapter, adapter: str, is_trainable: bool, autocast_adapter_dtype: bool = True) -> Any:
         loading.check_fits(self, saved, adapter)
         result = loading.fill(self, saved, adapter, autocast_adapter_dtype)
         self.remember_head()

@@ -11,6 +11,7 @@ from helpers.training import arguments, rows
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
+from blob_hf.tuner.sampling import Sampling
 from blob_hf import BlobError, BlobModel, BlobTrainer
 from blob_hf.baselines.ensemble import load_members
 from blob_hf.inference.export import export_samples
@@ -62,7 +63,7 @@ def test_the_mixture_is_that_of_separately_loaded_adapters(members, together):
     ids = random_ids(5, 9)
     each = torch.stack([alone(base, folder, ids) for folder in folders], dim=1)
     assert (each[:, 0] - each[:, 1]).abs().max() > 0.05 and (each[:, 1] - each[:, 2]).abs().max() > 0.05
-    found = predict_classes(model, {"input_ids": ids}, 3, samples_per_forward=together)
+    found = predict_classes(model, {"input_ids": ids}, Sampling(3, batch_size=together))
     torch.testing.assert_close(found.sample_log_probs, each, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.log_probs, each.exp().mean(1).log(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.mean_log_probs, each[:, 0], atol=1e-5, rtol=1e-5)
@@ -76,13 +77,13 @@ def test_a_saved_ensemble_predicts_the_same(members, tmp_path):
     ids = random_ids(5, 9)
     for other in (again, by_itself):
         assert other.method == "ensemble" and other.method_facts == model.method_facts
-        first, second = (predict_classes(one, {"input_ids": ids}, 3).sample_log_probs for one in (model, other))
+        first, second = (predict_classes(one, {"input_ids": ids}, Sampling(3)).sample_log_probs for one in (model, other))
         torch.testing.assert_close(first, second)
     # under another name PEFT's layout has the members beside the first one
     named = BlobModel.from_pretrained(tmp_path / "saved", model=copy.deepcopy(base), adapter_name="x").eval()
     named.save_pretrained(tmp_path / "named")
     named = BlobModel.from_pretrained(tmp_path / "named" / "x", model=copy.deepcopy(base)).eval()
-    torch.testing.assert_close(predict_classes(named, {"input_ids": ids}, 3).sample_log_probs, first)
+    torch.testing.assert_close(predict_classes(named, {"input_ids": ids}, Sampling(3)).sample_log_probs, first)
     # every part is an adapter of its own, and the first one is what plain PEFT sees
     for name, folder in zip(("", "member-2", "member-3"), folders, strict=True):
         torch.testing.assert_close(alone(base, tmp_path / "saved" / name, ids), alone(base, folder, ids))
@@ -114,7 +115,7 @@ def test_an_ensemble_of_summarizers_writes_a_text_of_each_member(tmp_path):
         own.append(model.generate(input_ids=ids, max_new_tokens=6, do_sample=False))
     joined = load_lora(base, folders[0]).eval()
     load_members(joined, folders[1:])
-    texts = joined.generate(input_ids=ids, num_posterior_samples=2, max_new_tokens=6, do_sample=False).view(2, 2, -1)
+    texts = joined.generate(input_ids=ids, sampling=2, max_new_tokens=6, do_sample=False).view(2, 2, -1)
     for k, alone_ in enumerate(own):
         assert texts[:, k, : alone_.shape[1]].tolist() == alone_.tolist()
 
@@ -132,7 +133,7 @@ def test_members_are_trained_as_plain_adapters_of_the_next_seeds(tmp_path):
     trainer = ensemble_trainer(tmp_path / "ensemble", ensemble_size=2)
     trainer.train()
     trainer.save_model()
-    assert trainer.num_eval_samples == 2 and trainer.trained_parameters == 2 * 588
+    assert trainer.eval_sampling.num_samples == 2 and trainer.trained_parameters == 2 * 588
     for k, name in enumerate(("", "member-2")):
         args = arguments(tmp_path / f"lora{k}", method="lora", seed=5 + k)
         single = BlobTrainer(model_init=model_init, args=args, train_dataset=rows())
@@ -157,7 +158,7 @@ def test_finished_members_are_not_trained_again(tmp_path):
     assert output.global_step == 3 * second.args.max_steps  # of all members, as they were trained
     assert second.trained_parameters == 3 * 588 and output.training_loss > 0.5
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
-    assert second.num_eval_samples == 3
+    assert second.eval_sampling.num_samples == 3
     with pytest.raises(BlobError, match="holds a member trained with another learning_rate"):
         ensemble_trainer(tmp_path, ensemble_size=2, learning_rate=0.5).train()
     with pytest.raises(BlobError, match="give the trainer model_init= instead of model="):
@@ -172,7 +173,7 @@ def test_what_cannot_be_an_ensemble_is_one_line(members, tmp_path, monkeypatch, 
         arguments(tmp_path, method="ensemble", ensemble_members=["one"])
     with pytest.raises(BlobError, match="has 3 members, but 4 samples"), model.posterior_samples(4):
         pass
-    with pytest.raises(BlobError, match="has 3 members, but 4 samples"), model.posterior_samples(2, first=2):
+    with pytest.raises(BlobError, match="has 3 members, but 4 samples"), model.posterior_samples(Sampling(2, first=2)):
         pass
     other = member(base, tmp_path / "wide", 9, TARGETS["bert"], r=8)
     with pytest.raises(BlobError, match="cannot be a member: its r is 8, the first member's 4"):

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from torch import nn
 from torch.utils.data import DataLoader
 
+from blob_hf.tuner.sampling import Sampling
 from blob_hf import BlobError, BlobModel, BlobTrainer
 from blob_hf.baselines.laplace import (
     PRECISION_GRID,
@@ -83,7 +84,7 @@ def test_a_linear_gaussian_model_has_its_exact_posterior():
     unit = torch.eye(18).view(18, 1, 3, 6)  # the gradient of one entry of A each
     columns = layer.covariance(unit.transpose(0, 1)).squeeze(0)
     torch.testing.assert_close(columns, exact, atol=1e-4, rtol=1e-3)
-    drawn = layer.draw(20_000, seed=0).flatten(1) - weight.detach().flatten()
+    drawn = layer.draw(Sampling(20_000, seed=0)).flatten(1) - weight.detach().flatten()
     # an entry of a covariance of 20,000 draws has a std of at most sqrt(2 / 20,000) = 1 % of the variances
     assert (drawn.T @ drawn / 20_000 - exact).abs().max() < 0.05 * exact.diagonal().max()
 
@@ -155,7 +156,7 @@ def test_narrow_posteriors_predict_alike_linearised_and_sampled():
     attach_factors(model, random_factors(model), 4000.0)  # stds of about 1.6 %: the network is linear over them
     inputs = {"input_ids": random_ids(4, 9)}
     linear = linearized_prediction(model, inputs, 4000, seed=3)
-    sampled = predict_classes(model, inputs, 4000, seed=3, samples_per_forward=100)
+    sampled = sampled_prediction(model, inputs, Sampling(4000, seed=3, batch_size=100))
     torch.testing.assert_close(linear.mean_log_probs, sampled.mean_log_probs)
     for moment in (torch.mean, torch.std):  # 4,000 draws: 1.1 % of the std each, 5 sigma of the difference
         first, second = (moment(one.sample_log_probs, dim=1) for one in (linear, sampled))

@@ -9,6 +9,7 @@ from helpers.models import TARGETS, random_ids, randomize_b, tiny_bart, tiny_ber
 from peft import LoraConfig
 from torch import nn
 
+from blob_hf.tuner.sampling import Sampling
 from blob_hf import BlobError
 from blob_hf.baselines import METHODS
 from blob_hf.baselines.mc_dropout import MaskedA
@@ -31,7 +32,7 @@ def test_a_sample_is_torchs_dropout_with_one_mask():
     x = torch.randn(5, 7, one.in_features)
     torch.manual_seed(1)
     expected = F.linear(x * F.dropout(torch.ones(one.in_features), p=0.25), one.weight)
-    with one.frozen_samples(1, seed=0):
+    with one.frozen_samples(Sampling(1, seed=0)):
         torch.testing.assert_close(one(x), expected)
 
 
@@ -41,7 +42,7 @@ def test_masks_keep_features_with_probability_one_minus_p_and_the_mean_is_the_we
     # 800,000 Bernoulli draws: std of the mean 5e-4; features are independent of one another
     assert abs(kept.mean().item() - 0.75) < 2e-3
     assert not torch.equal(kept[0], kept[1]) and torch.equal(kept[3], one.mask(0, 3).float())
-    drawn = one.draw(200, 0)
+    drawn = one.draw(Sampling(200, 0))
     assert drawn.shape == (200, 3, 4000)
     ratio = (drawn.mean(0) / one.weight).mean().item()  # its std is that of the mean above, times 4/3
     assert abs(ratio - 1) < 3e-3
@@ -56,7 +57,7 @@ def test_antithetic_masks_are_complementary_where_they_can_be():
 def test_rows_of_a_block_share_the_mask_and_blocks_have_their_own():
     one = layer(width=50)
     x = torch.randn(2, 4, 50)
-    with one.frozen_samples(3, seed=5, first=1):
+    with one.frozen_samples(Sampling(3, seed=5, first=1)):
         out = one(x.repeat(3, 1, 1)).view(3, 2, 4, 3)
     for s in range(3):
         masked = x * one.mask(5, 1 + s) / 0.75

@@ -104,7 +104,7 @@ def test_a_plain_peft_model_is_taken_over(tmp_path):
         trainer.create_model_card()
         trainer.save_model()
         if method != "lora":
-            assert trainer.num_eval_samples == 3
+            assert trainer.eval_sampling.num_samples == 3
             loaded = BlobModel.from_pretrained(tmp_path / method, model=tiny_bert())
             assert loaded.method == method and sampled_layers(loaded)
 

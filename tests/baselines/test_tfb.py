@@ -9,6 +9,7 @@ from helpers.training import arguments, blob_bert, rows
 from peft import AutoPeftModelForSequenceClassification, LoraConfig
 from transformers import AutoTokenizer
 
+from blob_hf.tuner.sampling import Sampling
 from blob_hf import BlobError, BlobModel, BlobTrainer
 from blob_hf.baselines.tfb import anchor_rows, largest_sigma, rotate
 from blob_hf.cli.tfb import main
@@ -81,7 +82,7 @@ def test_the_network_stays_and_only_noise_is_added(tmp_path):
         trained = plain.get_submodule(f"base_model.model.{name}")
         b = trained.lora_B["default"].weight.detach()
         product = b @ trained.lora_A["default"].weight.detach()
-        noise = (module.lora_B["default"].weight @ layer.draw(4000, seed=1) - product).detach()
+        noise = (module.lora_B["default"].weight @ layer.draw(Sampling(4000, seed=1)) - product).detach()
         covariance = torch.einsum("sij,skj->ik", noise, noise) / (4000 * noise.shape[2])
         expected = sigma**2 * b @ torch.linalg.pinv(b)
         # 4,000 x 16 draws: 0.6 % of the largest variance each, 5 sigma
@@ -110,7 +111,7 @@ def test_the_search_finds_what_a_grid_over_the_real_loss_finds(tmp_path):
 def _log_probs(model, facts, stds, anchors, sample):
     for name, layer in gaussian_layers(model).items():
         layer.set_std(facts["sigma_q"] * stds[name])
-    with torch.no_grad(), model.posterior_samples(1, seed=0, first=sample):
+    with torch.no_grad(), model.posterior_samples(Sampling(1, seed=0, first=sample)):
         logits = model(input_ids=torch.tensor(anchors["input_ids"])).logits
     return logits.log_softmax(-1)[range(len(anchors)), torch.tensor(anchors["labels"])]
 

@@ -57,7 +57,7 @@ def test_the_arms_are_what_they_are_called():
     model, ids = blob(), random_ids(1, 9)
     mean = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
     assert texts(model, "blob-mean-greedy", ids) == mean.tolist()
-    samples = model.generate(input_ids=ids, num_posterior_samples=5, posterior_seed=3, max_new_tokens=8)
+    samples = model.generate(input_ids=ids, sampling=Sampling(5, 3), max_new_tokens=8)
     assert texts(model, "blob-sample-greedy", ids) == samples.tolist()
     greedy = texts(model, "blob-mean-sampling", ids, top_k=1)  # of the likeliest token alone
     assert all(row == mean[0].tolist() for row in greedy)
@@ -73,7 +73,7 @@ def test_token_sampling_of_a_decoder_only_model_follows_its_own_distribution():
     model = blob(tiny_gpt2(), "CAUSAL_LM", "gpt2")
     ids = random_ids(1, 6)
     count = 3000
-    tokens = summaries(model, ids, "blob-mean-sampling", "d", count, 0, max_new_tokens=1, top_k=5)[:, -1]
+    tokens = summaries(model, ids, "blob-mean-sampling", "d", Sampling(count), max_new_tokens=1, top_k=5)[:, -1]
     with torch.no_grad():
         probs = TopKLogitsWarper(5)(None, model(input_ids=ids).logits[:, -1]).softmax(-1)[0].numpy()
     seen = np.bincount(tokens, minlength=60)

@@ -8,6 +8,7 @@ from helpers.models import TINY, tiny_bert
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
+from blob_hf.tuner.sampling import Sampling
 from blob_hf import export_samples
 from blob_hf.tuner.model import get_lora_model
 from blob_hf.utils.errors import BlobError
@@ -29,7 +30,7 @@ def test_exported_samples_are_the_posterior_samples(family, tmp_path):
     assert [folder.name for folder in folders] == ["sample-0", "sample-1", "sample-2"]
     found = torch.stack([logits(plain_peft(model, tmp_path / "base", folder), inputs) for folder in folders])
     for s in range(3):
-        with model.posterior_samples(1, seed=7, first=s):
+        with model.posterior_samples(Sampling(1, seed=7, first=s)):
             assert torch.equal(found[s], logits(model, inputs)), s
     with model.posterior_samples(3, seed=7):
         ours = logits(model, {name: x.repeat(3, *[1] * (x.dim() - 1)) for name, x in inputs.items()})

@@ -9,6 +9,7 @@ from helpers.models import TARGETS, TINY, random_ids, randomize_b
 from peft import LoraConfig
 from transformers import GenerationConfig
 
+from blob_hf.tuner.sampling import Sampling
 from blob_hf import BlobConfig, get_blob_model
 from blob_hf.inference.generate import PredictiveProcessor, generate_mean, generate_predictive, generate_samples
 from blob_hf.tuner.model import get_lora_model
@@ -57,7 +58,7 @@ def test_a_sample_is_one_network_merged_and_run_alone(family, decoding, per_batc
     # an end token that comes early in some rows
     options["eos_token_id"] = [2, *range(20, 26)]
     together = model.generate(
-        **inputs, num_posterior_samples=3, posterior_seed=4, posterior_batch_size=per_batch, **options
+        **inputs, sampling=Sampling(3, 4, batch_size=per_batch), **options
     )
     assert together.shape[0] == 4 * 3
     texts = set()
@@ -77,7 +78,7 @@ def test_scores_come_in_the_order_of_the_texts(decoding, per_batch):
     model, inputs = make("bart"), ragged("bart")
     options = {"max_new_tokens": 8, "eos_token_id": [2, *range(20, 26)], **DECODING[decoding]}
     options |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
-    together = model.generate(**inputs, num_posterior_samples=3, posterior_batch_size=per_batch, **options)
+    together = model.generate(**inputs, sampling=Sampling(3, batch_size=per_batch), **options)
     base = model.get_base_model()
 
     def transitions(output):
@@ -103,10 +104,10 @@ def test_token_sampling_draws_several_texts_of_each_network():
     model, inputs = make("bart"), ragged("bart")
     torch.manual_seed(3)
     options = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 6}
-    tokens = model.generate(**inputs, num_posterior_samples=3, posterior_batch_size=1, **options)
+    tokens = model.generate(**inputs, sampling=Sampling(3, batch_size=1), **options)
     assert tokens.shape[0] == 4 * 3 * 2
     torch.manual_seed(3)
-    alone = model.generate(**inputs, num_posterior_samples=1, **options)  # the first sample, with the same draws
+    alone = model.generate(**inputs, sampling=1, **options)  # the first sample, with the same draws
     rows = tokens.view(4, 3, 2, -1)[:, 0].flatten(0, 1)
     assert torch.equal(rows[:, : alone.shape[1]], alone)
 
@@ -127,7 +128,7 @@ def test_without_samples_and_with_no_std_it_is_plain_generate(family):
         options = {"max_new_tokens": 8, "pad_token_id": PAD[family], **decoding}
         plain = model.generate(**inputs, **options)
         mask = {"attention_mask": inputs["attention_mask"]}
-        assert torch.equal(model.generate(inputs["input_ids"], num_posterior_samples=1, **mask, **options), plain)
+        assert torch.equal(model.generate(inputs["input_ids"], sampling=1, **mask, **options), plain)
         assert torch.equal(generate_predictive(model, inputs, 1, **options).sequences, plain)
 
 
@@ -218,7 +219,7 @@ def test_predictive_beam_search_is_a_beam_search_over_merged_networks(family):
 def test_what_needs_one_network_is_refused(name):
     model, inputs = make("bart"), ragged("bart")
     with pytest.raises(BlobError, match=f"is not supported together with posterior samples; leave out {name}"):
-        model.generate(**inputs, num_posterior_samples=2, **{name: 1})
+        model.generate(**inputs, sampling=2, **{name: 1})
     config = GenerationConfig()
     setattr(config, name, 1)
     with pytest.raises(BlobError, match="not supported"):
@@ -229,16 +230,16 @@ def test_bad_numbers_of_samples():
     model, inputs = make("bart"), ragged("bart")
     for count in (0, -1):
         with pytest.raises(BlobError, match=f"must be >= 1, got {count}"):
-            model.generate(**inputs, num_posterior_samples=count)
+            model.generate(**inputs, sampling=count)
         with pytest.raises(BlobError, match=f"must be >= 1, got {count}"):
             generate_predictive(model, inputs, count)
     with pytest.raises(BlobError, match="leave out do_sample"):
         generate_predictive(model, inputs, 2, do_sample=True)
     with pytest.raises(BlobError, match="needs input_ids"):
-        model.generate(num_posterior_samples=2)
+        model.generate(sampling=2)
     lora = get_lora_model(TINY["bart"](), LoraConfig(target_modules=["q_proj"], task_type="SEQ_2_SEQ_LM"))
     with pytest.raises(BlobError, match="no posterior to sample from"):
-        lora.generate(**inputs, num_posterior_samples=2)
+        lora.generate(**inputs, sampling=2)
 
 
 @pytest.mark.parametrize("normalized", [True, False])

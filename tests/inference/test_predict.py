@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.models import TARGETS, random_ids, randomize_b, tiny_bart, tiny_bert
 
+from blob_hf.tuner.sampling import Sampling
 from blob_hf import BlobConfig, get_blob_model
 from blob_hf.inference.predict import log_mean_exp, predict_classes, repeat_rows, score_targets
 
@@ -27,10 +28,10 @@ def summarizer():
 @pytest.mark.parametrize("per_forward", [1, 2, 4, 7])
 def test_probabilities_are_averaged_over_samples(classifier, per_forward):
     inputs = {"input_ids": random_ids(5, 8)}
-    found = predict_classes(classifier, inputs, 4, seed=2, samples_per_forward=per_forward)
+    found = predict_classes(classifier, inputs, Sampling(4, seed=2, batch_size=per_forward))
     probs = []
     for s in range(4):
-        with torch.no_grad(), classifier.posterior_samples(1, seed=2, first=s):
+        with torch.no_grad(), classifier.posterior_samples(Sampling(1, seed=2, first=s)):
             probs.append(classifier(**inputs).logits.softmax(-1))
     torch.testing.assert_close(found.log_probs.exp(), torch.stack(probs).mean(0))
     torch.testing.assert_close(found.sample_log_probs.exp(), torch.stack(probs, dim=1))
@@ -40,7 +41,7 @@ def test_probabilities_are_averaged_over_samples(classifier, per_forward):
 
 def test_no_samples_is_the_posterior_mean(classifier):
     inputs = {"input_ids": random_ids(5, 8)}
-    found = predict_classes(classifier, inputs, 0)
+    found = predict_classes(classifier, inputs, Sampling(0))
     expected = classifier(**inputs).logits.log_softmax(-1)
     assert torch.equal(found.log_probs, expected) and torch.equal(found.mean_log_probs, expected)
     assert found.sample_log_probs.shape == (5, 1, 3)
@@ -51,10 +52,10 @@ def test_token_scores_are_those_of_the_averaged_token_probabilities(summarizer, 
     inputs = {"input_ids": random_ids(3, 8), "decoder_input_ids": random_ids(3, 6)}
     labels = random_ids(3, 6)
     labels[1, 4:] = labels[2, 2:] = -100
-    found = score_targets(summarizer, inputs, labels, 3, seed=1, samples_per_forward=per_forward)
+    found = score_targets(summarizer, inputs, labels, Sampling(3, seed=1, batch_size=per_forward))
     probs = []
     for s in range(3):
-        with torch.no_grad(), summarizer.posterior_samples(1, seed=1, first=s):
+        with torch.no_grad(), summarizer.posterior_samples(Sampling(1, seed=1, first=s)):
             probs.append(summarizer(**inputs).logits.softmax(-1))
     for row in range(3):
         for t in range(6):
@@ -69,19 +70,19 @@ def test_token_scores_are_those_of_the_averaged_token_probabilities(summarizer, 
         ]
         assert found.sample_log_probs[row].tolist() == pytest.approx(each, rel=1e-4)
     for count in (1, 2, 3):  # the first samples' predictive is that of fewer samples
-        fewer = score_targets(summarizer, inputs, labels, count, seed=1)
+        fewer = score_targets(summarizer, inputs, labels, Sampling(count, seed=1))
         torch.testing.assert_close(found.prefix_log_probs[:, count - 1], fewer.log_probs.sum(1))
 
 
 def test_antithetic_samples_come_in_pairs(classifier, summarizer):
     inputs, labels = {"input_ids": random_ids(5, 8)}, random_ids(3, 6)
-    found = predict_classes(classifier, inputs, 4, 2, antithetic=True).sample_log_probs
-    alone = predict_classes(classifier, inputs, 2, 2).sample_log_probs
+    found = predict_classes(classifier, inputs, Sampling(4, 2, antithetic=True)).sample_log_probs
+    alone = predict_classes(classifier, inputs, Sampling(2, 2)).sample_log_probs
     torch.testing.assert_close(found[:, 0::2], alone)
     assert not torch.allclose(found[:, 1], found[:, 0])
     summaries = {"input_ids": random_ids(3, 8), "decoder_input_ids": labels}
-    scores = score_targets(summarizer, summaries, labels, 3, 2, antithetic=True).sample_log_probs
-    torch.testing.assert_close(scores[:, [0, 2]], score_targets(summarizer, summaries, labels, 2, 2).sample_log_probs)
+    scores = score_targets(summarizer, summaries, labels, Sampling(3, 2, antithetic=True)).sample_log_probs
+    torch.testing.assert_close(scores[:, [0, 2]], score_targets(summarizer, summaries, labels, Sampling(2, 2)).sample_log_probs)
 
 
 def test_log_mean_exp_does_not_underflow():

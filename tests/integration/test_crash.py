@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from blob_hf.trainer.checkpoints import damage, newest_complete
+from blob_hf.trainer.checkpoints import find_corruption, newest_complete
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = [
@@ -51,7 +51,7 @@ def test_killed_at_random_points_and_resumed(tmp_path):
         resume = ["--resume_from_checkpoint", "true"] if newest_complete(folder) else []
         kills += kill_after(start(folder, *resume), folder, step, chance.uniform(0, 0.25))
         for checkpoint in folder.glob("checkpoint-*"):  # except one whose deletion was cut short
-            assert damage(checkpoint) is None or step_of(checkpoint) < step_of(newest_complete(folder))
+            assert find_corruption(checkpoint) is None or step_of(checkpoint) < step_of(newest_complete(folder))
     assert kills == 3 and 24 <= step_of(newest_complete(folder)) < 40
     last = start(folder, "--resume_from_checkpoint", "true")
     assert last.wait() == 0, last.stderr.read()

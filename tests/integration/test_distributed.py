@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blob_hf.trainer.checkpoints import damage, newest_complete
+from blob_hf.trainer.checkpoints import find_corruption, newest_complete
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -24,7 +24,7 @@ from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification
 from blob_hf import BlobConfig, BlobTrainer, BlobTrainingArguments, get_blob_model
 from blob_hf.cli import arguments as cli
-from blob_hf.trainer.engines import leave
+from blob_hf.trainer.engines import shutdown
 from blob_hf.tuner.posterior import gaussian_layers
 out, per_device, engine, checkpoint, changes = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
 changes = json.loads(changes)
@@ -79,11 +79,11 @@ with cli.user_errors():
 if engine == "fsdp2":
     assert trainer.is_fsdp_enabled and type(next(trainer.model.parameters())).__name__ == "DTensor"
 metrics = trainer.evaluate()
-metrics["verdict"], metrics["share_moved"] = trainer.kl_verdict.name, trainer.kl_figures.share_moved
+metrics["verdict"], metrics["share_moved"] = trainer.kl_verdict.name, trainer.kl.verdict.figures.share_moved
 trainer.save_model()
 if args.should_save:
     json.dump(metrics, open(f"{out}/metrics.json", "w"))
-leave(trainer.accelerator)
+shutdown(trainer.accelerator)
 """
 
 
@@ -93,7 +93,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import BartConfig, BartForConditionalGeneration, DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 from blob_hf import BlobConfig, BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments, get_blob_model
-from blob_hf.trainer.engines import leave
+from blob_hf.trainer.engines import shutdown
 out, engine = sys.argv[1], sys.argv[2]
 words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<s>", "<pad>", "</s>", "<unk>"])}, unk_token="<unk>"))
 words = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
@@ -118,7 +118,7 @@ mean, samples = trainer.predict(Dataset.from_dict(rows), max_new_tokens=5).predi
 if args.should_save:
     result = {"nll": scores["test_nll"], "mean": mean.tolist(), "samples": samples.tolist()}
     json.dump(result, open(f"{out}/metrics.json", "w"))
-leave(trainer.accelerator)
+shutdown(trainer.accelerator)
 """
 
 
@@ -210,7 +210,7 @@ def test_two_processes_train_as_one(tmp_path, single, engine):
     assert history["kl"].iloc[-1] < 0.95 * history["kl"].iloc[0]  # the KL step reached the parameters
     # a checkpoint of two processes is complete, and a run resumed from it ends at the same bits
     checkpoint = newest_complete(tmp_path / engine)
-    assert checkpoint.endswith("checkpoint-6") and damage(tmp_path / engine / "checkpoint-3") is None
+    assert checkpoint.endswith("checkpoint-6") and find_corruption(tmp_path / engine / "checkpoint-3") is None
     again, history_again, _ = train(tmp_path, "again", 2, 4, config, tmp_path / engine / "checkpoint-3")
     assert all(torch.equal(again[name], value) for name, value in weights.items())
     assert history_again.equals(history)

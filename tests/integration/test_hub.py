@@ -298,7 +298,7 @@ for seed in (1, 2):
 model = load_lora(base(), "m1")
 load_members(model, ["m2"])
 model.push_to_hub("alice/ensemble")
-with model.eval().posterior_samples(1, first=1):
+with model.eval().posterior_samples(Sampling(1, first=1)):
     show(model, "second")
 """
     )
@@ -307,7 +307,7 @@ with model.eval().posterior_samples(1, first=1):
 model = BlobModel.from_pretrained("alice/ensemble", model=base()).eval()
 print(f"method:{model.method}")
 if model.method == "ensemble":
-    with model.posterior_samples(1, first=1):
+    with model.posterior_samples(Sampling(1, first=1)):
         show(model, "second")
 """
     found = alice.run(load)  # in a cache of its own

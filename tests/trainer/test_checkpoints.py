@@ -10,7 +10,7 @@ import torch
 from helpers.training import blob_bert, parameters, trainer
 from safetensors.torch import load_file, save_file
 
-from blob_hf.trainer.checkpoints import SEAL, damage, find_checkpoint, newest_complete
+from blob_hf.trainer.checkpoints import SEAL, find_corruption, find_checkpoint, newest_complete
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
 
@@ -98,7 +98,7 @@ def test_every_checkpoint_is_complete_and_nothing_else_is_left(finished):
     folders = sorted(path.name for path in finished.iterdir() if path.is_dir())
     assert folders == ["checkpoint-3", "checkpoint-6", "checkpoint-7"]
     for name in folders:
-        assert damage(finished / name) is None
+        assert find_corruption(finished / name) is None
         listed = json.loads((finished / name / SEAL).read_text())
         assert {"posterior_std.safetensors", "optimizer.pt", "rng_state.pth", "kl_history.csv"} <= listed.keys()
 
@@ -205,7 +205,7 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path):
     )  # fmt: skip
     run.train()
     best = Path(run.state.best_model_checkpoint)
-    assert best.parent == tmp_path and damage(best) is None
+    assert best.parent == tmp_path and find_corruption(best) is None
     kept = sorted(tmp_path.glob("checkpoint-*"))
     assert len(kept) == 2 and {best, tmp_path / "checkpoint-8"} >= set(kept) - {tmp_path / "checkpoint-6"}
     assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)

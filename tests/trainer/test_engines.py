@@ -14,6 +14,7 @@ from helpers.training import trainer as make_trainer
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
+from blob_hf.tuner.sampling import Sampling
 from blob_hf import BlobConfig, BlobTrainingArguments, get_blob_model
 from blob_hf.trainer.engines import check_deepspeed, decorrelate_noise, engine_of, fsdp_limits, require_deepspeed
 from blob_hf.trainer.kl.schedule import kl_cycle_length
@@ -150,9 +151,9 @@ def test_auto_find_batch_size_halves_the_batch_and_plans_the_kl_anew(tmp_path, m
     monkeypatch.setattr(run, "compute_loss", too_large)
     run.train()
     assert sizes[0] == 8 and sizes[-3:] == [sizes[-1]] * 3 and sizes[-1] <= 3
-    assert run.kl_schedule.cycle_steps == kl_cycle_length(24, 6.0, sizes[-1])
-    assert [row["step"] for row in run.kl_history.rows] == [1, 2, 3]
-    groups = run._kl_step.optimizer.param_groups
+    assert run.kl.schedule.cycle_steps == kl_cycle_length(24, 6.0, sizes[-1])
+    assert [row["step"] for row in run.kl.history.rows] == [1, 2, 3]
+    groups = run.kl.step.optimizer.param_groups
     assert [group.get("blob_role") for group in groups].count("mean") == 1
 
 
@@ -182,11 +183,11 @@ def test_a_layer_compiles_without_graph_break_or_recompilation(noise):
     layer.eval()
     x = torch.randn(6, 3, 16)
     torch.testing.assert_close(compiled(x), layer(x))
-    with layer.frozen_samples(3, seed=0):
+    with layer.frozen_samples(Sampling(3, seed=0)):
         torch.testing.assert_close(compiled(x), layer(x))
     frames = counter.frame_count
     for seed in (1, 2):  # other samples are other values of the same graph
-        with layer.frozen_samples(3, seed):
+        with layer.frozen_samples(Sampling(3, seed)):
             torch.testing.assert_close(compiled(x), layer(x))
     assert counter.frame_count == frames
     torch._dynamo.reset()
@@ -251,6 +252,6 @@ def test_a_quantised_base_trains_and_samples(tmp_path, bits):
     with torch.no_grad(), model.posterior_samples(3, seed=0):
         together = model(input_ids=ids.repeat(3, 1)).logits
     for s in range(3):
-        with torch.no_grad(), model.posterior_samples(1, seed=0, first=s):
+        with torch.no_grad(), model.posterior_samples(Sampling(1, seed=0, first=s)):
             # int8 quantises activations by row, so rows do not influence each other
             torch.testing.assert_close(together[2 * s : 2 * s + 2], model(input_ids=ids).logits, rtol=1e-3, atol=1e-3)

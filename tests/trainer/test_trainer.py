@@ -11,6 +11,7 @@ from helpers.training import arguments, blob_bert, parameters, rows, trainer
 from peft import LoraConfig, PeftModel
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer
 
+from blob_hf.tuner.sampling import Sampling
 from blob_hf import (
     BlobConfig,
     BlobModel,
@@ -51,7 +52,7 @@ def test_loss_is_nll_plus_weighted_kl_and_all_of_it_is_logged(tmp_path):
 def test_cycle_comes_from_gamma_the_examples_and_the_global_batch(tmp_path):
     run = trainer(tmp_path, kl_cycle_steps=None, gamma=6.0, gradient_accumulation_steps=2, max_steps=2)
     run.train()
-    assert run.kl_schedule.cycle_steps == kl_cycle_length(24, 6.0, 16)
+    assert run.kl.schedule.cycle_steps == kl_cycle_length(24, 6.0, 16)
 
 
 @pytest.mark.parametrize("kl_gradient", ["decoupled", "loss"])
@@ -113,7 +114,7 @@ def test_label_smoothing_is_transformers_own(tmp_path):
     for layer in gaussian_layers(model).values():
         layer.mean_only = True
     batch = {"input_ids": random_ids(4, 8), "labels": torch.tensor([0, 1, 2, 0])}
-    run.kl_schedule = KLSchedule("none")
+    run.kl.schedule = KLSchedule("none")
     with no_base_dropout(model):
         loss = run.compute_loss(model.train(), dict(batch))
         expected = run.label_smoother({"logits": model(input_ids=batch["input_ids"]).logits}, batch["labels"])
@@ -305,7 +306,7 @@ def test_rows_without_labels_are_generated_one_summary_per_sample(tmp_path):
     mean, samples = run.predict(dialogue_rows(7, labels=False), max_new_tokens=6).predictions
     assert mean.shape == (7, 7) and samples.shape == (7, 3, 7)
     row = dialogue_rows(7)[5]
-    with model.posterior_samples(1, seed=0, first=2):
+    with model.posterior_samples(Sampling(1, seed=0, first=2)):
         alone = model.generate(input_ids=torch.tensor([row["input_ids"]]), max_new_tokens=6)[0]
     assert samples[5, 2, : len(alone)].tolist() == alone.tolist()
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from blob_hf.tuner.sampling import Sampling
 from blob_hf.tuner.layer import GaussianA, rho_from_std, std_from_rho, std_to_save
 from blob_hf.tuner.noise import NOISE_ESTIMATORS, _flip, _FlipoutNoise, _LocalNoise, _random_bits
 from blob_hf.utils.errors import BlobError
@@ -143,8 +144,8 @@ def test_eval_mode_and_mean_only_are_the_plain_linear_layer():
 
 def test_frozen_samples_are_plain_linear_layers_block_by_block():
     layer, x = gaussian(), torch.randn(3 * 5, 2, IN)
-    draws = layer.draw(3, seed=7)
-    with layer.frozen_samples(3, seed=7):
+    draws = layer.draw(Sampling(3, seed=7))
+    with layer.frozen_samples(Sampling(3, seed=7)):
         y = layer(x)
     for s in range(3):
         torch.testing.assert_close(y[5 * s : 5 * s + 5], F.linear(x[5 * s : 5 * s + 5], draws[s]))
@@ -153,7 +154,7 @@ def test_frozen_samples_are_plain_linear_layers_block_by_block():
 
 def test_samples_are_draws_from_the_posterior():
     layer = gaussian()
-    draws = layer.draw(4_000, seed=0)
+    draws = layer.draw(Sampling(4_000, seed=0))
     z = (draws - layer.weight) / layer.std
     assert z.mean(0).abs().max() < 5 / 4_000**0.5
     assert (z.var(0) - 1).abs().max() < 5 * (2 / 4_000) ** 0.5
@@ -163,22 +164,22 @@ def test_samples_are_draws_from_the_posterior():
 def test_a_sample_depends_on_seed_index_and_name_only():
     layer = gaussian()
     before = torch.get_rng_state()
-    draws = layer.draw(5, seed=3)
+    draws = layer.draw(Sampling(5, seed=3))
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(99)
-    assert torch.equal(layer.draw(2, seed=3, first=3), draws[3:])
-    assert not torch.equal(layer.draw(1, seed=4)[0], draws[0])
+    assert torch.equal(layer.draw(Sampling(2, seed=3, first=3)), draws[3:])
+    assert not torch.equal(layer.draw(Sampling(1, seed=4))[0], draws[0])
     other = gaussian(name="other")
     other.load_state_dict(layer.state_dict())
-    assert not torch.equal(other.draw(1, seed=3)[0], draws[0])
+    assert not torch.equal(other.draw(Sampling(1, seed=3))[0], draws[0])
 
 
 def test_antithetic_samples_are_pairs_around_the_mean():
     layer = gaussian()
-    independent, pairs = layer.draw(3, seed=3), layer.draw(6, seed=3, antithetic=True)
+    independent, pairs = layer.draw(Sampling(3, seed=3)), layer.draw(Sampling(6, seed=3, antithetic=True))
     torch.testing.assert_close(pairs[0::2], independent)  # the first of each pair is an independent draw
     torch.testing.assert_close((pairs[0::2] + pairs[1::2]) / 2, layer.weight.expand(3, -1, -1), atol=1e-7, rtol=0)
-    assert torch.equal(layer.draw(3, seed=3, first=3, antithetic=True), pairs[3:])
+    assert torch.equal(layer.draw(Sampling(3, seed=3, first=3, antithetic=True)), pairs[3:])
 
 
 @pytest.mark.parametrize("count", [3, 4])
@@ -187,7 +188,7 @@ def test_antithetic_averages_have_the_variance_of_the_closed_form(count):
     layer, x = gaussian(), torch.randn(IN)
     expected_mean, v = layer.weight @ x, layer.std.square() @ x.square()
     averages = {
-        antithetic: torch.stack([(layer.draw(count, seed, antithetic=antithetic) @ x).mean(0) for seed in range(2000)])
+        antithetic: torch.stack([(layer.draw(Sampling(count, seed, antithetic=antithetic)) @ x).mean(0) for seed in range(2000)])
         for antithetic in (False, True)
     }
     closed = {False: v / count, True: v / count**2 if count % 2 else torch.zeros_like(v)}
@@ -200,7 +201,7 @@ def test_antithetic_averages_have_the_variance_of_the_closed_form(count):
 
 def test_rows_that_are_not_sample_major_are_refused():
     layer = gaussian()
-    with layer.frozen_samples(3, seed=0), pytest.raises(BlobError, match=r"3 equal blocks.*got 4 rows"):
+    with layer.frozen_samples(Sampling(3, seed=0)), pytest.raises(BlobError, match=r"3 equal blocks.*got 4 rows"):
         layer(torch.randn(4, IN))
 
 

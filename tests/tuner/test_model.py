@@ -11,6 +11,7 @@ from peft import AutoPeftModel, IA3Config, LoraConfig, PeftModel, PrefixTuningCo
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from blob_hf.tuner.sampling import Sampling
 from blob_hf import BlobConfig, BlobModel, bayesianize, get_blob_model
 from blob_hf.tuner.adapter_files import STD_FILE
 from blob_hf.tuner.model import BlobModelForSeq2SeqLM, BlobModelForSequenceClassification, get_lora_model
@@ -210,7 +211,7 @@ def test_merging_the_mean_and_merging_a_sample(tmp_path):
     inputs = inputs_for("roberta")
     for merge, context in (
         (lambda m: m.merge_and_unload(), lambda m: m.posterior_mean()),
-        (lambda m: m.merge_posterior_sample(seed=4, index=2), lambda m: m.posterior_samples(1, seed=4, first=2)),
+        (lambda m: m.merge_posterior_sample(seed=4, index=2), lambda m: m.posterior_samples(Sampling(1, seed=4, first=2))),
     ):
         model = trained("roberta", tmp_path / "base", init_eps=0.9)
         with context(model):

@@ -5,6 +5,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
+from blob_hf.tuner.sampling import Sampling
 from blob_hf import BlobConfig, get_blob_model
 from blob_hf.tuner.posterior import attach_posterior, gaussian_layers, mean_posterior_std, posterior_samples
 from blob_hf.utils.errors import BlobError
@@ -22,7 +23,7 @@ def test_posterior_samples_are_sample_major_and_each_is_one_network(model):
     with model.posterior_samples(3, seed=5):
         together = model(input_ids=ids.repeat(3, 1)).logits
     for s in range(3):
-        with model.posterior_samples(1, seed=5, first=s):
+        with model.posterior_samples(Sampling(1, seed=5, first=s)):
             alone = model(input_ids=ids).logits
         torch.testing.assert_close(together[4 * s : 4 * s + 4], alone)
     assert (together[:4] - together[4:8]).abs().max() > 1e-3
@@ -34,7 +35,7 @@ def test_a_frozen_sample_is_a_merged_plain_linear_model(model):
     with model.posterior_samples(1, seed=2):
         expected = model(input_ids=ids).logits
     for layer in gaussian_layers(model).values():
-        layer.weight.data.copy_(layer.draw(1, seed=2)[0])
+        layer.weight.data.copy_(layer.draw(Sampling(1, seed=2))[0])
     merged = model.merge_and_unload()
     assert not any("lora" in name for name, _ in merged.named_parameters())
     torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)

@@ -63,9 +63,7 @@ class KLState:
         self, optimizer: torch.optim.Optimizer, model: nn.Module, config: BlobConfig, kl_learning_rate: float
     ) -> None:
         """Have every step of an optimizer followed by one on the KL."""
-        self.step = DecoupledKLStep(
-            optimizer, model, config.prior_std, config.std_parameterization, kl_learning_rate
-        )
+        self.step = DecoupledKLStep(optimizer, model, config.prior_std, config.std_parameterization, kl_learning_rate)
 
     def begin(
         self, args: "BlobTrainingArguments", config: BlobConfig, model: nn.Module, num_examples: int, batch_size: int,
@@ -168,7 +166,7 @@ def _lr_shape(args: "BlobTrainingArguments", total_steps: int) -> list[float]:
     try:
         scheduler = get_scheduler(
             args.lr_scheduler_type, optimizer, args.get_warmup_steps(total_steps), total_steps,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,  # type: ignore[arg-type]
         )  # fmt: skip
         shape = []
         for _ in range(total_steps):

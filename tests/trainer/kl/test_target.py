@@ -73,8 +73,8 @@ def test_training_brings_the_kl_to_the_target_against_the_nll(tmp_path):
     weights = sum(layer.weight.numel() for layer in gaussian_layers(model).values())
     # Adam at 1e-2 moves each G by up to 0.01 a step and the KL step takes that back: a tenth of a nat remains
     assert kl_divergence(model, 0.2).item() / weights == pytest.approx(1.0, abs=0.1)
-    assert run.kl_verdict.name == "healthy" and run.kl_diagnosis.cycle_steps == 6
-    assert "time constant of 6 of 60 steps" in str(run.kl_diagnosis)
+    assert run.kl_verdict.name == "healthy" and run.kl.diagnosis.cycle_steps == 6
+    assert "time constant of 6 of 60 steps" in str(run.kl.diagnosis)
 
 
 def test_it_goes_on_exactly_after_a_checkpoint(tmp_path):
@@ -84,7 +84,7 @@ def test_it_goes_on_exactly_after_a_checkpoint(tmp_path):
     whole.train()
     again = make_trainer(tmp_path / "again", blob_bert(), **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
-    assert again.kl_history.rows == whole.kl_history.rows
+    assert again.kl.history.rows == whole.kl.history.rows
     assert again.kl_verdict == whole.kl_verdict  # the stds of the very start are in the checkpoint
     for (name, a), b in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
         assert not a.requires_grad or torch.equal(a, b), name

@@ -153,9 +153,9 @@ def test_a_run_made_to_land_in_each(tmp_path, name, caplog):
 def test_a_spike_at_the_end_of_the_run_falls_where_the_learning_rate_is_zero(tmp_path, caplog):
     run = make_trainer(tmp_path, blob_bert(), max_steps=60, kl_cycle_steps=60)
     run.train()
-    assert run.kl_diagnosis.total_weight == pytest.approx(1.0) and run.kl_diagnosis.exposure < 0.04
-    assert run.kl_figures.exposure == pytest.approx(run.kl_diagnosis.exposure, rel=1e-4)  # as predicted
-    assert run.kl_figures.total_weight == pytest.approx(1.0)
+    assert run.kl.diagnosis.total_weight == pytest.approx(1.0) and run.kl.diagnosis.exposure < 0.04
+    assert run.kl.verdict.figures.exposure == pytest.approx(run.kl.diagnosis.exposure, rel=1e-4)  # as predicted
+    assert run.kl.verdict.figures.total_weight == pytest.approx(1.0)
 
 
 def test_plain_lora_has_no_verdict(tmp_path):
