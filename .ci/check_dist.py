@@ -1,4 +1,4 @@
-"""Check what is in the wheel and the sdist of a folder: the demo's weights once, the scripts, no tests, no leftovers."""
+"""Check the wheel and the sdist of a folder: the demo's weights once, the scripts, no tests, no leftovers."""
 
 import sys
 import tarfile
