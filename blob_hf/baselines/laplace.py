@@ -135,7 +135,8 @@ class LaplaceState(MethodState):
             "A trained LoRA adapter with a Laplace approximation over its weights (Laplace-LoRA): "
             "`laplace.safetensors` holds the Kronecker factors of the curvature. `adapter_model.safetensors` is the "
             "trained adapter, unchanged. N=0 is that adapter; N=S averages the probabilities of S draws, of the "
-            "linearised network (`blob_hf.baselines.laplace.linearized_prediction`) or of the sampled one (`posterior_samples`)."
+            "linearised network (`blob_hf.baselines.laplace.linearized_prediction`) or of the sampled one "
+            "(`posterior_samples`)."
         ),
         limits="A Gaussian at one mode of the loss, with A and B and all layers independent of one another.",
         citation="""@inproceedings{yang2024laplacelora,

@@ -7,18 +7,19 @@ import torch
 from helpers.adapters import TASK
 from helpers.models import TARGETS, TINY, random_ids, randomize_b, tiny_bert
 from helpers.running import GLUE, run_script
-from helpers.training import arguments, rows
+from helpers.training import arguments, fit, rows
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
-from blob_hf.tuner.sampling import Sampling
 from blob_hf import BlobError, BlobModel, BlobTrainer
-from blob_hf.baselines.ensemble import load_members
+from blob_hf.baselines.ensemble import join_members
+from blob_hf.cli.methods import MethodArguments
 from blob_hf.inference.export import export_samples
 from blob_hf.inference.predict import predict_classes
 from blob_hf.tuner.model import get_lora_model, load_lora
 from blob_hf.tuner.posterior import sampled_layers
 from blob_hf.tuner.sampled import SampledLinear
+from blob_hf.tuner.sampling import Sampling
 
 HEADS = {"frozen at random under LoRA": TARGETS["bert"], "trained by PEFT": ["query", "value"]}
 
@@ -47,7 +48,7 @@ def members(request, tmp_path):
     base = type(base).from_pretrained(tmp_path / "base").eval()
     folders = [member(base, tmp_path / str(k), k + 1, HEADS[request.param]) for k in range(3)]
     model = load_lora(copy.deepcopy(base), folders[0]).eval()
-    load_members(model, folders[1:])
+    join_members(model, folders[1:])
     return base, folders, model
 
 
@@ -76,8 +77,10 @@ def test_a_saved_ensemble_predicts_the_same(members, tmp_path):
     by_itself = BlobModel.from_pretrained(tmp_path / "saved").eval()  # finds its base model
     ids = random_ids(5, 9)
     for other in (again, by_itself):
-        assert other.method == "ensemble" and other.method_facts == model.method_facts
-        first, second = (predict_classes(one, {"input_ids": ids}, Sampling(3)).sample_log_probs for one in (model, other))
+        assert other.method == "ensemble" and other.companion("method") == model.companion("method")
+        first, second = (
+            predict_classes(one, {"input_ids": ids}, Sampling(3)).sample_log_probs for one in (model, other)
+        )
         torch.testing.assert_close(first, second)
     # under another name PEFT's layout has the members beside the first one
     named = BlobModel.from_pretrained(tmp_path / "saved", model=copy.deepcopy(base), adapter_name="x").eval()
@@ -114,7 +117,7 @@ def test_an_ensemble_of_summarizers_writes_a_text_of_each_member(tmp_path):
         folders.append(tmp_path / str(k))
         own.append(model.generate(input_ids=ids, max_new_tokens=6, do_sample=False))
     joined = load_lora(base, folders[0]).eval()
-    load_members(joined, folders[1:])
+    join_members(joined, folders[1:])
     texts = joined.generate(input_ids=ids, sampling=2, max_new_tokens=6, do_sample=False).view(2, 2, -1)
     for k, alone_ in enumerate(own):
         assert texts[:, k, : alone_.shape[1]].tolist() == alone_.tolist()
@@ -124,19 +127,17 @@ def model_init():
     return get_lora_model(tiny_bert(), LoraConfig(target_modules=TARGETS["bert"], r=4))
 
 
-def ensemble_trainer(folder, **changes):
-    args = arguments(folder, method="ensemble", seed=5, **changes)
-    return BlobTrainer(model_init=model_init, args=args, train_dataset=rows(), eval_dataset=rows(13, seed=1))
+def ensemble(folder, **changes):
+    return fit(folder, "ensemble", model_init, seed=5, **changes)
 
 
 def test_members_are_trained_as_plain_adapters_of_the_next_seeds(tmp_path):
-    trainer = ensemble_trainer(tmp_path / "ensemble", ensemble_size=2)
-    trainer.train()
+    trainer, outcome = ensemble(tmp_path / "ensemble", ensemble_size=2)
     trainer.save_model()
-    assert trainer.eval_sampling.num_samples == 2 and trainer.trained_parameters == 2 * 588
+    assert trainer.eval_sampling.num_samples == 2 and outcome.trained_parameters == 2 * 588
     for k, name in enumerate(("", "member-2")):
-        args = arguments(tmp_path / f"lora{k}", method="lora", seed=5 + k)
-        single = BlobTrainer(model_init=model_init, args=args, train_dataset=rows())
+        args = arguments(tmp_path / f"lora{k}", seed=5 + k)
+        single = BlobTrainer(model_init=model_init, args=args, train_dataset=rows(), point_estimate=True)
         single.train()
         single.save_model()
         expected = load_file(tmp_path / f"lora{k}" / "adapter_model.safetensors")
@@ -149,35 +150,31 @@ def test_members_are_trained_as_plain_adapters_of_the_next_seeds(tmp_path):
 
 
 def test_finished_members_are_not_trained_again(tmp_path):
-    first = ensemble_trainer(tmp_path, ensemble_size=2)
-    first.train()
+    ensemble(tmp_path, ensemble_size=2)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("_members/*/adapter_model.safetensors")}
     assert len(times) == 2
-    second = ensemble_trainer(tmp_path, ensemble_size=3)
-    output = second.train()
-    assert output.global_step == 3 * second.args.max_steps  # of all members, as they were trained
-    assert second.trained_parameters == 3 * 588 and output.training_loss > 0.5
+    second, outcome = ensemble(tmp_path, ensemble_size=3)
+    assert outcome.output.global_step == 3 * second.args.max_steps  # of all members, as they were trained
+    assert outcome.trained_parameters == 3 * 588 and outcome.output.training_loss > 0.5
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     assert second.eval_sampling.num_samples == 3
     with pytest.raises(BlobError, match="holds a member trained with another learning_rate"):
-        ensemble_trainer(tmp_path, ensemble_size=2, learning_rate=0.5).train()
-    with pytest.raises(BlobError, match="give the trainer model_init= instead of model="):
-        BlobTrainer(model=model_init(), args=second.args, train_dataset=rows()).train()
+        ensemble(tmp_path, ensemble_size=2, learning_rate=0.5)
 
 
 def test_what_cannot_be_an_ensemble_is_one_line(members, tmp_path, monkeypatch, capfd):
     base, folders, model = members
     with pytest.raises(BlobError, match="ensemble_size must be >= 2, got 1"):
-        arguments(tmp_path, method="ensemble", ensemble_size=1)
+        MethodArguments("ensemble", ensemble_size=1)
     with pytest.raises(BlobError, match="number of ensemble_members must be >= 2, got 1"):
-        arguments(tmp_path, method="ensemble", ensemble_members=["one"])
+        MethodArguments("ensemble", ensemble_members=["one"])
     with pytest.raises(BlobError, match="has 3 members, but 4 samples"), model.posterior_samples(4):
         pass
     with pytest.raises(BlobError, match="has 3 members, but 4 samples"), model.posterior_samples(Sampling(2, first=2)):
         pass
     other = member(base, tmp_path / "wide", 9, TARGETS["bert"], r=8)
     with pytest.raises(BlobError, match="cannot be a member: its r is 8, the first member's 4"):
-        load_members(load_lora(copy.deepcopy(base), folders[0]), [other])
+        join_members(load_lora(copy.deepcopy(base), folders[0]), [other])
 
 
 @pytest.mark.slow
@@ -191,4 +188,4 @@ def test_trained_members_are_put_together_by_the_script(monkeypatch, tmp_path, c
     assert run_script(monkeypatch, GLUE, *quick, *joined) == 0
     assert "N=2 (samples)" in capsys.readouterr().out
     loaded = BlobModel.from_pretrained(tmp_path / "joined")
-    assert len(sampled_layers(loaded)) > 0 and loaded.method_facts["members"] == ["default", "member-2"]
+    assert len(sampled_layers(loaded)) > 0 and loaded.companion("method").members == ["default", "member-2"]

@@ -2,17 +2,18 @@
 
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers.models import TARGETS, random_ids, randomize_b, tiny_bert
 from helpers.running import GLUE, SUMMARIZATION, run_script
-from helpers.training import arguments, rows
+from helpers.training import arguments, fit, rows
+from helpers.training import trainer as make_trainer
 from peft import LoraConfig
 from torch import nn
 from torch.utils.data import DataLoader
 
-from blob_hf.tuner.sampling import Sampling
 from blob_hf import BlobError, BlobModel, BlobTrainer
 from blob_hf.baselines.laplace import (
     PRECISION_GRID,
@@ -20,14 +21,16 @@ from blob_hf.baselines.laplace import (
     LaplaceLinear,
     attach_factors,
     fit_kron,
+    fit_laplace,
     library_is_there,
     linearized_prediction,
     logit_covariance,
     lora_weights,
 )
-from blob_hf.inference.predict import predict_classes
+from blob_hf.inference.predict import sampled_prediction
 from blob_hf.tuner.model import get_lora_model
 from blob_hf.tuner.posterior import sampled_layers
+from blob_hf.tuner.sampling import Sampling
 
 needs_library = pytest.mark.skipif(not library_is_there(), reason="laplace-torch is not installed")
 
@@ -155,14 +158,14 @@ def test_narrow_posteriors_predict_alike_linearised_and_sampled():
     model = lora_bert()
     attach_factors(model, random_factors(model), 4000.0)  # stds of about 1.6 %: the network is linear over them
     inputs = {"input_ids": random_ids(4, 9)}
-    linear = linearized_prediction(model, inputs, 4000, seed=3)
+    linear = linearized_prediction(model, inputs, Sampling(4000, seed=3))
     sampled = sampled_prediction(model, inputs, Sampling(4000, seed=3, batch_size=100))
     torch.testing.assert_close(linear.mean_log_probs, sampled.mean_log_probs)
     for moment in (torch.mean, torch.std):  # 4,000 draws: 1.1 % of the std each, 5 sigma of the difference
         first, second = (moment(one.sample_log_probs, dim=1) for one in (linear, sampled))
         spread = linear.sample_log_probs.std(dim=1)
         assert ((first - second).abs() < 0.08 * spread + 1e-4).all()
-    again = linearized_prediction(model, {"input_ids": inputs["input_ids"][2:3]}, 4000, seed=3)
+    again = linearized_prediction(model, {"input_ids": inputs["input_ids"][2:3]}, Sampling(4000, seed=3))
     torch.testing.assert_close(again.sample_log_probs[0], linear.sample_log_probs[2])  # whatever batch it is in
 
 
@@ -175,11 +178,7 @@ def test_the_last_layer_is_the_head_or_the_last_layer_with_lora():
 
 def fitted(folder, **changes):
     changes = {"per_device_eval_batch_size": 6, "eval_samples": 5, **changes}
-    args = arguments(folder, method="laplace", **changes)
-    trainer = BlobTrainer(model=lora_bert(), args=args, train_dataset=rows(30), eval_dataset=rows(13, seed=1))
-    trainer.calibration_dataset = rows(20, seed=2)
-    trainer.train()
-    return trainer
+    return fit(folder, "laplace", lora_bert, rows(30), rows(20, seed=2), **changes)[0]
 
 
 @needs_library
@@ -189,13 +188,16 @@ def test_a_saved_posterior_predicts_the_same(tmp_path, predictive):
     metrics = trainer.evaluate()
     trainer.save_model()
     loaded = BlobModel.from_pretrained(tmp_path, model=base()).eval()
-    assert loaded.method == "laplace" and loaded.method_facts == trainer.model.method_facts
-    args = arguments(tmp_path / "again", method="laplace", eval_samples=5, laplace_predictive=predictive)
-    again = BlobTrainer(model=loaded, args=args, eval_dataset=rows(13, seed=1)).evaluate()
+    assert loaded.method == "laplace" and loaded.companion("method") == replace(
+        trainer.model.companion("method"), predictive="linearized"
+    )
+    loaded.set_companion(replace(loaded.companion("method"), predictive=predictive))
+    args = arguments(tmp_path / "again", eval_samples=5)
+    again = BlobTrainer(model=loaded, args=args, eval_dataset=rows(13, seed=1), point_estimate=True).evaluate()
     for name in ("eval_nll", "eval_mean_nll", "eval_sample_nll"):
         assert again[name] == pytest.approx(metrics[name], rel=1e-5)
     assert metrics["eval_nll"] != metrics["eval_mean_nll"]
-    before = BlobTrainer(model=lora_bert(), args=arguments(tmp_path, method="lora"), eval_dataset=rows(13, seed=1))
+    before = make_trainer(tmp_path, lora_bert(), point_estimate=True)
     assert metrics["eval_mean_nll"] == pytest.approx(before.evaluate()["eval_nll"], rel=1e-6)
     other = lora_bert(seed=1)
     other.save_pretrained(tmp_path / "other")
@@ -209,13 +211,13 @@ def test_a_saved_posterior_predicts_the_same(tmp_path, predictive):
 def test_validation_takes_the_precision_of_the_smallest_nll(tmp_path):
     trainer = fitted(tmp_path, laplace_prior="validation")
     layers = [layer for layer in sampled_layers(trainer.model) if isinstance(layer, LaplaceLinear)]
-    chosen = trainer.model.method_facts["prior_precision"]
+    chosen = trainer.model.companion("method").prior_precision
     assert {layer.prior_precision for layer in layers} == {chosen}
     nlls = {}
     for precision in PRECISION_GRID:
         for layer in layers:
             layer.prior_precision = float(precision)
-        output = trainer.predict(trainer.calibration_dataset)
+        output = trainer.predict(rows(20, seed=2))
         nlls[float(precision)] = output.metrics["test_nll"]
     assert nlls[chosen] == min(nlls.values()) and math.isfinite(nlls[chosen])
 
@@ -225,18 +227,17 @@ def test_a_posterior_over_the_last_layer_leaves_the_others_alone(tmp_path):
     trainer = fitted(tmp_path, laplace_subset="last_layer")
     assert {layer.name for layer in sampled_layers(trainer.model)} == {"classifier", "classifier.lora_B"}
     with pytest.raises(BlobError, match="needs a plain LoRA adapter, but this one has a posterior"):
-        trainer.train()
+        fit_laplace(trainer.model, trainer.plain_loader(rows()))
 
 
 def test_what_the_fit_needs_is_asked_for_before_it(tmp_path):
-    args = arguments(tmp_path, method="laplace", laplace_prior="validation")
     if library_is_there():
         with pytest.raises(BlobError, match="needs the training data, but there is none"):
-            BlobTrainer(model=lora_bert(), args=args).train()
-        with pytest.raises(BlobError, match="set the trainer's calibration_dataset"):
-            BlobTrainer(model=lora_bert(), args=args, train_dataset=rows()).train()
+            fit(tmp_path, "laplace", lora_bert, rows(3).select([]))
+        with pytest.raises(BlobError, match="needs held-out rows, but there are none"):
+            fit(tmp_path, "laplace", lora_bert, laplace_prior="validation")
     with pytest.raises(BlobError, match="eval_samples must be >= 1"):
-        arguments(tmp_path, method="laplace", laplace_prior="validation", eval_samples=0)
+        fit(tmp_path, "laplace", lora_bert, laplace_prior="validation", eval_samples=0)
 
 
 def test_mistakes_are_one_line(monkeypatch, tmp_path, capfd):
@@ -247,4 +248,4 @@ def test_mistakes_are_one_line(monkeypatch, tmp_path, capfd):
     assert "train one with --method lora, then name it with --adapter_name_or_path" in capfd.readouterr().err
     monkeypatch.setattr("blob_hf.baselines.laplace.library_is_there", lambda: False)
     with pytest.raises(BlobError, match="pip install laplace-torch"):
-        arguments(tmp_path, method="laplace", do_train=True)
+        fit(tmp_path, "laplace", lora_bert, do_train=True)

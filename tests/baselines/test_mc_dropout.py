@@ -9,13 +9,13 @@ from helpers.models import TARGETS, random_ids, randomize_b, tiny_bart, tiny_ber
 from peft import LoraConfig
 from torch import nn
 
-from blob_hf.tuner.sampling import Sampling
 from blob_hf import BlobError
-from blob_hf.baselines import METHODS
+from blob_hf.baselines import attach_mc_dropout
 from blob_hf.baselines.mc_dropout import MaskedA
 from blob_hf.inference.generate import generate_samples
 from blob_hf.tuner.model import get_lora_model
 from blob_hf.tuner.posterior import sampled_layers
+from blob_hf.tuner.sampling import Sampling
 
 
 def layer(rate=0.25, width=4000):
@@ -68,7 +68,7 @@ def test_a_whole_network_with_frozen_masks_is_the_network_with_dropped_inputs():
     config = LoraConfig(target_modules=TARGETS["bert"], r=4, lora_dropout=0.3)
     model = get_lora_model(tiny_bert(), config).eval()
     randomize_b(model)
-    METHODS["mc_dropout"].attach(model, {})
+    attach_mc_dropout(model)
     ids = random_ids(4, 9)
     plain = model(input_ids=ids).logits
     with model.posterior_samples(3, seed=7):
@@ -91,13 +91,13 @@ def test_one_mask_is_held_for_a_whole_generation():
     config = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, lora_dropout=0.3, task_type="SEQ_2_SEQ_LM")
     model = get_lora_model(tiny_bart(), config).eval()
     randomize_b(model, 5.0)
-    METHODS["mc_dropout"].attach(model, {})
+    attach_mc_dropout(model)
     ids = random_ids(2, 7)
-    texts = generate_samples(model, {"input_ids": ids}, 4, seed=1, max_new_tokens=6, do_sample=False)
+    texts = generate_samples(model, {"input_ids": ids}, Sampling(4, seed=1), max_new_tokens=6, do_sample=False)
     for s in range(4):
         fixed = copy.deepcopy(model)  # one network, masked once and for all
         for layer in sampled_layers(fixed):
-            layer.fix_at_sample(1, s)
+            layer.fix_at_sample(Sampling(1, seed=1, first=s))
         alone = fixed.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
         assert texts[:, s, : alone.shape[1]].tolist() == alone.tolist()
     assert len({tuple(row) for row in texts[0].tolist()}) > 1
@@ -106,7 +106,7 @@ def test_one_mask_is_held_for_a_whole_generation():
 def test_training_uses_pefts_dropout_and_no_dropout_is_refused():
     model = get_lora_model(tiny_bert(), LoraConfig(target_modules=["query"], r=4, lora_dropout=0.5))
     randomize_b(model)
-    METHODS["mc_dropout"].attach(model, {})
+    attach_mc_dropout(model)
     ids = random_ids(2, 9)
     model.train()
     for module in model.modules():  # the backbone's own is off, as in our training
@@ -115,4 +115,4 @@ def test_training_uses_pefts_dropout_and_no_dropout_is_refused():
     assert not torch.allclose(model(input_ids=ids).logits, model(input_ids=ids).logits)
     without = get_lora_model(tiny_bert(), LoraConfig(target_modules=["query"], r=4))
     with pytest.raises(BlobError, match="lora_dropout > 0, got 0"):
-        METHODS["mc_dropout"].attach(without, {})
+        attach_mc_dropout(without)

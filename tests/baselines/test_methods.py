@@ -7,16 +7,17 @@ import torch
 from helpers.hub_server import card_errors
 from helpers.models import TARGETS, randomize_b, tiny_bert
 from helpers.running import GLUE, SUMMARIZATION, run_script
-from helpers.training import arguments, rows
+from helpers.training import arguments, fit, rows
 from peft import LoraConfig, get_peft_model
 
-from blob_hf import BlobError, BlobModel, BlobTrainer, BlobTrainingArguments
-from blob_hf.baselines import METHODS, find_method, ignored_flags, read_facts
+from blob_hf import BlobError, BlobModel, BlobTrainingArguments
+from blob_hf.baselines import MapState, MethodState, attach_mc_dropout, find_method, method_names
+from blob_hf.baselines.base import METHOD_FILE
 from blob_hf.baselines.laplace import library_is_there
 from blob_hf.baselines.map import prior_weight_decay
-from blob_hf.cli.models import AdapterArguments
-from blob_hf.tuner.adapter_files import METHOD_FILE
-from blob_hf.tuner.model import get_lora_model
+from blob_hf.cli.adapters import AdapterArguments
+from blob_hf.cli.methods import ROUTES, FittedRoute, MethodArguments, ignored_flags
+from blob_hf.tuner.model import as_blob_model, get_lora_model
 from blob_hf.tuner.posterior import sampled_layers
 
 NAMES = ("blob", "lora", "map", "mc_dropout", "ensemble", "laplace", "tfb")
@@ -27,24 +28,29 @@ QUICK = [
 
 
 def test_the_methods_of_the_paper_are_there():
-    assert tuple(METHODS) == NAMES and all(METHODS[name].name == name for name in NAMES)
+    assert tuple(ROUTES) == NAMES and all(ROUTES[name].name == name for name in NAMES)
+    assert set(method_names()) == set(NAMES)
+    choices = MethodArguments.__dataclass_fields__["method"].metadata["choices"]
+    assert tuple(choices) == NAMES
     with pytest.raises(BlobError, match="method must be one of blob, lora, map, .*, got 'bayes'"):
         find_method("bayes")
     # a flag that only some methods read is one of the arguments there are
     known = set(BlobTrainingArguments.__dataclass_fields__) | set(AdapterArguments.__dataclass_fields__)
-    for method in METHODS.values():
-        assert method.flags <= known, method.name
+    known |= set(MethodArguments.__dataclass_fields__)
+    for route in ROUTES.values():
+        assert route.flags <= known, route.name
 
 
 def test_flags_that_a_method_does_not_read_are_named(tmp_path):
-    args = arguments(tmp_path, method="lora", beta=0.1, gamma=12.0, num_anchors=5, eval_samples=10, kl_cycle_steps=None)
+    args = arguments(tmp_path, beta=0.1, gamma=12.0, eval_samples=10, kl_cycle_steps=None)
+    own = MethodArguments("lora", num_anchors=5)
     adapter = AdapterArguments(init_eps=0.1, lora_r=4)
-    assert sorted(ignored_flags(METHODS["lora"], args, adapter)) == ["beta", "gamma", "init_eps", "num_anchors"]
-    assert ignored_flags(METHODS["map"], args) == ["gamma", "num_anchors"]
-    assert ignored_flags(METHODS["blob"], args, adapter) == ["num_anchors"]
-    assert sorted(ignored_flags(METHODS["tfb"], args, adapter)) == ["beta", "gamma", "init_eps", "lora_r"]
-    decayed = arguments(tmp_path, method="map", beta=0.1, weight_decay=0.1, eval_samples=10, kl_cycle_steps=None)
-    assert ignored_flags(METHODS["map"], decayed) == ["beta"]
+    assert sorted(ignored_flags(ROUTES["lora"], own, args, adapter)) == ["beta", "gamma", "init_eps", "num_anchors"]
+    assert ignored_flags(ROUTES["map"], own, args) == ["gamma", "num_anchors"]
+    assert ignored_flags(ROUTES["blob"], own, args, adapter) == ["num_anchors"]
+    assert sorted(ignored_flags(ROUTES["tfb"], own, args, adapter)) == ["beta", "gamma", "init_eps", "lora_r"]
+    decayed = arguments(tmp_path, beta=0.1, weight_decay=0.1, eval_samples=10, kl_cycle_steps=None)
+    assert ignored_flags(ROUTES["map"], MethodArguments("map"), decayed) == ["beta"]
 
 
 def test_the_decay_of_map_is_the_gradient_of_its_prior():
@@ -61,9 +67,8 @@ def lora_bert():
     return model
 
 
-def trained(folder, **changes):
-    trainer = BlobTrainer(model=lora_bert(), args=arguments(folder, **changes), train_dataset=rows(24))
-    trainer.train()
+def trained(folder, method, **changes):
+    trainer, _ = fit(folder, method, lora_bert, rows(24), **changes)
     return {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
@@ -79,11 +84,11 @@ def test_map_is_lora_with_that_decay_unless_it_is_given_one(tmp_path):
 
 
 def test_a_damaged_method_file_is_one_line(tmp_path):
-    assert read_facts(tmp_path) == {}
+    assert MethodState.load(tmp_path) is None
     for content in ("{", "[]", "{}", "3"):
         (tmp_path / METHOD_FILE).write_text(content)
         with pytest.raises(BlobError, match="does not name a method"):
-            read_facts(tmp_path)
+            MethodState.load(tmp_path)
     for content, message in (
         ('{"method": "zzz"}', "got 'zzz'"),
         ('{"method": "ensemble"}', "members of method ensemble is None"),
@@ -91,16 +96,17 @@ def test_a_damaged_method_file_is_one_line(tmp_path):
     ):
         (tmp_path / METHOD_FILE).write_text(content)
         with pytest.raises(BlobError, match=message):
-            read_facts(tmp_path)
+            MethodState.load(tmp_path)
 
 
 def test_a_plain_peft_model_is_taken_over(tmp_path):
     torch.manual_seed(0)
     for method, dropout in (("lora", 0.0), ("mc_dropout", 0.2), ("tfb", 0.0)):
         config = LoraConfig(target_modules=["query", "value"], r=4, lora_dropout=dropout)
-        args = arguments(tmp_path / method, method=method, num_anchors=8)
-        trainer = BlobTrainer(model=get_peft_model(tiny_bert(), config), args=args, train_dataset=rows())
-        trainer.train()
+        model = as_blob_model(get_peft_model(tiny_bert(), config))
+        if method == "mc_dropout":
+            attach_mc_dropout(model)
+        trainer, _ = fit(tmp_path / method, method, lambda model=model: model, num_anchors=8)
         trainer.create_model_card()
         trainer.save_model()
         if method != "lora":
@@ -112,7 +118,8 @@ def test_a_plain_peft_model_is_taken_over(tmp_path):
 def test_an_adapter_saved_over_another_leaves_nothing_of_it(tmp_path):
     def save(method, dropout):
         model = get_lora_model(tiny_bert(), LoraConfig(target_modules=["query"], r=4, lora_dropout=dropout))
-        METHODS[method].attach(model, {})
+        if method == "mc_dropout":
+            attach_mc_dropout(model)
         model.save_pretrained(tmp_path)
         return {file.name for file in tmp_path.iterdir()}
 
@@ -121,13 +128,12 @@ def test_an_adapter_saved_over_another_leaves_nothing_of_it(tmp_path):
 
 
 def test_the_prior_of_map_follows_beta_from_training_to_training(tmp_path):
-    args = arguments(tmp_path, method="map", beta=0.5)
-    trainer = BlobTrainer(model_init=lora_bert, args=args, train_dataset=rows(24))
-    trainer.train()
-    assert trainer.model.method_facts == {"method": "map", "weight_decay": 1 / (24 * 0.25)}
+    args, route = arguments(tmp_path, beta=0.5), ROUTES["map"]
+    assert route.arguments(args, rows(24)).weight_decay == 1 / (24 * 0.25) and args.weight_decay == 0
     args.beta = 0.1
-    trainer.train()
-    assert trainer.model.method_facts["weight_decay"] == pytest.approx(1 / (24 * 0.01)) and args.weight_decay == 0
+    assert route.arguments(args, rows(24)).weight_decay == pytest.approx(1 / (24 * 0.01)) and args.weight_decay == 0
+    trainer, _ = fit(tmp_path, "map", lora_bert, rows(24), beta=0.5)
+    assert trainer.model.companion("method") == MapState(1 / (24 * 0.25))
 
 
 # ----- the scripts -----------------------------------------------------------------------------------------------
@@ -149,7 +155,7 @@ def test_every_method_trains_saves_and_gives_its_numbers_again(monkeypatch, tmp_
         pytest.skip("laplace-torch is not installed")
     folder = tmp_path / "run"
     flags = [*QUICK, "--method", name, "--output_dir", folder, "--temperature_scaling", "--do_train", "--do_eval"]
-    flags += ["--adapter_name_or_path", plain] if METHODS[name].post_hoc else ["--max_steps", 5]
+    flags += ["--adapter_name_or_path", plain] if isinstance(ROUTES[name], FittedRoute) else ["--max_steps", 5]
     flags += {"ensemble": ["--ensemble_size", 2], "tfb": ["--num_anchors", 20], "blob": ["--kl_cycle_steps", 3]}.get(
         name, []
     )
@@ -162,9 +168,9 @@ def test_every_method_trains_saves_and_gives_its_numbers_again(monkeypatch, tmp_
     assert results["eval_num_samples"] == scaled["eval_num_samples"] == count
     assert scaled["eval_accuracy"] == results["eval_accuracy"] and scaled["eval_temperature"] > 0
     costs = json.loads((folder / "costs.json").read_text())
-    assert (costs["trained_parameters"] > 0) is not METHODS[name].post_hoc and costs["eval_rows"] == 30
+    assert (costs["trained_parameters"] > 0) is not isinstance(ROUTES[name], FittedRoute) and costs["eval_rows"] == 30
     card = (folder / "README.md").read_text()
-    assert METHODS[name].title in card and card_errors(card) == []
+    assert ROUTES[name].card.title in card and card_errors(card) == []
     assert ("kl_history.csv" in {path.name for path in folder.iterdir()}) is (name == "blob")
     # evaluated again from its files: --method is theirs
     again = [*QUICK, "--do_eval", "--temperature_scaling", "--adapter_name_or_path", folder, "--output_dir"]

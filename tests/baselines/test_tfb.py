@@ -1,21 +1,24 @@
 """Training-free Bayesianization: the rotation and the search, against brute force."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
 from helpers.models import TARGETS, random_ids, randomize_b, tiny_bert
 from helpers.running import GLUE, run_script
-from helpers.training import arguments, blob_bert, rows
+from helpers.training import arguments, blob_bert, fit, rows
 from peft import AutoPeftModelForSequenceClassification, LoraConfig
 from transformers import AutoTokenizer
 
-from blob_hf.tuner.sampling import Sampling
 from blob_hf import BlobError, BlobModel, BlobTrainer
-from blob_hf.baselines.tfb import anchor_rows, largest_sigma, rotate
+from blob_hf.baselines.tfb import TFBConfig, anchor_rows, largest_sigma, rotate
+from blob_hf.cli.methods import MethodArguments
 from blob_hf.cli.tfb import main
 from blob_hf.data import demo
 from blob_hf.tuner.model import get_lora_model
 from blob_hf.tuner.posterior import gaussian_layers
+from blob_hf.tuner.sampling import Sampling
 
 
 @pytest.mark.parametrize("out", [30, 5, 2])  # a head of two classes has fewer outputs than the rank
@@ -64,18 +67,19 @@ def lora_bert(seed=0):
     return model
 
 
-def tfb_trainer(folder, model, **changes):
-    args = arguments(folder, method="tfb", num_anchors=20, tfb_samples=2, **changes)
-    return BlobTrainer(model=model, args=args, train_dataset=rows(30), eval_dataset=rows(13, seed=1))
+def fit_tfb(folder, model, data=None, **changes):
+    changes = {"num_anchors": 20, "tfb_samples": 2, **changes}
+    return fit(folder, "tfb", lambda: model, rows(30) if data is None else data, **changes)[0]
 
 
 def test_the_network_stays_and_only_noise_is_added(tmp_path):
     plain, model = lora_bert(), lora_bert()
     ids = random_ids(6, 8)
-    tfb_trainer(tmp_path, model, tfb_tolerance=0.05, tfb_bound=4.0).train()
+    fit_tfb(tmp_path, model, tfb_tolerance=0.05, tfb_bound=4.0)
     torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
-    sigma = model.method_facts["sigma_q"]
-    assert 0 < sigma < 4 and 0 <= model.method_facts["relative_change"] <= 0.05
+    state = model.companion("method")
+    sigma = state.sigma_q
+    assert 0 < sigma < 4 and 0 <= state.relative_change <= 0.05
     # of every layer: the sampled product is the trained one plus sigma_q times white noise in B's column space
     for name, layer in gaussian_layers(model).items():
         module = model.get_submodule(f"base_model.model.{name}")
@@ -91,9 +95,8 @@ def test_the_network_stays_and_only_noise_is_added(tmp_path):
 
 def test_the_search_finds_what_a_grid_over_the_real_loss_finds(tmp_path):
     model = lora_bert()
-    trainer = tfb_trainer(tmp_path, model, tfb_tolerance=0.02, tfb_bound=1.0)
-    trainer.train()
-    facts = model.method_facts
+    trainer = fit_tfb(tmp_path, model, tfb_tolerance=0.02, tfb_bound=1.0)
+    facts = asdict(model.companion("method"))
     anchors = anchor_rows(rows(30), 20)
     assert facts["anchors"] == 20 and facts["anchor_nll"] == pytest.approx(trainer.mean_nll(anchors, 0), rel=1e-5)
     stds = {name: layer.std.detach() / facts["sigma_q"] for name, layer in gaussian_layers(model).items()}
@@ -119,22 +122,20 @@ def _log_probs(model, facts, stds, anchors, sample):
 def test_any_dataset_can_hold_the_anchors(tmp_path):
     found = []
     for data in (rows(30), [dict(row) for row in rows(30)]):
-        args = arguments(tmp_path, method="tfb", num_anchors=20)
-        trainer = BlobTrainer(model=lora_bert(), args=args, train_dataset=data)
-        trainer.train()
-        found.append(trainer.model.method_facts)
+        model = lora_bert()
+        fit_tfb(tmp_path, model, data)
+        found.append(model.companion("method"))
     assert found[0] == found[1]
 
 
 def test_a_saved_posterior_predicts_the_same_and_is_a_blob_adapter(tmp_path):
-    trainer = tfb_trainer(tmp_path, lora_bert(), tfb_tolerance=0.05)
-    trainer.train()
+    trainer = fit_tfb(tmp_path, lora_bert(), tfb_tolerance=0.05)
     trainer.save_model()
     metrics = trainer.evaluate()
     torch.manual_seed(0)
     loaded = BlobModel.from_pretrained(tmp_path, model=tiny_bert()).eval()
-    assert loaded.method == "tfb" and loaded.method_facts == trainer.model.method_facts
-    args = arguments(tmp_path / "again", method="tfb")
+    assert loaded.method == "tfb" and loaded.companion("method") == trainer.model.companion("method")
+    args = arguments(tmp_path / "again")
     again = BlobTrainer(model=loaded, args=args, eval_dataset=rows(13, seed=1)).evaluate()
     for name in ("eval_nll", "eval_mean_nll", "eval_sample_nll"):
         assert again[name] == pytest.approx(metrics[name], rel=1e-5)
@@ -145,17 +146,21 @@ def test_a_saved_posterior_predicts_the_same_and_is_a_blob_adapter(tmp_path):
 
 def test_mistakes_are_one_line(tmp_path, caplog):
     with pytest.raises(BlobError, match="num_anchors must be >= 1, got 0"):
-        arguments(tmp_path, method="tfb", num_anchors=0)
+        MethodArguments("tfb", num_anchors=0)
+    with pytest.raises(BlobError, match="tfb_tolerance must be >= 0, got -1"):
+        MethodArguments("tfb", tfb_tolerance=-1)
+    with pytest.raises(BlobError, match="^bound must be > 0, got 0"):  # a library error has no flag in it
+        TFBConfig(bound=0)
     with pytest.raises(BlobError, match="needs anchor examples, but there are none"):
-        BlobTrainer(model=lora_bert(), args=arguments(tmp_path, method="tfb"), train_dataset=None).train()
+        fit_tfb(tmp_path, lora_bert(), rows(3).select([]))
     with pytest.raises(BlobError, match="needs anchor examples, but there are none"):
         anchor_rows(rows(3).select([]), 5)
-    with pytest.raises(BlobError, match="needs plain LoRA, but this model has a posterior"):
-        tfb_trainer(tmp_path, blob_bert())
-    tfb_trainer(tmp_path, lora_bert(), tfb_tolerance=0.0, tfb_bound=1e9).train()
+    with pytest.raises(BlobError, match="needs a plain LoRA adapter, but this one has a posterior"):
+        fit_tfb(tmp_path, blob_bert())
+    fit_tfb(tmp_path, lora_bert(), tfb_tolerance=0.0, tfb_bound=1e9)
     assert "the posterior is a point" in caplog.text
     caplog.clear()
-    tfb_trainer(tmp_path, lora_bert(), tfb_bound=1e-6).train()
+    fit_tfb(tmp_path, lora_bert(), tfb_bound=1e-6)
     assert "sigma_q is at its bound 1e-06" in caplog.text
 
 

@@ -3,7 +3,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from blob_hf.cli import arguments as cli
+from blob_hf import cli
+from blob_hf.cli.adapters import PublishedDefaults
+from blob_hf.cli.folders import SETTINGS_FILE
+from blob_hf.cli.methods import ROUTES
 from blob_hf.trainer.training_args import BlobTrainingArguments
 from blob_hf.utils.errors import BlobError
 
@@ -13,6 +16,11 @@ class Data:
     file: str | None = None
     columns: list[str] | None = None
     demo: bool = field(default=False)
+
+
+@dataclass
+class TrainingArguments(PublishedDefaults, BlobTrainingArguments):
+    """As a script has them."""
 
 
 TYPES = (Data, BlobTrainingArguments)
@@ -73,31 +81,33 @@ def test_a_folder_of_different_settings_is_not_overwritten(tmp_path):
     def args(**changes):
         return BlobTrainingArguments(str(tmp_path), report_to="none", **{"beta": 0.2, **changes})
 
-    cli.claim_output_dir(args(), Data("x"))
-    before = (tmp_path / cli.SETTINGS_FILE).read_text()
-    cli.claim_output_dir(args(logging_steps=3), Data("x"))  # only shows more
+    cli.claim_output_dir(args(), False, Data("x"))
+    before = (tmp_path / SETTINGS_FILE).read_text()
+    cli.claim_output_dir(args(logging_steps=3), False, Data("x"))  # only shows more
     for training, data, name in (
         (args(beta=0.3), Data("x"), "beta 0.2 -> 0.3"),
         (args(), Data("y"), "file 'x' -> 'y'"),
     ):
         with pytest.raises(BlobError, match=f"{name}.*choose another --output_dir"):
-            cli.claim_output_dir(training, data)
-    assert (tmp_path / cli.SETTINGS_FILE).read_text() == before
+            cli.claim_output_dir(training, False, data)
+    assert (tmp_path / SETTINGS_FILE).read_text() == before
 
 
 def test_a_folder_of_unknown_origin_is_not_overwritten(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(BlobError, match="settings are unknown"):
-        cli.claim_output_dir(BlobTrainingArguments(str(tmp_path), report_to="none"))
+        cli.claim_output_dir(BlobTrainingArguments(str(tmp_path), report_to="none"), False)
 
 
 def test_all_of_it_runs_by_default_and_folders_are_named_after_settings(tmp_path):
-    _, args = parse("--beta", "0.2")
-    cli.run_everything_by_default(args)
-    cli.default_output_dir(args, "rte")
+    def parsed(*argv):
+        _, args = cli.parse_arguments((Data, TrainingArguments), DEMO, "test", argv)
+        return args, cli.with_output_dir(args, ROUTES["blob"].folder_name("rte", args), None)
+
+    given, args = parsed("--beta", "0.2")
     assert (args.do_train, args.do_eval, args.do_predict) == (True, True, True)
-    assert args.output_dir == "runs/rte-blob-beta0.2-gamma8-seed42"
-    _, args = parse("--do_eval", "--output_dir", "mine")
-    cli.run_everything_by_default(args)
-    cli.default_output_dir(args, "rte")
+    assert args.output_dir == "runs/rte-blob-beta0.2-gamma8-seed42" and given.output_dir == "trainer_output"
+    _, args = parsed("--do_eval", "--output_dir", "mine")
     assert (args.do_train, args.do_eval, args.output_dir) == (False, True, "mine")
+    _, args = parsed("--eval_strategy", "steps")  # transformers then sets do_eval, which nobody asked for
+    assert (args.do_train, args.do_eval, args.do_predict) == (True, True, True)

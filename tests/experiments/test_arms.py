@@ -6,7 +6,7 @@ from peft import LoraConfig
 from scipy import stats
 from transformers import TopKLogitsWarper
 
-from blob_hf import BlobConfig, get_blob_model
+from blob_hf import BlobConfig, Sampling, get_blob_model
 from blob_hf.experiments.arms import ARMS, SeededTokenSampling, summaries, uniforms
 from blob_hf.tuner.model import get_lora_model
 
@@ -20,7 +20,8 @@ def blob(base=None, task="SEQ_2_SEQ_LM", targets="bart"):
 
 
 def texts(model, arm, ids, dialogue="d", count=5, seed=3, **options):
-    return summaries(model, ids, arm, dialogue, count, seed, max_new_tokens=8, **options).tolist()
+    drawn = Sampling(count, seed, batch_size=options.pop("per_batch", None))
+    return summaries(model, ids, arm, dialogue, drawn, max_new_tokens=8, **options).tolist()
 
 
 def test_seeded_sampling_draws_from_the_distribution():

@@ -1,9 +1,12 @@
 """A tiny classifier with a posterior, its data and its trainer, for the tests that train."""
 
+from dataclasses import fields
+
 import torch
 from datasets import Dataset
 
 from blob_hf import BlobConfig, BlobTrainer, BlobTrainingArguments, get_blob_model
+from blob_hf.cli.methods import Job, MethodArguments, find_route
 from helpers.models import TARGETS, tiny_bert
 
 
@@ -27,11 +30,35 @@ def blob_bert(noise="shared", seed=0, **config):
     return get_blob_model(tiny_bert(), BlobConfig(target_modules=TARGETS["bert"], noise=noise, **config))
 
 
-def trainer(folder, model=None, data=None, **changes):
-    model = model or blob_bert()
+def trainer(folder, model=None, data=None, point_estimate=False, **changes):
     return BlobTrainer(
-        model=model, args=arguments(folder, **changes), train_dataset=data or rows(), eval_dataset=rows(13, seed=1)
-    )
+        model=model or blob_bert(), args=arguments(folder, **changes), train_dataset=data or rows(),
+        eval_dataset=rows(13, seed=1), point_estimate=point_estimate,
+    )  # fmt: skip
+
+
+def fit(folder, method, make_model, data=None, calibration=None, **changes):
+    """What the scripts do for --method: a trainer whose model is trained or fitted, and the outcome.
+
+    Args:
+        changes: Of the training arguments, and of `MethodArguments`.
+    """
+    names = {field.name for field in fields(MethodArguments)}
+    method_args = MethodArguments(method, **{name: changes.pop(name) for name in list(changes) if name in names})
+    args = arguments(folder, **changes)
+    route = find_route(method)
+    route.check_run(method_args, args)
+    data = rows() if data is None else data
+
+    def make_trainer(model, own=args):
+        return BlobTrainer(
+            model=model, args=route.arguments(own, data), train_dataset=data, eval_dataset=rows(13, seed=1),
+            point_estimate=not model.has_posterior,
+        )  # fmt: skip
+
+    fitted = make_trainer(make_model())
+    outcome = route.train(Job(args, method_args, make_model, make_trainer, calibration), fitted)
+    return fitted, outcome
 
 
 def parameters(model):

@@ -9,11 +9,11 @@ from helpers.models import TARGETS, TINY, random_ids, randomize_b
 from peft import LoraConfig
 from transformers import GenerationConfig
 
-from blob_hf.tuner.sampling import Sampling
 from blob_hf import BlobConfig, get_blob_model
 from blob_hf.inference.generate import PredictiveProcessor, generate_mean, generate_predictive, generate_samples
 from blob_hf.tuner.model import get_lora_model
 from blob_hf.tuner.posterior import gaussian_layers
+from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 
 TASK = {"bart": "SEQ_2_SEQ_LM", "t5": "SEQ_2_SEQ_LM", "gpt2": "CAUSAL_LM"}
@@ -57,9 +57,7 @@ def test_a_sample_is_one_network_merged_and_run_alone(family, decoding, per_batc
     options = {"max_new_tokens": 12, "pad_token_id": PAD[family], **DECODING[decoding]}
     # an end token that comes early in some rows
     options["eos_token_id"] = [2, *range(20, 26)]
-    together = model.generate(
-        **inputs, sampling=Sampling(3, 4, batch_size=per_batch), **options
-    )
+    together = model.generate(**inputs, sampling=Sampling(3, 4, batch_size=per_batch), **options)
     assert together.shape[0] == 4 * 3
     texts = set()
     for s in range(3):
@@ -165,10 +163,11 @@ def next_log_probs(networks, family, inputs, prefix):
 def test_greedy_predictive_decoding_is_a_loop_over_merged_networks(family):
     model, inputs = make(family), ragged(family)
     networks = [merged(model, 5, s) for s in range(3)]
-    options = {"max_new_tokens": 7, "pad_token_id": PAD[family], "seed": 5}
+    options = {"max_new_tokens": 7, "pad_token_id": PAD[family]}
     model.generation_config.eos_token_id = None
-    end = generate_predictive(model, inputs, 3, **options).tokens[0, 2].item()  # so that at least one text ends early
-    found = generate_predictive(model, inputs, 3, eos_token_id=end, **options)
+    drawn = Sampling(3, seed=5)
+    end = generate_predictive(model, inputs, drawn, **options).tokens[0, 2].item()  # so that one text ends early
+    found = generate_predictive(model, inputs, drawn, eos_token_id=end, **options)
     prefix = torch.empty(4, 0, dtype=torch.long)
     ended = torch.zeros(4, dtype=torch.bool)
     for t in range(found.tokens.shape[1]):
@@ -206,7 +205,13 @@ def test_predictive_beam_search_is_a_beam_search_over_merged_networks(family):
         hypotheses = sorted(extended, reverse=True)[:beams]
     model.generation_config.eos_token_id = None
     found = generate_predictive(
-        model, inputs, 3, seed=6, num_beams=beams, max_new_tokens=steps, pad_token_id=PAD[family], do_sample=False
+        model,
+        inputs,
+        Sampling(3, seed=6),
+        num_beams=beams,
+        max_new_tokens=steps,
+        pad_token_id=PAD[family],
+        do_sample=False,
     )
     assert found.tokens[0].tolist() == hypotheses[0][1]
     assert found.uncertainty.log_probs.sum().item() == pytest.approx(hypotheses[0][0], rel=1e-4)
@@ -228,10 +233,10 @@ def test_what_needs_one_network_is_refused(name):
 
 def test_bad_numbers_of_samples():
     model, inputs = make("bart"), ragged("bart")
-    for count in (0, -1):
-        with pytest.raises(BlobError, match=f"must be >= 1, got {count}"):
+    for count, least in ((0, 1), (-1, 0)):
+        with pytest.raises(BlobError, match=f"must be >= {least}, got {count}"):
             model.generate(**inputs, sampling=count)
-        with pytest.raises(BlobError, match=f"must be >= 1, got {count}"):
+        with pytest.raises(BlobError, match=f"must be >= {least}, got {count}"):
             generate_predictive(model, inputs, count)
     with pytest.raises(BlobError, match="leave out do_sample"):
         generate_predictive(model, inputs, 2, do_sample=True)

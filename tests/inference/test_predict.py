@@ -4,9 +4,9 @@ import pytest
 import torch
 from helpers.models import TARGETS, random_ids, randomize_b, tiny_bart, tiny_bert
 
-from blob_hf.tuner.sampling import Sampling
 from blob_hf import BlobConfig, get_blob_model
 from blob_hf.inference.predict import log_mean_exp, predict_classes, repeat_rows, score_targets
+from blob_hf.tuner.sampling import Sampling
 
 
 @pytest.fixture
@@ -82,7 +82,9 @@ def test_antithetic_samples_come_in_pairs(classifier, summarizer):
     assert not torch.allclose(found[:, 1], found[:, 0])
     summaries = {"input_ids": random_ids(3, 8), "decoder_input_ids": labels}
     scores = score_targets(summarizer, summaries, labels, Sampling(3, 2, antithetic=True)).sample_log_probs
-    torch.testing.assert_close(scores[:, [0, 2]], score_targets(summarizer, summaries, labels, Sampling(2, 2)).sample_log_probs)
+    torch.testing.assert_close(
+        scores[:, [0, 2]], score_targets(summarizer, summaries, labels, Sampling(2, 2)).sample_log_probs
+    )
 
 
 def test_log_mean_exp_does_not_underflow():

@@ -23,7 +23,7 @@ import json, os, signal, sys, torch
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification
 from blob_hf import BlobConfig, BlobTrainer, BlobTrainingArguments, get_blob_model
-from blob_hf.cli import arguments as cli
+from blob_hf import cli
 from blob_hf.trainer.engines import shutdown
 from blob_hf.tuner.posterior import gaussian_layers
 out, per_device, engine, checkpoint, changes = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]

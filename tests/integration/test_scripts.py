@@ -10,8 +10,7 @@ from huggingface_hub import ModelCard
 from peft import AutoPeftModel, AutoPeftModelForSeq2SeqLM
 from safetensors.torch import load_file
 
-from blob_hf import BlobModel
-from blob_hf.cli import models as runs
+from blob_hf import BlobModel, cli
 from blob_hf.data import demo
 
 QUICK = ["--demo", "--eval_samples", "2", "--disable_tqdm", "true", "--use_cpu", "true"]
@@ -126,8 +125,8 @@ def test_a_search_finds_the_best_of_its_trials(monkeypatch, tmp_path, capsys):
     storage = f"sqlite:///{tmp_path}/search.db"
     options = [*QUICK_GLUE, "--max_steps", "2", "--hp_search", "optuna", "--hp_trials", "3", "--hp_storage", storage]
     space = ["--hp_space", "beta=0.05:0.5:log", "kl_cycle_steps=1:2", "kl_schedule=geometric,uniform"]
-    made, make_model = [], runs.make_model
-    monkeypatch.setattr(runs, "make_model", lambda *args: made.append(make_model(*args)) or made[-1])
+    made, make_model = [], cli.make_model
+    monkeypatch.setattr(cli, "make_model", lambda *args: made.append(make_model(*args)) or made[-1])
     assert run(monkeypatch, GLUE, *options, *space, "--output_dir", tmp_path / "search") == 0
     best = read(tmp_path / "search" / "best_run.json")
     study = optuna.load_study(study_name="search", storage=storage)

@@ -10,7 +10,7 @@ import torch
 from helpers.training import blob_bert, parameters, trainer
 from safetensors.torch import load_file, save_file
 
-from blob_hf.trainer.checkpoints import SEAL, find_corruption, find_checkpoint, newest_complete
+from blob_hf.trainer.checkpoints import SEAL, find_checkpoint, find_corruption, newest_complete
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
 

@@ -8,18 +8,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from helpers.models import TARGETS, random_ids, randomize_b, tiny_bert
+from helpers.models import TARGETS, random_ids, randomize_b, tiny_bart, tiny_bert
 from helpers.training import blob_bert, parameters
 from helpers.training import trainer as make_trainer
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from blob_hf.tuner.sampling import Sampling
 from blob_hf import BlobConfig, BlobTrainingArguments, get_blob_model
-from blob_hf.trainer.engines import check_deepspeed, decorrelate_noise, engine_of, fsdp_limits, require_deepspeed
+from blob_hf.trainer.engines import (
+    check_deepspeed,
+    check_fsdp_evaluation,
+    check_fsdp_training,
+    decorrelate_noise,
+    engine_of,
+    require_deepspeed,
+)
 from blob_hf.trainer.kl.schedule import kl_cycle_length
 from blob_hf.tuner.noise import NOISE_ESTIMATORS
 from blob_hf.tuner.posterior import gaussian_layers
+from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError, NonFiniteLossError
 
 # ----- DeepSpeed configs ------------------------------------------------------------------------------------------
@@ -157,15 +164,19 @@ def test_auto_find_batch_size_halves_the_batch_and_plans_the_kl_anew(tmp_path, m
     assert [group.get("blob_role") for group in groups].count("mean") == 1
 
 
-def test_the_limits_of_fsdp2_say_what_to_do():
-    """The messages are torch's and accelerate's own, met with a tied BART and with an evaluation before training."""
-    tied = "Parameter 'shared.weight' is shared with a parameter already managed by another FSDP group. For shared/tied"
-    early = "When using FSDP2, a model and optimizer must be passed together to `Accelerator.prepare()` as the"
-    for message, advice in ((tied, "use --deepspeed ds_configs/zero3.json"), (early, "leave out --compare_base")):
-        with pytest.raises(BlobError, match=advice), fsdp_limits():
-            raise ValueError(message)
-    with pytest.raises(ValueError, match="^another$"), fsdp_limits():
-        raise ValueError("another")
+def test_the_limits_of_fsdp2_are_checked_before_it_meets_them():
+    """A tied BART, and an evaluation before training: torch and accelerate refuse both, with messages of their own."""
+    fsdp2, ddp = SimpleNamespace(is_fsdp2=True), SimpleNamespace(is_fsdp2=False)
+    tied = get_blob_model(tiny_bart(), BlobConfig(target_modules=["q_proj"]))
+    untied = get_blob_model(tiny_bart(tie_word_embeddings=False), BlobConfig(target_modules=["q_proj"]))
+    with pytest.raises(BlobError, match="cannot shard the tied embeddings.*use DeepSpeed ZeRO-3"):
+        check_fsdp_training(fsdp2, tied)
+    with pytest.raises(BlobError, match="leave out an evaluation before training"):
+        check_fsdp_evaluation(fsdp2, untrained=True)
+    check_fsdp_training(ddp, tied)
+    check_fsdp_training(fsdp2, untied)
+    check_fsdp_evaluation(fsdp2, untrained=False)
+    check_fsdp_evaluation(ddp, untrained=True)
 
 
 # ----- torch.compile ----------------------------------------------------------------------------------------------

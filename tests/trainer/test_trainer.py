@@ -11,7 +11,6 @@ from helpers.training import arguments, blob_bert, parameters, rows, trainer
 from peft import LoraConfig, PeftModel
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer
 
-from blob_hf.tuner.sampling import Sampling
 from blob_hf import (
     BlobConfig,
     BlobModel,
@@ -25,6 +24,7 @@ from blob_hf.trainer.kl.history import COLUMNS, LOGGED
 from blob_hf.trainer.kl.schedule import KLSchedule, kl_cycle_length
 from blob_hf.tuner.model import get_lora_model
 from blob_hf.tuner.posterior import gaussian_layers
+from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError, NonFiniteLossError
 
 # ----- training --------------------------------------------------------------------------------------------------
@@ -101,7 +101,9 @@ def test_plain_lora_is_trained_as_transformers_trainer_does(tmp_path):
         return get_lora_model(tiny_bert(), LoraConfig(target_modules=TARGETS["bert"]))
 
     ours, theirs = lora(), lora()
-    trainer(tmp_path / "a", ours, method="lora", base_dropout=True).train()  # same seed, so the same dropout masks
+    trainer(
+        tmp_path / "a", ours, point_estimate=True, base_dropout=True
+    ).train()  # same seed, so the same dropout masks
     Trainer(model=theirs, args=arguments(tmp_path / "b"), train_dataset=rows()).train()
     for name, value in parameters(theirs).items():
         torch.testing.assert_close(parameters(ours)[name], value, msg=name)
@@ -353,7 +355,7 @@ def test_model_and_method_must_agree(tmp_path):
     with pytest.raises(BlobError, match="needs a model with a posterior"):
         trainer(tmp_path, lora)
     with pytest.raises(BlobError, match="needs plain LoRA"):
-        trainer(tmp_path, blob_bert(), method="lora")
+        trainer(tmp_path, blob_bert(), point_estimate=True)
     with pytest.raises(BlobError, match=r"got 0.3, but the model was made with prior_std=0.2"):
         trainer(tmp_path, blob_bert(), beta=0.3)
 
@@ -373,7 +375,6 @@ def test_regression_labels_are_refused(tmp_path):
         ({"train_samples": 0}, "train_samples must be >= 1"),
         ({"kl_schedule": "cyclic"}, "kl_schedule must be one of geometric"),
         ({"kl_gradient": "both"}, "kl_gradient must be one of decoupled, loss"),
-        ({"method": "vogn"}, "method must be one of blob, lora"),
         ({"kl_cycle_steps": 0}, "kl_cycle_steps must be >= 1"),
     ],
 )

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from blob_hf.tuner.sampling import Sampling
 from blob_hf.tuner.layer import GaussianA, rho_from_std, std_from_rho, std_to_save
 from blob_hf.tuner.noise import NOISE_ESTIMATORS, _flip, _FlipoutNoise, _LocalNoise, _random_bits
+from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 
 ROWS, TOKENS, IN, RANK = 2, 3, 37, 4
@@ -188,7 +188,9 @@ def test_antithetic_averages_have_the_variance_of_the_closed_form(count):
     layer, x = gaussian(), torch.randn(IN)
     expected_mean, v = layer.weight @ x, layer.std.square() @ x.square()
     averages = {
-        antithetic: torch.stack([(layer.draw(Sampling(count, seed, antithetic=antithetic)) @ x).mean(0) for seed in range(2000)])
+        antithetic: torch.stack(
+            [(layer.draw(Sampling(count, seed, antithetic=antithetic)) @ x).mean(0) for seed in range(2000)]
+        )
         for antithetic in (False, True)
     }
     closed = {False: v / count, True: v / count**2 if count % 2 else torch.zeros_like(v)}

@@ -11,11 +11,11 @@ from peft import AutoPeftModel, IA3Config, LoraConfig, PeftModel, PrefixTuningCo
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from blob_hf.tuner.sampling import Sampling
 from blob_hf import BlobConfig, BlobModel, bayesianize, get_blob_model
 from blob_hf.tuner.adapter_files import STD_FILE
 from blob_hf.tuner.model import BlobModelForSeq2SeqLM, BlobModelForSequenceClassification, get_lora_model
 from blob_hf.tuner.posterior import gaussian_layers
+from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 
 
@@ -105,7 +105,7 @@ def test_plain_lora_is_bayesianized_around_its_trained_weights(tmp_path, caplog)
     expected = logits(lora, inputs)
     lora.save_pretrained(tmp_path / "lora")
     blob = bayesianize(lora, BlobConfig(prior_std=0.5, noise="local"))
-    assert blob is lora and type(blob) is BlobModelForSeq2SeqLM
+    assert blob.base_model is lora.base_model and type(blob) is BlobModelForSeq2SeqLM  # of the same modules
     assert (blob.blob_config.prior_std, blob.blob_config.r, blob.blob_config.noise) == (0.5, 4, "local")
     assert torch.equal(logits(blob, inputs), expected)
     assert all(parameter.requires_grad for name, parameter in blob.named_parameters() if name.endswith(".rho"))
@@ -211,7 +211,10 @@ def test_merging_the_mean_and_merging_a_sample(tmp_path):
     inputs = inputs_for("roberta")
     for merge, context in (
         (lambda m: m.merge_and_unload(), lambda m: m.posterior_mean()),
-        (lambda m: m.merge_posterior_sample(seed=4, index=2), lambda m: m.posterior_samples(Sampling(1, seed=4, first=2))),
+        (
+            lambda m: m.merge_posterior_sample(seed=4, index=2),
+            lambda m: m.posterior_samples(Sampling(1, seed=4, first=2)),
+        ),
     ):
         model = trained("roberta", tmp_path / "base", init_eps=0.9)
         with context(model):

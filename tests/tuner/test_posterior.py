@@ -5,9 +5,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from blob_hf.tuner.sampling import Sampling
 from blob_hf import BlobConfig, get_blob_model
 from blob_hf.tuner.posterior import attach_posterior, gaussian_layers, mean_posterior_std, posterior_samples
+from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 
 
