@@ -22,6 +22,7 @@ from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from blob_hf import BlobConfig, BlobTrainer, BlobTrainingArguments, get_blob_model
+from blob_hf.trainer.engines import leave
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINES = ["ddp", "zero1", "zero2", "zero3"]
@@ -65,19 +66,20 @@ def worker(args):
     Path(args.out, f"{training_args.process_index}.json").write_text(
         json.dumps({**found, "parameters": base, "held": held})
     )
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    leave(trainer.accelerator)
 
 
 def measure(args, engine, processes):
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable]
         if processes > 1:
-            command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29655"]
+            command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command += [__file__, "--worker", engine, "--out", folder]
         command += ["--layers", str(args.layers), "--hidden", str(args.hidden), "--steps", str(args.steps)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{engine} failed with exit code {done.returncode}:\n{done.stderr[-3000:]}")
         return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("[0-9].json"))]
 
 

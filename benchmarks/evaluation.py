@@ -11,23 +11,24 @@ import time
 
 import torch
 from peft import LoraConfig
-from train_step import minilm
+from train_step import MODELS
 
 from blob_hf import BlobConfig, get_blob_model
-from blob_hf.inference.predict import _sample_outputs
+from blob_hf.inference.predict import repeat_rows
 from blob_hf.tuner.model import get_lora_model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["minilm", "tiny"], default="minilm")
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    base, batch, targets = minilm()
+    base, batch, targets = MODELS[args.model]()
     plain = get_lora_model(base, LoraConfig(target_modules=targets, r=8, lora_alpha=8)).eval()
-    base, _, _ = minilm()
+    base, _, _ = MODELS[args.model]()
     blob = get_blob_model(base, BlobConfig(target_modules=targets, r=8, lora_alpha=8)).eval()
     inputs = {"input_ids": batch["input_ids"]}
 
@@ -42,8 +43,10 @@ def main() -> None:
             plain(**inputs)
 
     def samples(per_forward: int) -> None:
-        for _ in _sample_outputs(blob, inputs, args.samples, 0, per_forward):
-            pass
+        for first in range(0, args.samples, per_forward):
+            count = min(per_forward, args.samples - first)
+            with blob.posterior_samples(count, seed=0, first=first):
+                blob(**repeat_rows(inputs, count))
 
     runs = {
         f"{args.samples} plain LoRA evaluations": lora,
@@ -53,7 +56,8 @@ def main() -> None:
     times = [{name: seconds(run) for name, run in runs.items()} for _ in range(args.rounds + 1)][1:]
     medians = {name: statistics.median(one[name] for one in times) for name in runs}
     reference = next(iter(medians.values()))
-    print(f"\nMiniLM, batch 32 x 64, {args.rounds} rounds, {args.threads} threads")
+    size = " x ".join(map(str, batch["input_ids"].shape))
+    print(f"\n{args.model}, batch {size}, {args.rounds} rounds, {args.threads} threads")
     print("| evaluation | seconds | ratio |\n| --- | ---: | ---: |")
     for name, median in medians.items():
         print(f"| {name} | {median:.2f} | {median / reference:.3f} |")

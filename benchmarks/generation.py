@@ -24,8 +24,14 @@ from blob_hf.tuner.model import get_lora_model
 TARGETS = ["q_proj", "k_proj", "v_proj", "lm_head"]
 
 
-def bart(vocab_size: int = 50265) -> BartForConditionalGeneration:
+def bart(vocab_size: int = 50265, tiny: bool = False) -> BartForConditionalGeneration:
     torch.manual_seed(0)
+    if tiny:
+        config = BartConfig(
+            vocab_size=8000, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=64,
+        )  # fmt: skip
+        return BartForConditionalGeneration(config).eval()
     config = BartConfig(
         vocab_size=vocab_size, d_model=256, encoder_layers=4, decoder_layers=4, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=1024, decoder_ffn_dim=1024, max_position_embeddings=512,
@@ -46,7 +52,7 @@ def published_loop(model, ids, num_samples: int, new_tokens: int) -> None:
                 tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
 
 
-def rouge_seconds(count: int = 10_000) -> dict[str, float]:
+def rouge_seconds(count: int) -> dict[str, float]:
     """ROUGE-1/2/L of `count` texts of 25 words against 3 references of each hundred."""
     generator = torch.Generator().manual_seed(0)
     words = [f"word{i}s" for i in range(3000)]
@@ -73,11 +79,14 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--loop_samples", type=int, default=2, help="samples of the published loop that are timed")
+    parser.add_argument("--summaries", type=int, default=10_000, help="texts whose ROUGE is timed, in hundreds")
+    parser.add_argument("--tiny", action="store_true", help="a model not worth measuring: to see that this runs")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    plain = get_lora_model(bart(), LoraConfig(target_modules=TARGETS, task_type="SEQ_2_SEQ_LM", r=8)).eval()
-    blob = get_blob_model(bart(), BlobConfig(target_modules=TARGETS, task_type="SEQ_2_SEQ_LM", r=8)).eval()
+    lora = {"target_modules": TARGETS, "task_type": "SEQ_2_SEQ_LM", "r": 8}
+    plain = get_lora_model(bart(tiny=args.tiny), LoraConfig(**lora)).eval()
+    blob = get_blob_model(bart(tiny=args.tiny), BlobConfig(**lora)).eval()
     ids = torch.randint(4, 8000, (1, args.source))
     many = ids.repeat(args.samples, 1)
     fixed = {"max_new_tokens": args.new_tokens, "min_new_tokens": args.new_tokens, "do_sample": False}
@@ -101,7 +110,8 @@ def main() -> None:
     times = [{name: seconds(run) for name, run in runs.items()} for _ in range(args.rounds + 1)][1:]
     medians = {name: statistics.median(one[name] for one in times) for name in runs}
     loop = share * seconds(lambda: published_loop(blob, ids, args.loop_samples, args.new_tokens))
-    print(f"\nBART 256 x 4+4, {args.source} source and {args.new_tokens} new tokens, {args.threads} thread(s)")
+    size = "tiny" if args.tiny else "256 x 4+4"
+    print(f"\nBART {size}, {args.source} source and {args.new_tokens} new tokens, {args.threads} thread(s)")
     print(
         "| generation | seconds | ratio to plain LoRA | the published loop is slower by |\n| --- | ---: | ---: | ---: |"
     )
@@ -110,8 +120,8 @@ def main() -> None:
         speedup = f"{loop / median:.1f}x" if name.endswith("beams 1") else ""
         print(f"| {name} | {median:.2f} | {median / reference:.3f} | {speedup} |")
     print(f"| published loop ({args.loop_samples} of {args.samples} timed) | {loop:.2f} | | |")
-    for name, value in rouge_seconds().items():
-        print(f"ROUGE-1/2/L of 10,000 summaries x 3 references, {name}: {value:.1f} s")
+    for name, value in rouge_seconds(args.summaries).items():
+        print(f"ROUGE-1/2/L of {args.summaries:,} summaries x 3 references, {name}: {value:.1f} s")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from train_step import minilm
+from train_step import MODELS
 from transformers import TrainerCallback
 
 from blob_hf import BlobConfig, BlobTrainer, BlobTrainingArguments, get_blob_model
@@ -51,8 +51,8 @@ def rows(count: int) -> Dataset:
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 0] % 2).tolist()})
 
 
-def new_model(method: str) -> torch.nn.Module:
-    base, _, targets = minilm()
+def new_model(method: str, name: str) -> torch.nn.Module:
+    base, _, targets = MODELS[name]()
     lora = {"target_modules": targets, "r": 8, "lora_alpha": 8, "lora_dropout": METHODS[method].default_dropout}
     if METHODS[method].variational:
         return get_blob_model(base, BlobConfig(**lora))
@@ -67,9 +67,9 @@ def make_trainer(method: str, folder: str, args: argparse.Namespace, model: torc
     )  # fmt: skip
     data = rows(args.rows)
     if METHODS[method].retrains:
-        given = {"model_init": lambda: new_model(method)}
+        given = {"model_init": lambda: new_model(method, args.model)}
     else:
-        given = {"model": model or new_model(method)}
+        given = {"model": model or new_model(method, args.model)}
     return BlobTrainer(**given, args=settings, train_dataset=data, eval_dataset=data.select(range(32)))
 
 
@@ -100,11 +100,12 @@ def costs(method: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def peak_memory(method: str, args: argparse.Namespace) -> float:
-    """Peak resident set in MiB of a fresh process (median of three processes)."""
+    """Peak resident set in MiB of a fresh process (median of some processes)."""
     command = [sys.executable, __file__, "--memory_of", method]
-    for name in ("steps", "samples", "rows", "threads"):
+    for name in ("model", "steps", "samples", "rows", "threads"):
         command += [f"--{name}", str(getattr(args, name))]
-    outputs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(3)]
+    count = args.memory_processes
+    outputs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(count)]
     return statistics.median(json.loads(output.splitlines()[-1]) for output in outputs)
 
 
@@ -138,6 +139,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help=f"Steps timed of a training, after {WARM_UP}.")
     parser.add_argument("--samples", type=int, default=10, help="Networks of an evaluation, but for an ensemble (3).")
     parser.add_argument("--rows", type=int, default=128, help="Rows of the data; TFB's anchors are half of them.")
+    parser.add_argument("--model", choices=["minilm", "tiny"], default="minilm")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="Beside lora.")
+    parser.add_argument("--memory_processes", type=int, default=3, help="Processes whose median memory is shown.")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory_of", choices=list(METHODS), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -148,14 +152,14 @@ def main() -> None:
         peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
         print(json.dumps(int(peak.split()[1]) / 1024))
         return
-    names = sorted(METHODS, key=lambda name: name != "lora")
-    if not library_is_there():
+    names = ["lora", *(name for name in args.methods if name != "lora")]
+    if "laplace" in names and not library_is_there():
         names.remove("laplace")
         print("laplace is left out: pip install laplace-torch")
     rounds = [{method: costs(method, args) for method in names} for _ in range(args.rounds + 1)][1:]
     memory = {method: peak_memory(method, args) for method in names}
-    print(f"\nMiniLM, batch 32 x 64, {args.rows} rows, {args.rounds} rounds, {args.threads} threads; ratios to lora")
-    print(f"lora: {statistics.median(one['lora']['step'] for one in rounds):.3f} s a step")
+    print(f"\n{args.model}, batch 32 x 64, {args.rows} rows, {args.rounds} rounds, {args.threads} threads")
+    print(f"ratios to lora: {statistics.median(one['lora']['step'] for one in rounds):.3f} s a step")
     print(table(rounds, memory))
 
 

@@ -18,7 +18,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForSequenceClassification, BartConfig, BartForConditionalGeneration
+from transformers import (
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 from blob_hf import BlobConfig, get_blob_model
 from blob_hf.trainer.dropout import no_base_dropout
@@ -47,7 +53,16 @@ def bart():
     return BartForConditionalGeneration(config), batch, ["q_proj", "k_proj", "v_proj", "lm_head"]
 
 
-MODELS = {"minilm": minilm, "bart": bart}
+def tiny():
+    """Nothing worth measuring: to see that a benchmark runs."""
+    config = BertConfig(
+        vocab_size=20000, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=2
+    )
+    batch = {"input_ids": torch.randint(1000, 20000, (4, 8)), "labels": torch.randint(0, 2, (4,))}
+    return BertForSequenceClassification(config), batch, ["query", "value", "classifier"]
+
+
+MODELS = {"minilm": minilm, "bart": bart, "tiny": tiny}
 
 
 def make_step(model_name: str, method: str) -> Callable[[], dict[str, float]]:
@@ -87,10 +102,10 @@ def make_step(model_name: str, method: str) -> Callable[[], dict[str, float]]:
     return step
 
 
-def peak_memory(model_name: str, method: str) -> float:
-    """Peak resident set in MiB of a fresh process that does three training steps (median of three processes)."""
+def peak_memory(model_name: str, method: str, processes: int) -> float:
+    """Peak resident set in MiB of a fresh process that does three training steps (median of some processes)."""
     command = [sys.executable, __file__, "--model", model_name, "--memory_of", method]
-    outputs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(3)]
+    outputs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(processes)]
     return statistics.median(json.loads(output.splitlines()[-1]) for output in outputs)
 
 
@@ -98,6 +113,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="minilm")
     parser.add_argument("--steps", type=int, default=12, help="Rounds measured, after two to warm up.")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="lora must be among them.")
+    parser.add_argument("--memory_processes", type=int, default=3, help="Processes whose median memory is shown.")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory_of", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -110,15 +127,15 @@ def main() -> None:
         peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
         print(json.dumps(int(peak.split()[1]) / 1024))
         return
-    steps = {method: make_step(args.model, method) for method in METHODS}
+    steps = {method: make_step(args.model, method) for method in args.methods}
     rounds = [{method: step() for method, step in steps.items()} for _ in range(args.steps + 2)][2:]
-    seconds = {method: statistics.median(one[method]["step"] for one in rounds) for method in METHODS}
-    kl = {method: statistics.median(one[method]["kl"] for one in rounds) for method in METHODS}
-    memory = {method: peak_memory(args.model, method) for method in METHODS}
+    seconds = {method: statistics.median(one[method]["step"] for one in rounds) for method in steps}
+    kl = {method: statistics.median(one[method]["kl"] for one in rounds) for method in steps}
+    memory = {method: peak_memory(args.model, method, args.memory_processes) for method in steps}
     print(f"\n{args.model}, {args.steps} rounds, {args.threads} threads")
     print("| method | seconds per step | ratio to lora | KL share of step | peak MiB | ratio to lora |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for method in METHODS:
+    for method in steps:
         ratio, share = seconds[method] / seconds["lora"], kl[method] / seconds[method]
         print(
             f"| {method} | {seconds[method]:.3f} | {ratio:.3f} | {100 * share:.2f} % "

@@ -118,7 +118,7 @@ def test_killed_and_resumed_and_on_two_processes_it_is_the_same(tmp_path, adapte
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     subprocess.run(command(tmp_path / "killed", adapters), env=environment, check=True, capture_output=True)
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29641")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     subprocess.run(command(tmp_path / "two", adapters, *launcher), env=environment, check=True, capture_output=True)
     whole = (tmp_path / "whole" / "samples.jsonl").read_text()
     assert len(whole.splitlines()) == 54

@@ -126,15 +126,7 @@ def launch(tmp_path, code, name, processes, *arguments):
     script = tmp_path / "run.py"
     script.write_text(code)
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(processes),
-        "--master_port",
-        "29611",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     if processes == 1:
         command = [sys.executable]
     return subprocess.run(

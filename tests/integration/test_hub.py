@@ -59,7 +59,8 @@ class User:
         env = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HF_HUB_CACHE")}
         env |= {
             "HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.folder / f"cache{self.caches}"), "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": str(ROOT / "tests"),
+            "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         }  # fmt: skip
         return env | ({"HF_TOKEN": self.token} if self.token else {})
 

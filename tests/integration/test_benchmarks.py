@@ -1,0 +1,118 @@
+"""Every file of benchmarks/ runs, in a size not worth measuring, and prints figures that make sense."""
+
+import importlib.util
+import re
+import runpy
+import sys
+
+import pytest
+import torch
+from helpers.running import ROOT
+
+from blob_hf.baselines import METHODS
+from blob_hf.baselines.laplace import library_is_there
+
+ENGINE = "zero3" if importlib.util.find_spec("deepspeed") else "ddp"
+SMOKE = {
+    "evaluation": ["--model", "tiny", "--samples", 3, "--rounds", 1, "--threads", 1],
+    "generation": [
+        "--tiny", "--samples", 2, "--source", 8, "--new_tokens", 4, "--rounds", 1, "--loop_samples", 1,
+        "--summaries", 100,
+    ],
+    "train_step": [
+        "--model", "tiny", "--steps", 1, "--threads", 1, "--methods", "lora", "flipout", "--memory_processes", 1,
+    ],
+    "methods": [
+        "--model", "tiny", "--rounds", 1, "--steps", 1, "--samples", 2, "--rows", 32, "--threads", 1,
+        "--methods", "blob", "tfb", "--memory_processes", 1,
+    ],
+    "engines": ["--layers", 2, "--hidden", 256, "--steps", 4, "--engines", ENGINE],
+}  # fmt: skip
+
+
+def test_no_benchmark_is_left_out():
+    assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} == set(SMOKE)
+
+
+@pytest.fixture
+def table(monkeypatch, capsys):
+    """Run a benchmark; the text and the cells of its table by the first of each row."""
+    threads = torch.get_num_threads()
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of its own processes
+
+    def run(name):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, SMOKE[name])])
+        runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
+        text = capsys.readouterr().out
+        lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+        header, rows = lines[0], [line for line in lines[1:] if not line[0].startswith("---")]
+        return text, {row[0]: dict(zip(header, row, strict=False)) for row in rows}
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def number(cell):
+    return float(re.match(r"[-+0-9.]+", cell).group())
+
+
+def test_evaluation(table):
+    _, rows = table("evaluation")
+    assert list(rows) == ["3 plain LoRA evaluations", "3 samples, one per forward", "3 samples, all in one forward"]
+    ratios = [number(row["ratio"]) for row in rows.values()]
+    assert ratios[0] == 1 and all(ratio > 0 for ratio in ratios)
+
+
+@pytest.mark.slow
+def test_generation(table):
+    text, rows = table("generation")
+    assert len(rows) == 2 * 3 + 1
+    for name, row in rows.items():
+        if not name.startswith("published"):
+            ratio = number(row["ratio to plain LoRA"])
+            assert ratio == 1 if "plain" in name else ratio > 0
+    found = re.findall(r"ROUGE-1/2/L of 100 summaries x 3 references, (\d) processes: ([\d.]+) s", text)
+    assert [count for count, _ in found] == ["1", "2"] and all(float(seconds) >= 0 for _, seconds in found)
+
+
+@pytest.mark.slow
+def test_train_step(table):
+    _, rows = table("train_step")
+    assert list(rows) == ["lora", "flipout"] and number(rows["lora"]["ratio to lora"]) == 1
+    assert all(number(row["ratio to lora"]) > 0 and number(row["peak MiB"]) > 50 for row in rows.values())
+    assert number(rows["lora"]["KL share of step"]) == 0 < number(rows["flipout"]["KL share of step"]) < 100
+
+
+@pytest.mark.slow
+def test_methods(table):
+    _, rows = table("methods")
+    assert list(rows) == ["lora", "blob", "tfb"]
+    assert number(rows["lora"]["train step"]) == number(rows["lora"]["peak memory"]) == 1
+    assert number(rows["blob"]["trained parameters"]) > number(rows["lora"]["trained parameters"])
+    assert number(rows["blob"]["train step"]) > 0 and number(rows["tfb"]["rows passed to fit"]) > 0
+    assert all(number(row["evaluation"]) > 0 and number(row["peak memory"]) > 0 for row in rows.values())
+
+
+def test_costs_of_each_method(monkeypatch):
+    """Every method that there is, in this process, without its memory."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    code = runpy.run_path(str(ROOT / "benchmarks" / "methods.py"))
+    parser_defaults = {"model": "tiny", "steps": 1, "samples": 2, "rows": 32}
+    args = type("Arguments", (), parser_defaults)
+    for method in METHODS:
+        if method == "laplace" and not library_is_there():
+            continue
+        found = code["costs"](method, args)
+        assert found["evaluation"] > 0 and found["networks"] >= 0, method
+        assert (found["fit_rows"] > 0) is METHODS[method].post_hoc, method
+
+
+@pytest.mark.slow
+def test_engines(table):
+    text, rows = table("engines")
+    assert list(rows) == ["one process", ENGINE] and rows["one process"]["processes"] == "1"
+    assert all(number(row["speed against one"]) > 0 for row in rows.values())
+    one, two = (number(row["parameters held (MiB)"]) for row in rows.values())
+    assert 0 < two <= (0.75 * one if ENGINE == "zero3" else one)  # a process holds its shard
+    assert "million parameters in float32" in text
