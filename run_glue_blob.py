@@ -95,7 +95,6 @@ def main() -> None:
     route.check_run(method_args, training_args)
     cli.warn_of_ignored(route, method_args, training_args, model_args)
     if search_args.hp_search:
-        check_route(route)
         training_args = searchable(training_args)
 
     # ----- data -----
@@ -110,6 +109,8 @@ def main() -> None:
     folder = route.folder_name(source.name.replace(" ", "-"), training_args)
     training_args = cli.with_output_dir(training_args, folder, model_args.adapter_name_or_path)
     adapter = cli.starting_adapter(route, model_args, method_args, training_args)
+    if search_args.hp_search:
+        check_route(route)
     if training_args.do_train:
         cli.require_split(data.splits, "train")
         cli.claim_output_dir(training_args, adapter is None, method_args, model_args, data_args)

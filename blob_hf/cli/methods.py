@@ -455,11 +455,11 @@ def choose_route(adapter_args: AdapterArguments, method_args: MethodArguments, a
         BlobError: The saved adapter is not of the method asked for, which it would have to be fitted to.
     """
     asked = find_route(method_args.method)
+    if isinstance(asked, EnsembleRoute) and method_args.ensemble_members and not args.do_train:
+        raise BlobError("--ensemble_members are put together by --do_train, and without --adapter_name_or_path")
     adapter = adapter_args.adapter_name_or_path or str(args.output_dir)
     if args.do_train or not (adapter_args.adapter_name_or_path or holds_adapter(adapter)):
         return asked
-    if isinstance(asked, EnsembleRoute) and method_args.ensemble_members:
-        raise BlobError("--ensemble_members are put together by --do_train, and without --adapter_name_or_path")
     saved = saved_method(resolve(adapter))
     if saved in ("blob", "lora"):
         if isinstance(asked, (FittedRoute, EnsembleRoute)):

@@ -16,7 +16,7 @@ from blob_hf.baselines.base import METHOD_FILE
 from blob_hf.baselines.laplace import library_is_there
 from blob_hf.baselines.map import prior_weight_decay
 from blob_hf.cli.adapters import AdapterArguments
-from blob_hf.cli.methods import ROUTES, FittedRoute, MethodArguments, ignored_flags
+from blob_hf.cli.methods import ROUTES, FittedRoute, MethodArguments, find_route, ignored_flags
 from blob_hf.tuner.model import as_blob_model, get_lora_model
 from blob_hf.tuner.posterior import sampled_layers
 
@@ -33,6 +33,8 @@ def test_the_methods_of_the_paper_are_there():
     choices = MethodArguments.__dataclass_fields__["method"].metadata["choices"]
     assert tuple(choices) == NAMES
     with pytest.raises(BlobError, match="method must be one of blob, lora, map, .*, got 'bayes'"):
+        find_route("bayes")
+    with pytest.raises(BlobError, match="method must be one of blob, lora, .*, got 'bayes'"):
         find_method("bayes")
     # a flag that only some methods read is one of the arguments there are
     known = set(BlobTrainingArguments.__dataclass_fields__) | set(AdapterArguments.__dataclass_fields__)

@@ -121,7 +121,7 @@ def test_a_checkpoint_of_another_engine_is_refused_and_its_adapter_goes_on(tmp_p
     (checkpoint / "checkpoint_files.json").unlink()  # as a checkpoint of ZeRO would have its own seal
     (checkpoint / "log_state.json").write_text(json.dumps(state | {"engine": "zero-3 x 2"}))
     again = make_trainer(tmp_path / "again", blob_bert())
-    with pytest.raises(BlobError, match=r"saved under zero-3 x 2, but this run is torch.*--adapter_name_or_path"):
+    with pytest.raises(BlobError, match=r"saved under zero-3 x 2, but this run is torch.*continue from its adapter"):
         again.train(resume_from_checkpoint=str(checkpoint))
     again.model.load_adapter(checkpoint, "default", is_trainable=True)
     again.train()
