@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from blob_hf.tuner import adapter_files
 from blob_hf.tuner.adapter_files import NAMES
 from blob_hf.tuner.base_model import head_parameters
 from blob_hf.tuner.model import BlobModel
+from blob_hf.tuner.posterior import lora_layers
 from blob_hf.tuner.sampled import SampledLinear, layer_name
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils import files
@@ -282,12 +282,11 @@ def _check_alike(first: Any, other: Any, folder: Path) -> None:
 
 def _join_lora(model: PeftModel, names: Sequence[str]) -> None:
     first, others = names[0], names[1:]
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLayer) and first in module.lora_A:
-            for part in ("lora_A", "lora_B"):
-                weights: Any = getattr(module, part)
-                rest = [(weights[name].weight, None) for name in others]
-                weights[first] = MemberLinear(weights[first], rest, layer_name(path), part)
+    for path, module in lora_layers(model, first):
+        for part in ("lora_A", "lora_B"):
+            weights: Any = getattr(module, part)
+            rest = [(weights[name].weight, None) for name in others]
+            weights[first] = MemberLinear(weights[first], rest, layer_name(path), part)
 
 
 def _join_heads(model: PeftModel, names: Sequence[str], heads: Sequence[Mapping[str, Tensor]]) -> None:

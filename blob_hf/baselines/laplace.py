@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -28,7 +27,7 @@ from blob_hf.reporting.run_summary import MethodCard
 from blob_hf.tuner.adapter_files import read_beside, write_beside
 from blob_hf.tuner.base_model import in_head
 from blob_hf.tuner.model import BlobModel
-from blob_hf.tuner.posterior import posterior_mean, sampled_layers
+from blob_hf.tuner.posterior import lora_layers, posterior_mean, sampled_layers
 from blob_hf.tuner.sampled import SampledLinear, layer_name, standard_normal
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
@@ -240,8 +239,8 @@ def lora_weights(model: BlobModel, subset: str) -> dict[str, nn.Parameter]:
 
     (A frozen or fully trained head has no LoRA weights, so the last layer under LoRA stands for it.)
     """
-    adapter = model.active_adapter
-    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, LoraLayer) and adapter in m.lora_A]
+    adapter = str(model.active_adapter)
+    layers = list(lora_layers(model, adapter))
     if subset == "last_layer":
         base = model.get_base_model()
         head = [(path, module) for path, module in layers if in_head(base, layer_name(path))]
@@ -314,16 +313,15 @@ def fit_kron(
 
 def attach_factors(model: BlobModel, factors: Mapping[str, Factors], prior_precision: float) -> None:
     """Put a `LaplaceLinear` in the place of every A and B that has factors."""
-    adapter = model.active_adapter
+    adapter = str(model.active_adapter)
     odd = sorted(factors.keys() - lora_weights(model, "all").keys())
     if odd:
         raise BlobError(f"the Laplace posterior is of another model: it has factors of {odd[0]}, this model has not")
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLayer) and adapter in module.lora_A:
-            for part in ("lora_A", "lora_B"):
-                if (found := factors.get(f"{path}.{part}.weight")) is not None:
-                    weights: Any = getattr(module, part)
-                    weights[adapter] = LaplaceLinear(weights[adapter], layer_name(path), part, found, prior_precision)
+    for path, module in lora_layers(model, adapter):
+        for part in ("lora_A", "lora_B"):
+            if (found := factors.get(f"{path}.{part}.weight")) is not None:
+                weights: Any = getattr(module, part)
+                weights[adapter] = LaplaceLinear(weights[adapter], layer_name(path), part, found, prior_precision)
 
 
 def _choose_precision(model: BlobModel, held_out: DataLoader, sampling: Sampling) -> float:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from blob_hf.baselines.base import MethodState, register_method
 from blob_hf.reporting.run_summary import MethodCard
 from blob_hf.tuner.model import BlobModel
+from blob_hf.tuner.posterior import lora_layers
 from blob_hf.tuner.sampled import SampledLinear, layer_name, sample_generator
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
@@ -80,10 +80,9 @@ def attach_mc_dropout(model: BlobModel) -> BlobModel:
     if not 0 < rate < 1:
         bound = "< 1" if rate > 0 else "> 0"
         raise BlobError(f"method mc_dropout needs an adapter with lora_dropout {bound}, got {rate:g}")
-    adapter = model.active_adapter
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLayer) and adapter in module.lora_A:
-            linear: Any = module.lora_A[adapter]
-            module.lora_A[adapter] = MaskedA(linear, layer_name(path), rate)
+    adapter = str(model.active_adapter)
+    for path, module in lora_layers(model, adapter):
+        linear: Any = module.lora_A[adapter]
+        module.lora_A[adapter] = MaskedA(linear, layer_name(path), rate)
     model.set_companion(MCDropoutState())
     return model

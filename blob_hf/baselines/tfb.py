@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.utils.data import Subset
 
@@ -23,7 +22,7 @@ from blob_hf.baselines.base import MethodState, register_method
 from blob_hf.reporting.run_summary import MethodCard
 from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.model import BlobModel
-from blob_hf.tuner.posterior import attach_posterior, gaussian_layers
+from blob_hf.tuner.posterior import attach_posterior, gaussian_layers, lora_layers
 from blob_hf.tuner.sampled import layer_name
 from blob_hf.utils.errors import BlobError
 
@@ -249,14 +248,13 @@ def _rotate_all(model: BlobModel) -> dict[str, Tensor]:
     """Rotate every LoRA layer of the active adapter and attach a posterior; the unit stds by layer name."""
     adapter = str(model.active_adapter)
     unit = {}
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLayer) and adapter in module.lora_A:
-            a: Any = module.lora_A[adapter].weight
-            b: Any = module.lora_B[adapter].weight
-            rotated = rotate(a, b)
-            a.copy_(rotated.a)
-            b.copy_(rotated.b)
-            unit[layer_name(path)] = rotated.unit_std
+    for path, module in lora_layers(model, adapter):
+        a: Any = module.lora_A[adapter].weight
+        b: Any = module.lora_B[adapter].weight
+        rotated = rotate(a, b)
+        a.copy_(rotated.a)
+        b.copy_(rotated.b)
+        unit[layer_name(path)] = rotated.unit_std
     lora: Any = model.peft_config[adapter]
     config = BlobConfig.from_lora(lora)
     attach_posterior(model, config, adapter)

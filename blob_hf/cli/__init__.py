@@ -3,15 +3,9 @@
 from blob_hf.cli.adapters import AdapterArguments, PublishedDefaults, require_split
 from blob_hf.cli.arguments import parse_arguments
 from blob_hf.cli.folders import claim_folder, claim_output_dir, with_output_dir
-from blob_hf.cli.methods import (
-    Job,
-    MethodArguments,
-    check_texts,
-    choose_route,
-    make_model,
-    starting_adapter,
-    warn_of_ignored,
-)
+from blob_hf.cli.method_arguments import MethodArguments
+from blob_hf.cli.methods import check_texts, choose_route, make_model, starting_adapter, warn_of_ignored
+from blob_hf.cli.routes import Job
 from blob_hf.cli.terminal import setup_logging, user_errors
 
 __all__ = [

@@ -9,7 +9,7 @@ import numpy as np
 
 from blob_hf.baselines.temperature import Temperatures, fit_temperature, scale
 from blob_hf.cli.costs import COSTS_FILE, training_costs
-from blob_hf.cli.methods import Job, Route
+from blob_hf.cli.routes import Job, Route
 from blob_hf.metrics.calibration import calibration_metrics, confidence, reliability_bins
 from blob_hf.metrics.classification import rejection_curves
 from blob_hf.metrics.detection import detection_report

@@ -12,7 +12,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from blob_hf import cli
-from blob_hf.cli.methods import ROUTES, FittedRoute
+from blob_hf.cli.routes import ROUTES, FittedRoute
 from blob_hf.data.glue import TASKS
 from blob_hf.experiments import glue_report
 from blob_hf.experiments.grid import GridArguments, GridRun, check_passed_on, complete_runs, refuse_failed

@@ -23,8 +23,7 @@ from blob_hf.data.summarization import (
     single_references,
 )
 from blob_hf.metrics.bertscore import PUBLISHED_MODEL, BertScorer
-from blob_hf.trainer.trainer import BlobSeq2SeqTrainer
-from blob_hf.trainer.training_args import BlobSeq2SeqTrainingArguments
+from blob_hf.trainer import BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments
 from blob_hf.tuner import adapter_files
 from blob_hf.tuner.base_model import load_base_model
 from blob_hf.tuner.config import BlobConfig, default_target_modules

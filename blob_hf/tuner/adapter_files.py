@@ -112,6 +112,17 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def subfolder(adapter: str) -> str:
+    """Where in a folder of adapters the adapter of this name is: PEFT's layout.
+
+    Raises:
+        BlobError: The name would lead out of the folder.
+    """
+    if adapter in (".", "..") or Path(adapter).name != adapter:
+        raise BlobError(f"adapter name {adapter!r} is not a folder name; rename the adapter to save it")
+    return "" if adapter == "default" else adapter
+
+
 # ----- finding ---------------------------------------------------------------------------------------------------
 
 

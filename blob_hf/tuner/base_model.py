@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,32 @@ def targets_head(model: nn.Module, config: LoraConfig) -> bool:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     )
+
+
+def check_targets(model: nn.Module, config: LoraConfig) -> None:
+    """Refuse `target_modules` that match no layer of a model, naming some that it has.
+
+    Raises:
+        BlobError: They match none.
+    """
+    targets = config.target_modules
+    if not targets or targets == "all-linear" or config.target_parameters:
+        return
+    names = [name for name, _ in model.named_modules()]
+    if isinstance(targets, str):
+        found = any(re.fullmatch(targets, name) for name in names)
+    else:
+        found = any(name == target or name.endswith(f".{target}") for name in names for target in targets)
+    if not found:
+        raise BlobError(
+            f"target_modules {targets!r} match no layer of {type(model).__name__}; "
+            f"it has, for example, {', '.join(_linear_names(model))} (or use 'all-linear')"
+        )
+
+
+def _linear_names(model: nn.Module, count: int = 8) -> list[str]:
+    names = (name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return list(dict.fromkeys(names))[:count]
 
 
 def head_parameters(peft_model: PeftModel) -> dict[str, nn.Parameter]:

@@ -1,7 +1,6 @@
 """`BlobModel`: a `PeftModel` whose LoRA adapters carry a Gaussian posterior over A. Build, save and load it here."""
 
 import os
-import re
 import tempfile
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from blob_hf.tuner import adapter_files, loading, posterior
 from blob_hf.tuner.adapter_files import SavedAdapter
-from blob_hf.tuner.base_model import load_base_model, targets_head, untie_adapted_layers
+from blob_hf.tuner.base_model import check_targets, load_base_model, targets_head, untie_adapted_layers
 from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.registry import VERBS, Companion, companion_files
 from blob_hf.tuner.sampled import SampledLinear
@@ -182,7 +181,7 @@ class BlobModel(PeftModel):
             mean, std = self.adapter_tensors(adapter, state_dict, save_embeddings)
             if not is_main_process:
                 continue
-            target = Path(save_directory) / _subfolder(adapter)
+            target = Path(save_directory) / adapter_files.subfolder(adapter)
             with files.staged(target) as folder:
                 adapter_files.write(folder, mean, std)
                 config: Any = self.peft_config[adapter]
@@ -383,7 +382,7 @@ def get_lora_model(model: PreTrainedModel, config: LoraConfig, adapter_name: str
     """
     if targets_head(model, config):
         config.task_type = None
-    _check_targets(model, config)
+    check_targets(model, config)
     return as_blob_model(get_peft_model(model, config, adapter_name))
 
 
@@ -438,35 +437,3 @@ def as_blob_model(peft_model: PeftModel) -> BlobModel:
     model.companions, model.adapter_heads = {}, {}
     model.remember_head()
     return model
-
-
-def _check_targets(model: nn.Module, config: LoraConfig) -> None:
-    targets = config.target_modules
-    if not targets or targets == "all-linear" or config.target_parameters:
-        return
-    names = [name for name, _ in model.named_modules()]
-    if isinstance(targets, str):
-        found = any(re.fullmatch(targets, name) for name in names)
-    else:
-        found = any(name == target or name.endswith(f".{target}") for name in names for target in targets)
-    if not found:
-        raise BlobError(
-            f"target_modules {targets!r} match no layer of {type(model).__name__}; "
-            f"it has, for example, {', '.join(_linear_names(model))} (or use 'all-linear')"
-        )
-
-
-def _linear_names(model: nn.Module, count: int = 8) -> list[str]:
-    names = (name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return list(dict.fromkeys(names))[:count]
-
-
-def _subfolder(adapter: str) -> str:
-    """Where in a folder of adapters the adapter of this name is: PEFT's layout.
-
-    Raises:
-        BlobError: The name would lead out of the folder.
-    """
-    if adapter in (".", "..") or Path(adapter).name != adapter:
-        raise BlobError(f"adapter name {adapter!r} is not a folder name; rename the adapter to save it")
-    return "" if adapter == "default" else adapter

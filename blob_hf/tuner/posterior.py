@@ -44,6 +44,13 @@ def attach_posterior(model: nn.Module, config: BlobConfig, adapter: str) -> None
         raise BlobError(f"the model has no LoRA layers of an adapter named {adapter!r}")
 
 
+def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
+    """Every linear layer with LoRA weights of an adapter, by its path in the PEFT model."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and adapter in module.lora_A:
+            yield path, module
+
+
 def gaussian_layers(model: nn.Module, adapter: str | None = None) -> dict[str, GaussianA]:
     """The Gaussian A of every layer of one adapter (default: of all active ones), by layer name, in model order."""
     layers = {}

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from blob_hf import BlobError, BlobModel, BlobTrainer
 from blob_hf.baselines.ensemble import join_members
-from blob_hf.cli.methods import MethodArguments
+from blob_hf.cli.method_arguments import MethodArguments
+from blob_hf.cli.routes import find_route
 from blob_hf.inference.export import export_samples
 from blob_hf.inference.predict import predict_classes
 from blob_hf.tuner.model import get_lora_model, load_lora
@@ -165,9 +166,9 @@ def test_finished_members_are_not_trained_again(tmp_path):
 def test_what_cannot_be_an_ensemble_is_one_line(members, tmp_path, monkeypatch, capfd):
     base, folders, model = members
     with pytest.raises(BlobError, match="ensemble_size must be >= 2, got 1"):
-        MethodArguments("ensemble", ensemble_size=1)
+        find_route("ensemble").check(MethodArguments("ensemble", ensemble_size=1))
     with pytest.raises(BlobError, match="number of ensemble_members must be >= 2, got 1"):
-        MethodArguments("ensemble", ensemble_members=["one"])
+        find_route("ensemble").check(MethodArguments("ensemble", ensemble_members=["one"]))
     with pytest.raises(BlobError, match="has 3 members, but 4 samples"), model.posterior_samples(4):
         pass
     with pytest.raises(BlobError, match="has 3 members, but 4 samples"), model.posterior_samples(Sampling(2, first=2)):

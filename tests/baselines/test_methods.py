@@ -16,7 +16,9 @@ from blob_hf.baselines.base import METHOD_FILE
 from blob_hf.baselines.laplace import library_is_there
 from blob_hf.baselines.map import prior_weight_decay
 from blob_hf.cli.adapters import AdapterArguments
-from blob_hf.cli.methods import ROUTES, FittedRoute, MethodArguments, find_route, ignored_flags
+from blob_hf.cli.method_arguments import MethodArguments
+from blob_hf.cli.methods import ignored_flags
+from blob_hf.cli.routes import ROUTES, FittedRoute, find_route
 from blob_hf.tuner.model import as_blob_model, get_lora_model
 from blob_hf.tuner.posterior import sampled_layers
 

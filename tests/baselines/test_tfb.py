@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from blob_hf import BlobError, BlobModel, BlobTrainer
 from blob_hf.baselines.tfb import TFBConfig, anchor_rows, largest_sigma, rotate
-from blob_hf.cli.methods import MethodArguments
+from blob_hf.cli.method_arguments import MethodArguments
+from blob_hf.cli.routes import find_route
 from blob_hf.cli.tfb import main
 from blob_hf.data import demo
 from blob_hf.tuner.model import get_lora_model
@@ -146,9 +147,9 @@ def test_a_saved_posterior_predicts_the_same_and_is_a_blob_adapter(tmp_path):
 
 def test_mistakes_are_one_line(tmp_path, caplog):
     with pytest.raises(BlobError, match="num_anchors must be >= 1, got 0"):
-        MethodArguments("tfb", num_anchors=0)
+        find_route("tfb").check(MethodArguments("tfb", num_anchors=0))
     with pytest.raises(BlobError, match="tfb_tolerance must be >= 0, got -1"):
-        MethodArguments("tfb", tfb_tolerance=-1)
+        find_route("tfb").check(MethodArguments("tfb", tfb_tolerance=-1))
     with pytest.raises(BlobError, match="^bound must be > 0, got 0"):  # a library error has no flag in it
         TFBConfig(bound=0)
     with pytest.raises(BlobError, match="needs anchor examples, but there are none"):

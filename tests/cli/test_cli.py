@@ -6,7 +6,7 @@ import pytest
 from blob_hf import cli
 from blob_hf.cli.adapters import PublishedDefaults
 from blob_hf.cli.folders import SETTINGS_FILE
-from blob_hf.cli.methods import ROUTES
+from blob_hf.cli.routes import ROUTES
 from blob_hf.trainer.training_args import BlobTrainingArguments
 from blob_hf.utils.errors import BlobError
 

@@ -6,7 +6,8 @@ import torch
 from datasets import Dataset
 
 from blob_hf import BlobConfig, BlobTrainer, BlobTrainingArguments, get_blob_model
-from blob_hf.cli.methods import Job, MethodArguments, find_route
+from blob_hf.cli.method_arguments import MethodArguments
+from blob_hf.cli.routes import Job, find_route
 from helpers.models import TARGETS, tiny_bert
 
 
@@ -47,6 +48,7 @@ def fit(folder, method, make_model, data=None, calibration=None, **changes):
     method_args = MethodArguments(method, **{name: changes.pop(name) for name in list(changes) if name in names})
     args = arguments(folder, **changes)
     route = find_route(method)
+    route.check(method_args)
     route.check_run(method_args, args)
     data = rows() if data is None else data
 

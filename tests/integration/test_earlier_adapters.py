@@ -1,7 +1,7 @@
 """Adapters as version 0.1 saved them, before its rooms were rearranged, load unchanged.
 
-fixtures/adapters_0_1 holds a tiny base model, a BLoB adapter, a Laplace-LoRA one (whose temperatures were in method.json
-then), and what that version predicted with them.
+fixtures/adapters_0_1 holds a tiny base model, a BLoB adapter, a Laplace-LoRA one (whose temperatures were in
+method.json then), and what that version predicted with them.
 """
 
 import json

@@ -1,0 +1,86 @@
+"""--method and what the methods need to know, as arguments."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from blob_hf.baselines import LaplaceConfig, TFBConfig
+from blob_hf.baselines.laplace import PREDICTIVES, PRIORS, SUBSETS
+from blob_hf.utils.errors import BlobError
+
+Config = TypeVar("Config")
+
+
+@dataclass
+class MethodArguments:
+    """Which method makes the adapter, and what that method needs to know."""
+
+    method: str = field(
+        default="blob",
+        metadata={
+            "help": "blob, or one of its peers: lora (maximum likelihood), map, mc_dropout, ensemble; laplace and tfb "
+            "are fitted to a trained adapter (--adapter_name_or_path).",
+            "choices": ["blob", "lora", "map", "mc_dropout", "ensemble", "laplace", "tfb"],
+        },
+    )
+    temperature_scaling: bool = field(
+        default=False,
+        metadata={"help": "Also report a classifier with a temperature fitted to held-out training rows."},
+    )
+    calibration_samples: int | None = field(
+        default=None, metadata={"help": "Training rows to hold out for that. Default: a tenth, at most 500."}
+    )
+    ensemble_size: int = field(default=3, metadata={"help": "Members K of --method ensemble, trained in sequence."})
+    ensemble_members: list[str] | None = field(
+        default=None, metadata={"help": "Trained adapters (folders or Hub repos) to make the ensemble of instead."}
+    )
+    num_anchors: int = field(default=200, metadata={"help": "Training rows on which TFB measures the loss."})
+    tfb_tolerance: float = field(
+        default=TFBConfig.tolerance,
+        metadata={"help": "Relative increase of the anchors' NLL that TFB allows."},
+    )
+    tfb_bound: float = field(default=TFBConfig.bound, metadata={"help": "Largest sigma_q that TFB tries."})
+    tfb_samples: int = field(default=TFBConfig.num_samples, metadata={"help": "Posterior samples in TFB's loss."})
+    laplace_subset: str = field(
+        default=LaplaceConfig.subset,
+        metadata={"help": "LoRA weights with a Laplace posterior.", "choices": list(SUBSETS)},
+    )
+    laplace_prior: str = field(
+        default=LaplaceConfig.prior,
+        metadata={"help": "Prior precision by marginal likelihood or held-out rows.", "choices": list(PRIORS)},
+    )
+    laplace_predictive: str = field(
+        default=LaplaceConfig.predictive,
+        metadata={"help": "Predict with the linearised network, or sampled ones.", "choices": list(PREDICTIVES)},
+    )
+
+    def __post_init__(self) -> None:
+        if self.calibration_samples is not None and self.calibration_samples < 1:
+            raise BlobError(f"calibration_samples must be >= 1, got {self.calibration_samples}")
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether some of the training rows are kept for calibration."""
+        return self.temperature_scaling or (self.method == "laplace" and self.laplace_prior == "validation")
+
+    def tfb_config(self) -> TFBConfig:
+        """The search of TFB; its errors have the names of the flags."""
+        return _with_flag_names(
+            lambda: TFBConfig(self.tfb_tolerance, self.tfb_bound, self.tfb_samples),
+            {"tolerance": "tfb_tolerance", "bound": "tfb_bound", "num_samples": "tfb_samples"},
+        )
+
+    def laplace_config(self) -> LaplaceConfig:
+        """The fit of Laplace."""
+        return _with_flag_names(
+            lambda: LaplaceConfig(self.laplace_subset, self.laplace_prior, self.laplace_predictive),
+            {"subset": "laplace_subset", "prior": "laplace_prior", "predictive": "laplace_predictive"},
+        )
+
+
+def _with_flag_names(make: Callable[[], Config], flags: Mapping[str, str]) -> Config:
+    try:
+        return make()
+    except BlobError as error:
+        name, _, rest = str(error).partition(" ")
+        raise BlobError(f"{flags.get(name, name)} {rest}") from error

@@ -1,0 +1,367 @@
+"""The route of each --method from arguments to an adapter; all else stays equal."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from peft import LoraConfig
+from transformers import PreTrainedModel, set_seed
+from transformers.trainer_utils import TrainOutput, has_length
+
+from blob_hf import baselines
+from blob_hf.baselines.laplace import PRECISION_GRID, require_library
+from blob_hf.baselines.mc_dropout import DEFAULT_DROPOUT
+from blob_hf.baselines.tfb import anchor_rows
+from blob_hf.cli.adapters import AdapterArguments, load_posterior, saved_method
+from blob_hf.cli.method_arguments import MethodArguments
+from blob_hf.reporting.run_summary import MethodCard
+from blob_hf.trainer.engines import require_whole_models
+from blob_hf.trainer.summary import BLOB_CARD, LORA_CARD
+from blob_hf.trainer.trainer import BlobTrainer, num_trained
+from blob_hf.trainer.training_args import Arguments, BlobTrainingArguments, changed_arguments
+from blob_hf.tuner.adapter_files import resolve
+from blob_hf.tuner.config import BlobConfig
+from blob_hf.tuner.model import BlobModel, get_blob_model, get_lora_model, load_lora
+from blob_hf.utils.errors import BlobError
+
+MEMBERS_FOLDER = "_members"  # of a run: the trainings of an ensemble's members; pushes leave out names with _
+
+# What a method that trains nothing does not read (and what `--demo` does not set for all methods).
+_TRAINING_FLAGS = frozenset(
+    {"lora_r", "lora_alpha", "lora_dropout", "target_modules", "weight_decay", "resume_from_checkpoint"}
+)
+_SAMPLING_FLAGS = frozenset({"eval_samples", "eval_seed", "antithetic", "posterior_batch_size"})
+
+
+@dataclass
+class Job:
+    """What a script brings to a route.
+
+    Attributes:
+        make_model: A fresh model, or the saved adapter that the run starts from.
+        make_trainer: A trainer of a model with training arguments.
+        calibration_rows: Training rows that were held out.
+    """
+
+    args: BlobTrainingArguments
+    method_args: MethodArguments
+    make_model: Callable[[], BlobModel]
+    make_trainer: Callable[[BlobModel, BlobTrainingArguments], BlobTrainer]
+    calibration_rows: Any = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training or a fit came to, and what it cost.
+
+    Attributes:
+        trained_parameters: By gradient, over all trainings of the run.
+        fit_forwards: Rows that were passed through the network to fit without gradient steps.
+        fit_runtime: Seconds of that.
+    """
+
+    output: TrainOutput
+    trained_parameters: int = 0
+    fit_forwards: int = 0
+    fit_runtime: float = 0.0
+
+    def metrics(self) -> dict[str, float]:
+        """For train_results.json."""
+        found = dict(self.output.metrics)
+        if self.fit_forwards:
+            found |= {"fit_runtime": self.fit_runtime, "fit_forwards": self.fit_forwards}
+        return found
+
+
+class Route:
+    """Maximum likelihood: plain LoRA, trained as it is. The other methods say what they do otherwise.
+
+    Attributes:
+        name: As in `--method`.
+        flags: Arguments that only some methods read, this one among them.
+        default_dropout: LoRA's dropout, unless it is given.
+    """
+
+    name: ClassVar[str] = "lora"
+    flags: ClassVar[frozenset[str]] = frozenset()
+    default_dropout: ClassVar[float] = 0.0
+
+    @property
+    def card(self) -> MethodCard:
+        """What is said of its adapters."""
+        return LORA_CARD if self.name == "lora" else baselines.find_method(self.name).card
+
+    def check(self, method_args: MethodArguments) -> None:
+        """Refuse arguments of the method that it cannot work with."""
+
+    def check_run(self, method_args: MethodArguments, args: BlobTrainingArguments) -> None:
+        """Refuse them together with the training arguments."""
+
+    def check_texts(self) -> None:
+        """Refuse to write texts, for a method that cannot."""
+
+    def unread(self, method_args: MethodArguments, args: BlobTrainingArguments) -> frozenset[str]:
+        """Arguments beside other methods' flags that do nothing here, with these arguments."""
+        return frozenset()
+
+    def folder_name(self, data: str, args: BlobTrainingArguments) -> str:
+        """Of a run, after the settings that one varies most."""
+        return f"{data}-{self.name}-seed{args.seed}"
+
+    def start(self, adapter_args: AdapterArguments, method_args: MethodArguments) -> str | None:
+        """The saved adapter that a training starts from, None for a new one."""
+        return adapter_args.adapter_name_or_path
+
+    def fresh_model(self, base: PreTrainedModel, lora: Mapping[str, Any], posterior: Mapping[str, Any]) -> BlobModel:
+        """A model with a new adapter."""
+        return get_lora_model(base, LoraConfig(**lora))
+
+    def load_model(
+        self, base: PreTrainedModel, adapter: str, args: BlobTrainingArguments, posterior: Mapping[str, Any]
+    ) -> BlobModel:
+        """A model with a saved adapter to train, or to evaluate as plain LoRA."""
+        folder = resolve(adapter)
+        if saved_method(folder) != self.name:
+            require_plain(folder, self.name)
+        return load_lora(base, folder, args.do_train)
+
+    def arguments(self, args: Arguments, train_rows: Any) -> Arguments:
+        """The training arguments that it trains with."""
+        return args
+
+    def train(self, job: Job, trainer: BlobTrainer) -> Outcome:
+        """Train or fit the trainer's model."""
+        output = trainer.train(resume_from_checkpoint=job.args.resume_from_checkpoint)
+        return Outcome(output, num_trained(trainer.model))
+
+
+class BlobRoute(Route):
+    """A Gaussian posterior over A, trained by backpropagation."""
+
+    name = "blob"
+    flags = _SAMPLING_FLAGS | {
+        "beta", "gamma", "kl_schedule", "kl_cycle_steps", "kl_weight", "kl_target_nats_per_weight",
+        "kl_learning_rate", "kl_gradient", "train_samples", "init_eps", "std_parameterization", "noise",
+    }  # fmt: skip
+
+    @property
+    def card(self) -> MethodCard:
+        return BLOB_CARD
+
+    def folder_name(self, data: str, args: BlobTrainingArguments) -> str:
+        beta = args.beta or BlobConfig.prior_std
+        return f"{data}-{self.name}-beta{beta:g}-gamma{args.gamma:g}-seed{args.seed}"
+
+    def fresh_model(self, base: PreTrainedModel, lora: Mapping[str, Any], posterior: Mapping[str, Any]) -> BlobModel:
+        return get_blob_model(base, BlobConfig(**lora, **posterior))
+
+    def load_model(
+        self, base: PreTrainedModel, adapter: str, args: BlobTrainingArguments, posterior: Mapping[str, Any]
+    ) -> BlobModel:
+        return load_posterior(base, adapter, args, posterior)
+
+
+class MapRoute(Route):
+    """LoRA with the weight decay of its prior, unless a weight_decay > 0 is given."""
+
+    name = "map"
+    flags = frozenset({"beta"})
+
+    def unread(self, method_args: MethodArguments, args: BlobTrainingArguments) -> frozenset[str]:
+        return frozenset({"beta"}) if args.weight_decay else frozenset()
+
+    def arguments(self, args: Arguments, train_rows: Any) -> Arguments:
+        if args.weight_decay or train_rows is None:
+            return args
+        if not has_length(train_rows):
+            raise BlobError("method map needs the size of the training set for its prior; give --weight_decay")
+        beta = getattr(args, "beta", None) or BlobConfig.prior_std
+        return changed_arguments(args, weight_decay=baselines.prior_weight_decay(len(train_rows), beta))
+
+    def train(self, job: Job, trainer: BlobTrainer) -> Outcome:
+        trainer.blob_model.set_companion(baselines.MapState(trainer.args.weight_decay))
+        return super().train(job, trainer)
+
+
+class DropoutRoute(Route):
+    """LoRA trained with dropout, whose masks are its samples."""
+
+    name = "mc_dropout"
+    flags = _SAMPLING_FLAGS
+    default_dropout = DEFAULT_DROPOUT
+
+    def fresh_model(self, base: PreTrainedModel, lora: Mapping[str, Any], posterior: Mapping[str, Any]) -> BlobModel:
+        return baselines.attach_mc_dropout(super().fresh_model(base, lora, posterior))
+
+    def load_model(
+        self, base: PreTrainedModel, adapter: str, args: BlobTrainingArguments, posterior: Mapping[str, Any]
+    ) -> BlobModel:
+        return baselines.attach_mc_dropout(super().load_model(base, adapter, args, posterior))
+
+
+class EnsembleRoute(Route):
+    """Adapters of several seeds, trained one after another, or each elsewhere and put together here."""
+
+    name = "ensemble"
+    flags = frozenset({"ensemble_size", "ensemble_members", "eval_samples", "posterior_batch_size"})
+
+    def check(self, method_args: MethodArguments) -> None:
+        members = method_args.ensemble_members
+        size = method_args.ensemble_size if members is None else len(members)
+        if size < 2:
+            what = "ensemble_size" if members is None else "the number of ensemble_members"
+            raise BlobError(f"{what} must be >= 2, got {size}; one adapter is method lora")
+
+    def unread(self, method_args: MethodArguments, args: BlobTrainingArguments) -> frozenset[str]:
+        return frozenset({"ensemble_size"}) if method_args.ensemble_members else frozenset()
+
+    def start(self, adapter_args: AdapterArguments, method_args: MethodArguments) -> str | None:
+        members = method_args.ensemble_members
+        if members and adapter_args.adapter_name_or_path:
+            raise BlobError("--ensemble_members are put together by --do_train, and without --adapter_name_or_path")
+        return members[0] if members else adapter_args.adapter_name_or_path
+
+    def train(self, job: Job, trainer: BlobTrainer) -> Outcome:
+        require_whole_models(trainer.accelerator, f"method {self.name}")
+        given = job.method_args.ensemble_members
+        if given:  # the trainer's model is the first one
+            model, trained = trainer.blob_model, []
+            others = [resolve(member) for member in given[1:]]
+        else:
+            folder = Path(str(job.args.output_dir), MEMBERS_FOLDER)
+            trained = baselines.train_members(
+                lambda own: _fresh_trainer(job, own), job.args, job.method_args.ensemble_size, folder
+            )
+            model = job.make_model()
+            model.load_adapter(trained[0].folder, str(model.active_adapter))
+            others = [member.folder for member in trained[1:]]
+        baselines.join_members(model, others)
+        trainer.set_model(model)
+        loss = sum(member.loss for member in trained) / len(trained) if trained else math.nan
+        metrics = {"train_runtime": sum(member.runtime for member in trained), "train_loss": loss} if trained else {}
+        output = TrainOutput(sum(member.steps for member in trained), loss, metrics)
+        return Outcome(output, sum(member.trained_parameters for member in trained))
+
+
+def _fresh_trainer(job: Job, args: BlobTrainingArguments) -> BlobTrainer:
+    set_seed(args.seed)
+    return job.make_trainer(job.make_model(), args)
+
+
+class FittedRoute(Route):
+    """A method that is fitted to a trained adapter, without gradient steps."""
+
+    def unread(self, method_args: MethodArguments, args: BlobTrainingArguments) -> frozenset[str]:
+        return _TRAINING_FLAGS
+
+    def start(self, adapter_args: AdapterArguments, method_args: MethodArguments) -> str | None:
+        if not adapter_args.adapter_name_or_path:
+            raise BlobError(
+                f"--method {self.name} is fitted to a trained adapter: train one with --method lora, then "
+                "name it with --adapter_name_or_path"
+            )
+        return adapter_args.adapter_name_or_path
+
+    def load_model(
+        self, base: PreTrainedModel, adapter: str, args: BlobTrainingArguments, posterior: Mapping[str, Any]
+    ) -> BlobModel:
+        require_plain(resolve(adapter), self.name)
+        return load_lora(base, resolve(adapter), args.do_train)
+
+    def train(self, job: Job, trainer: BlobTrainer) -> Outcome:
+        require_whole_models(trainer.accelerator, f"method {self.name}")
+        start = time.perf_counter()
+        forwards = self.fit(job, trainer)
+        return Outcome(TrainOutput(0, 0.0, {}), fit_forwards=forwards, fit_runtime=time.perf_counter() - start)
+
+    def fit(self, job: Job, trainer: BlobTrainer) -> int:
+        """Fit the trainer's model; the rows that it took."""
+        raise NotImplementedError
+
+
+class LaplaceRoute(FittedRoute):
+    """A Kronecker-factored Laplace approximation."""
+
+    name = "laplace"
+    flags = _SAMPLING_FLAGS | {"laplace_subset", "laplace_prior", "laplace_predictive"}
+
+    def check(self, method_args: MethodArguments) -> None:
+        method_args.laplace_config()
+
+    def check_run(self, method_args: MethodArguments, args: BlobTrainingArguments) -> None:
+        if method_args.laplace_prior == "validation" and args.eval_samples == 0:
+            raise BlobError(
+                "laplace_prior validation compares predictives of samples: eval_samples must be >= 1, got 0"
+            )
+        if args.do_train:
+            require_library()
+
+    def check_texts(self) -> None:
+        raise BlobError(f"method {self.name} predicts classes; for summaries take another method")
+
+    def fit(self, job: Job, trainer: BlobTrainer) -> int:
+        rows: Any = trainer.train_dataset
+        held_out = job.calibration_rows
+        if rows is None or len(rows) == 0:
+            raise BlobError("method laplace needs the training data, but there is none; give train_dataset")
+        config = job.method_args.laplace_config()
+        validates = config.prior == "validation"
+        held_out_loader = trainer.plain_loader(held_out) if validates and held_out is not None else None
+        loader = trainer.plain_loader(rows)
+        baselines.fit_laplace(trainer.blob_model, loader, config, held_out_loader, trainer.args.sampling)
+        return len(rows) + (len(PRECISION_GRID) * len(held_out) if validates else 0)
+
+
+class TFBRoute(FittedRoute):
+    """Training-free Bayesianization."""
+
+    name = "tfb"
+    flags = _SAMPLING_FLAGS | {"num_anchors", "tfb_tolerance", "tfb_bound", "tfb_samples"}
+
+    def check(self, method_args: MethodArguments) -> None:
+        if method_args.num_anchors < 1:
+            raise BlobError(f"num_anchors must be >= 1, got {method_args.num_anchors}")
+        method_args.tfb_config()
+
+    def fit(self, job: Job, trainer: BlobTrainer) -> int:
+        anchors = anchor_rows(trainer.train_dataset, job.method_args.num_anchors)
+        config = job.method_args.tfb_config()
+        state = baselines.fit_tfb(
+            trainer.blob_model, lambda count: trainer.mean_nll(anchors, count), config, len(anchors)
+        )
+        return (1 + len(state.tried) * config.num_samples) * len(anchors)
+
+
+ROUTES: dict[str, Route] = {
+    route.name: route
+    for route in (BlobRoute(), Route(), MapRoute(), DropoutRoute(), EnsembleRoute(), LaplaceRoute(), TFBRoute())
+}
+
+
+def find_route(name: str) -> Route:
+    """The route of a method.
+
+    Raises:
+        BlobError: There is none of this name.
+    """
+    if name not in ROUTES:
+        raise BlobError(f"method must be one of {', '.join(ROUTES)}, got {name!r}")
+    return ROUTES[name]
+
+
+def require_plain(folder: Path, method: str) -> None:
+    """Refuse an adapter that has a posterior or members already.
+
+    Args:
+        folder: Of the adapter.
+        method: What it is needed for.
+
+    Raises:
+        BlobError: It is not a plain LoRA adapter.
+    """
+    name = saved_method(folder)
+    if find_route(name).card.sampled:
+        raise BlobError(f"{folder} is of method {name}, with samples already; --method {method} needs plain LoRA")
