@@ -22,7 +22,7 @@ from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from blob_hf import BlobConfig, BlobTrainer, BlobTrainingArguments, get_blob_model
-from blob_hf.trainer.engines import leave
+from blob_hf.trainer.engines import shutdown
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINES = ["ddp", "zero1", "zero2", "zero3"]
@@ -66,7 +66,7 @@ def worker(args):
     Path(args.out, f"{training_args.process_index}.json").write_text(
         json.dumps({**found, "parameters": base, "held": held})
     )
-    leave(trainer.accelerator)
+    shutdown(trainer.accelerator)
 
 
 def measure(args, engine, processes):

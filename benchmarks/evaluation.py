@@ -13,9 +13,8 @@ import torch
 from peft import LoraConfig
 from train_step import MODELS
 
-from blob_hf import BlobConfig, get_blob_model
+from blob_hf import BlobConfig, Sampling, get_blob_model, get_lora_model
 from blob_hf.inference.predict import repeat_rows
-from blob_hf.tuner.model import get_lora_model
 
 
 def main() -> None:
@@ -43,10 +42,9 @@ def main() -> None:
             plain(**inputs)
 
     def samples(per_forward: int) -> None:
-        for first in range(0, args.samples, per_forward):
-            count = min(per_forward, args.samples - first)
-            with blob.posterior_samples(count, seed=0, first=first):
-                blob(**repeat_rows(inputs, count))
+        for part in Sampling(args.samples, batch_size=per_forward).batches():
+            with blob.posterior_samples(part):
+                blob(**repeat_rows(inputs, part.num_samples))
 
     runs = {
         f"{args.samples} plain LoRA evaluations": lora,

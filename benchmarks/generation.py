@@ -16,10 +16,8 @@ import torch
 from peft import LoraConfig
 from transformers import BartConfig, BartForConditionalGeneration
 
-from blob_hf import BlobConfig, get_blob_model
+from blob_hf import BlobConfig, Sampling, generate_predictive, get_blob_model, get_lora_model
 from blob_hf.experiments.scores import rouge_of_pairs
-from blob_hf.inference.generate import generate_predictive
-from blob_hf.tuner.model import get_lora_model
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "lm_head"]
 
@@ -44,7 +42,7 @@ def published_loop(model, ids, num_samples: int, new_tokens: int) -> None:
     """One network at a time, and for each token the whole decoder again; the encoder once per text."""
     base = model.get_base_model()
     for s in range(num_samples):
-        with model.posterior_samples(1, seed=0, first=s):
+        with model.posterior_samples(Sampling(1, first=s)):
             encoded = base.get_encoder()(input_ids=ids)
             tokens = torch.full((len(ids), 1), base.config.decoder_start_token_id)
             for _ in range(new_tokens):
@@ -102,7 +100,7 @@ def main() -> None:
         options = {**fixed, "num_beams": beams}
         runs[f"plain LoRA, {args.samples} rows, beams {beams}"] = lambda o=options: plain.generate(input_ids=many, **o)
         runs[f"{args.samples} posterior samples, beams {beams}"] = lambda o=options: blob.generate(
-            input_ids=ids, num_posterior_samples=args.samples, **o
+            input_ids=ids, sampling=args.samples, **o
         )
         runs[f"predictive of {args.samples} samples, beams {beams}"] = lambda o=options: generate_predictive(
             blob, {"input_ids": ids}, args.samples, **o

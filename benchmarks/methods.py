@@ -19,17 +19,16 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from train_step import MODELS
 from transformers import TrainerCallback
 
-from blob_hf import BlobConfig, BlobTrainer, BlobTrainingArguments, get_blob_model
-from blob_hf.baselines import METHODS
+from blob_hf import BlobModel, BlobTrainer, BlobTrainingArguments
 from blob_hf.baselines.laplace import library_is_there
-from blob_hf.tuner.model import get_lora_model
+from blob_hf.cli.method_arguments import MethodArguments
+from blob_hf.cli.routes import ROUTES, FittedRoute, Job, Route
 
 WARM_UP = 2
-POST_HOC = [name for name, method in METHODS.items() if method.post_hoc]
+POST_HOC = [name for name, route in ROUTES.items() if isinstance(route, FittedRoute)]
 
 
 class StepTimes(TrainerCallback):
@@ -51,50 +50,51 @@ def rows(count: int) -> Dataset:
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 0] % 2).tolist()})
 
 
-def new_model(method: str, name: str) -> torch.nn.Module:
+def new_model(route: Route, name: str) -> BlobModel:
     base, _, targets = MODELS[name]()
-    lora = {"target_modules": targets, "r": 8, "lora_alpha": 8, "lora_dropout": METHODS[method].default_dropout}
-    if METHODS[method].variational:
-        return get_blob_model(base, BlobConfig(**lora))
-    return get_lora_model(base, LoraConfig(**lora))
+    lora = {"target_modules": targets, "r": 8, "lora_alpha": 8, "lora_dropout": route.default_dropout}
+    return route.fresh_model(base, lora, {})
 
 
-def make_trainer(method: str, folder: str, args: argparse.Namespace, model: torch.nn.Module | None = None):
+def run(route: Route, folder: str, args: argparse.Namespace, model: BlobModel | None, times: StepTimes):
+    """Train, or fit to a model that has been trained."""
     settings = BlobTrainingArguments(
-        output_dir=folder, method=method, max_steps=WARM_UP + args.steps, eval_samples=args.samples, report_to="none",
+        output_dir=folder, max_steps=WARM_UP + args.steps, eval_samples=args.samples, report_to="none",
         per_device_train_batch_size=32, per_device_eval_batch_size=32, disable_tqdm=True, save_strategy="no",
-        use_cpu=True, dataloader_pin_memory=False, logging_strategy="no", num_anchors=args.rows // 2,
+        use_cpu=True, dataloader_pin_memory=False, logging_strategy="no",
     )  # fmt: skip
     data = rows(args.rows)
-    if METHODS[method].retrains:
-        given = {"model_init": lambda: new_model(method, args.model)}
-    else:
-        given = {"model": model or new_model(method, args.model)}
-    return BlobTrainer(**given, args=settings, train_dataset=data, eval_dataset=data.select(range(32)))
+
+    def make_trainer(model: BlobModel, own: BlobTrainingArguments = settings) -> BlobTrainer:
+        return BlobTrainer(
+            model=model, args=route.arguments(own, data), train_dataset=data, eval_dataset=data.select(range(32)),
+            point_estimate=not model.has_posterior, callbacks=[times],
+        )  # fmt: skip
+
+    def make_model() -> BlobModel:
+        return new_model(route, args.model)
+
+    trainer = make_trainer(model or make_model())
+    method_args = MethodArguments(route.name, num_anchors=args.rows // 2)
+    return trainer, route.train(Job(settings, method_args, make_model, make_trainer), trainer)
 
 
 def costs(method: str, args: argparse.Namespace) -> dict[str, float]:
     """Train (and fit) once, evaluate once."""
     with tempfile.TemporaryDirectory() as folder:
         times = StepTimes()
-        model = None
-        if method in POST_HOC:
-            lora = make_trainer("lora", folder, args)
-            lora.train()
-            model = lora.model
-        trainer = make_trainer(method, folder, args, model)
-        trainer.add_callback(times)
-        output = trainer.train()
+        model = run(ROUTES["lora"], folder, args, None, StepTimes())[0].model if method in POST_HOC else None
+        trainer, outcome = run(ROUTES[method], folder, args, model, times)
         start = time.perf_counter()
         trainer.evaluate()
         evaluation = time.perf_counter() - start
     return {
-        "parameters": trainer.trained_parameters,
+        "parameters": outcome.trained_parameters,
         "trainings": len(times.seconds) / args.steps,
         "step": statistics.median(times.seconds) if times.seconds else float("nan"),
-        "fit_rows": output.metrics.get("fit_forwards", 0),
-        "fit": output.metrics.get("fit_runtime", 0.0),
-        "networks": trainer.num_eval_samples,
+        "fit_rows": outcome.fit_forwards,
+        "fit": outcome.fit_runtime,
+        "networks": trainer.eval_sampling.num_samples,
         "evaluation": evaluation,
     }
 
@@ -140,10 +140,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10, help="Networks of an evaluation, but for an ensemble (3).")
     parser.add_argument("--rows", type=int, default=128, help="Rows of the data; TFB's anchors are half of them.")
     parser.add_argument("--model", choices=["minilm", "tiny"], default="minilm")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="Beside lora.")
+    parser.add_argument("--methods", nargs="+", choices=list(ROUTES), default=list(ROUTES), help="Beside lora.")
     parser.add_argument("--memory_processes", type=int, default=3, help="Processes whose median memory is shown.")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--memory_of", choices=list(METHODS), help=argparse.SUPPRESS)
+    parser.add_argument("--memory_of", choices=list(ROUTES), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.memory_of:

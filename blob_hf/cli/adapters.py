@@ -138,7 +138,8 @@ def load_posterior(
             return bayesianize(load_lora(base, folder, trainable), BlobConfig(**settings))
         return BlobModel.from_pretrained(folder, model=base, is_trainable=trainable, config=BlobConfig(**settings))
     model = BlobModel.from_pretrained(folder, model=base, is_trainable=trainable)
-    model.companions.clear()  # what was fitted to it is not of what comes out now
+    if trainable:
+        model.companions.clear()  # what was fitted to it is not of what comes out now
     if trainable and not all(layer.std.all() for layer in gaussian_layers(model).values()):
         raise BlobError(
             f"{adapter} has stds of 0 (tfb gives none to directions that B lacks), which training cannot widen; "

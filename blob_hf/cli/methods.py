@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from blob_hf.baselines import LaplaceState
+from blob_hf.baselines import LaplaceState, Temperatures
 from blob_hf.cli.adapters import (
     AdapterArguments,
     adapter_to_evaluate,
@@ -39,7 +39,7 @@ def choose_route(adapter_args: AdapterArguments, method_args: MethodArguments, a
     if args.do_train or not (adapter_args.adapter_name_or_path or holds_adapter(adapter)):
         return asked
     saved = saved_method(resolve(adapter))
-    if saved in ("blob", "lora"):
+    if saved == "blob" or (saved == "lora" and Temperatures.load(resolve(adapter)) is None):
         if isinstance(asked, (FittedRoute, EnsembleRoute)):
             raise BlobError(f"{adapter} is not of method {asked.name}: fit it with --do_train, or name its own method")
         return asked
@@ -67,7 +67,11 @@ def make_model(
         return route.fresh_model(base, {**lora, "target_modules": names, "task_type": task_type}, posterior)
     folder = resolve(adapter)
     if args.do_train or saved_method(folder) in ("blob", "lora"):
-        return route.load_model(base, adapter, args, posterior)
+        model = route.load_model(base, adapter, args, posterior)
+        temperatures = None if args.do_train else Temperatures.load(folder)
+        if temperatures is not None:
+            model.set_companion(temperatures)
+        return model
     model = BlobModel.from_pretrained(folder, model=base)
     state = model.companion("method")
     if isinstance(state, LaplaceState):

@@ -10,7 +10,7 @@ from typing import Any
 from blob_hf.cli.routes import EnsembleRoute, FittedRoute, Route
 from blob_hf.trainer.engines import shutdown
 from blob_hf.trainer.trainer import BlobTrainer
-from blob_hf.trainer.training_args import Arguments
+from blob_hf.trainer.training_args import Arguments, BlobTrainingArguments
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
 
@@ -184,7 +184,9 @@ def search(trainer: BlobTrainer, args: SearchArguments) -> dict[str, Any] | None
 
 def searchable(args: Arguments) -> Arguments:
     """Training arguments in a class that Ray's workers know: they cannot import one of the script that was started."""
-    known = next(base for base in type(args).__mro__ if base.__module__ != "__main__")
+    known = next(
+        kind for kind in type(args).__mro__ if kind.__module__ != "__main__" and issubclass(kind, BlobTrainingArguments)
+    )
     same: Any = object.__new__(known)
     same.__dict__.update(vars(args))
     return same

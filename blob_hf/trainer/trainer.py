@@ -43,6 +43,7 @@ from blob_hf.tuner.posterior import gaussian_layers, sampling_of
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError, NonFiniteLossError
+from blob_hf.utils.sharding import is_sharded
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -313,12 +314,15 @@ class BlobTrainerMixin(_Base):
             return None
         batches = islice(self._batches(rows), max(1, GAP_ROWS // self.args.eval_batch_size))
         labelled = (batch for batch in batches if batch.get("labels") is not None)
-        training = self.model.training
-        self.model.eval()
+        network = self.model_wrapped if self.is_deepspeed_enabled else self.model  # which gathers its shards
+        training = network.training
+        network.eval()
         try:
-            return evaluation.sample_gap(self.model, labelled, self._aligned_labels, sampling)
+            return evaluation.sample_gap(network, labelled, self._aligned_labels, sampling)
         finally:
-            self.model.train(training)
+            network.train(training)
+            if self.is_deepspeed_enabled:
+                network.empty_partition_cache()  # what ZeRO-3 would keep gathered for another forward
 
     @property
     def kl_verdict(self) -> Verdict | None:
@@ -359,7 +363,7 @@ class BlobTrainerMixin(_Base):
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """transformers' loop with exact losses, see `evaluation.ExactLosses`."""
-        check_fsdp_evaluation(self.accelerator, self.model is self.model_wrapped)
+        check_fsdp_evaluation(self.accelerator, untrained=not is_sharded(self.model))
         kwargs["prediction_loss_only"] = False  # the predictions are small, and the exact loss needs them
         self.gather_function = self.accelerator.gather_for_metrics  # Seq2SeqTrainer would keep the padding rows
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)

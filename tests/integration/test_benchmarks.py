@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers.running import ROOT
 
-from blob_hf.baselines import METHODS
 from blob_hf.baselines.laplace import library_is_there
+from blob_hf.cli.routes import ROUTES, FittedRoute
 
 ENGINE = "zero3" if importlib.util.find_spec("deepspeed") else "ddp"
 SMOKE = {
@@ -100,12 +100,12 @@ def test_costs_of_each_method(monkeypatch):
     code = runpy.run_path(str(ROOT / "benchmarks" / "methods.py"))
     parser_defaults = {"model": "tiny", "steps": 1, "samples": 2, "rows": 32}
     args = type("Arguments", (), parser_defaults)
-    for method in METHODS:
+    for method, route in ROUTES.items():
         if method == "laplace" and not library_is_there():
             continue
         found = code["costs"](method, args)
         assert found["evaluation"] > 0 and found["networks"] >= 0, method
-        assert (found["fit_rows"] > 0) is METHODS[method].post_hoc, method
+        assert (found["fit_rows"] > 0) is isinstance(route, FittedRoute), method
 
 
 @pytest.mark.slow
