@@ -110,14 +110,14 @@ def main() -> None:
     training_args = cli.with_output_dir(training_args, folder, model_args.adapter_name_or_path)
     adapter = cli.starting_adapter(route, model_args, method_args, training_args)
     if search_args.hp_search:
-        check_route(route)
+        check_route(route, search_args)
     if training_args.do_train:
         cli.require_split(data.splits, "train")
         cli.claim_output_dir(training_args, adapter is None, method_args, model_args, data_args)
     for split in data.splits:
         limit = data_args.max_train_samples if split == "train" else data_args.max_eval_samples
         data.splits[split] = first_rows(data.splits[split], limit)
-    if training_args.do_train and method_args.holds_out:
+    if training_args.do_train and route.holds_out(method_args):
         hold_out(data.splits, method_args.calibration_samples)
 
     others = [*(data_args.ood_tasks or []), *(data_args.ood_file or [])]
@@ -155,7 +155,7 @@ def main() -> None:
             eval_dataset=tokenized.get("validation"),
             processing_class=tokenizer,
             compute_metrics=classification_metrics,
-            point_estimate=not model.has_posterior,
+            point_estimate=route.name != "blob" and not model.has_posterior,
         )
 
     if search_args.hp_search:

@@ -164,7 +164,7 @@ def main() -> None:
             compute_metrics=rouge_compute_metrics(dialogues["validation"], tokenizer)
             if training_args.predict_with_generate and "validation" in dialogues
             else None,
-            point_estimate=not model.has_posterior,
+            point_estimate=route.name != "blob" and not model.has_posterior,
         )
 
     trainer = make_trainer(make_model())

@@ -68,7 +68,7 @@ def run(route: Route, folder: str, args: argparse.Namespace, model: BlobModel | 
     def make_trainer(model: BlobModel, own: BlobTrainingArguments = settings) -> BlobTrainer:
         return BlobTrainer(
             model=model, args=route.arguments(own, data), train_dataset=data, eval_dataset=data.select(range(32)),
-            point_estimate=not model.has_posterior, callbacks=[times],
+            point_estimate=route.name != "blob" and not model.has_posterior, callbacks=[times],
         )  # fmt: skip
 
     def make_model() -> BlobModel:

@@ -18,6 +18,8 @@ import torch
 from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from blob_hf.baselines.base import METHOD_FILE, MethodState, register_method
 from blob_hf.reporting.run_summary import MethodCard
@@ -173,6 +175,10 @@ class TrainedMember:
     runtime: float
     trained_parameters: int
 
+    def state(self) -> TrainerState:
+        """Its trainer's, at the end of the training."""
+        return TrainerState.load_from_json(str(self.folder / TRAINER_STATE_NAME))
+
 
 def train_members(
     make_trainer: Callable[[Any], Any], args: BlobTrainingArguments, size: int, folder: Path
@@ -200,17 +206,20 @@ def check_size(size: int) -> None:
 
 
 def _train_member(make_trainer: Callable[[Any], Any], args: Any, index: int, folder: Path) -> TrainedMember:
-    settings = json.loads(json.dumps({name: getattr(args, name) for name in DEFINING}, default=str))
+    # a member is plain LoRA, whatever beta is
+    settings = {name: getattr(args, name) for name in DEFINING if name != "beta"}
+    settings = json.loads(json.dumps(settings, default=str))
     if (folder / FINISHED).is_file():
         finished = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
         changed = [name for name in settings if finished["settings"].get(name) != settings[name]]
         if changed:
-            raise BlobError(f"{folder} holds a member trained with another {changed[0]}; choose another --output_dir")
+            raise BlobError(f"{folder} holds a member trained with another {changed[0]}; choose another folder")
     else:
         own = changed_arguments(args, output_dir=str(folder), seed=args.seed + index, push_to_hub=False)
         trainer = make_trainer(own)
         output = trainer.train(True if newest_complete(folder) else None)
         trainer.save_model(str(folder))
+        trainer.save_state()
         finished = {
             "settings": settings,
             "steps": output.global_step,

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from blob_hf.baselines.base import read_facts
+from blob_hf.baselines.temperature import Temperatures
 from blob_hf.trainer.training_args import BlobTrainingArguments
 from blob_hf.tuner.adapter_files import read_config, resolve
 from blob_hf.tuner.config import NOISES, STD_PARAMETERIZATIONS, BlobConfig
@@ -134,7 +135,7 @@ def load_posterior(
     """
     folder, trainable = resolve(adapter), args.do_train
     if not isinstance(read_config(folder), BlobConfig):
-        if saved_method(folder) != "lora":  # the LoRA that another method left
+        if saved_method(folder) != "lora" or Temperatures.load(folder) is not None:  # finished as what it is
             return bayesianize(load_lora(base, folder, trainable), BlobConfig(**settings))
         return BlobModel.from_pretrained(folder, model=base, is_trainable=trainable, config=BlobConfig(**settings))
     model = BlobModel.from_pretrained(folder, model=base, is_trainable=trainable)

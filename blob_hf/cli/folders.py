@@ -47,6 +47,7 @@ def claim_output_dir(args: BlobTrainingArguments, fresh: bool, *others: Any) -> 
         settings["beta"] = args.beta or BlobConfig.prior_std
     for arguments in others:
         settings.update(dataclasses.asdict(arguments))
+    settings.pop("laplace_predictive", None)  # how a fitted adapter predicts, not which one it is
     folder = Path(str(args.output_dir))
     known = (folder / SETTINGS_FILE).is_file()
     if not known and (

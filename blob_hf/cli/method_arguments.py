@@ -58,11 +58,6 @@ class MethodArguments:
         if self.calibration_samples is not None and self.calibration_samples < 1:
             raise BlobError(f"calibration_samples must be >= 1, got {self.calibration_samples}")
 
-    @property
-    def holds_out(self) -> bool:
-        """Whether some of the training rows are kept for calibration."""
-        return self.temperature_scaling or (self.method == "laplace" and self.laplace_prior == "validation")
-
     def tfb_config(self) -> TFBConfig:
         """The search of TFB; its errors have the names of the flags."""
         return _with_flag_names(

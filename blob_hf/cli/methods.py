@@ -106,7 +106,7 @@ def check_texts(route: Route, method_args: MethodArguments, args: BlobSeq2SeqTra
 def warn_of_ignored(route: Route, method_args: MethodArguments, args: BlobTrainingArguments, *others: Any) -> None:
     """Name the arguments that the method of this run does not read."""
     names = ignored_flags(route, method_args, args, *others)
-    if method_args.calibration_samples is not None and not method_args.holds_out:
+    if method_args.calibration_samples is not None and not route.holds_out(method_args):
         names.append("calibration_samples")
     if names:
         logger.warning("--method %s ignores %s", route.name, ", ".join(f"--{name}" for name in names))

@@ -100,6 +100,10 @@ class Route:
     def check_run(self, method_args: MethodArguments, args: BlobTrainingArguments) -> None:
         """Refuse them together with the training arguments."""
 
+    def holds_out(self, method_args: MethodArguments) -> bool:
+        """Whether some of the training rows are kept for calibration."""
+        return method_args.temperature_scaling
+
     def check_texts(self) -> None:
         """Refuse to write texts, for a method that cannot."""
 
@@ -124,7 +128,7 @@ class Route:
     ) -> BlobModel:
         """A model with a saved adapter to train, or to evaluate as plain LoRA."""
         folder = resolve(adapter)
-        if saved_method(folder) != self.name:
+        if saved_method(folder) not in ("blob", self.name):  # of a BLoB adapter the mean is a LoRA
             require_plain(folder, self.name)
         return load_lora(base, folder, args.do_train)
 
@@ -240,6 +244,8 @@ class EnsembleRoute(Route):
             others = [member.folder for member in trained[1:]]
         baselines.join_members(model, others)
         trainer.set_model(model)
+        if trained:
+            trainer.state = trained[-1].state()
         loss = sum(member.loss for member in trained) / len(trained) if trained else math.nan
         metrics = {"train_runtime": sum(member.runtime for member in trained), "train_loss": loss} if trained else {}
         output = TrainOutput(sum(member.steps for member in trained), loss, metrics)
@@ -298,6 +304,9 @@ class LaplaceRoute(FittedRoute):
             )
         if args.do_train:
             require_library()
+
+    def holds_out(self, method_args: MethodArguments) -> bool:
+        return method_args.laplace_prior == "validation" or super().holds_out(method_args)
 
     def check_texts(self) -> None:
         raise BlobError(f"method {self.name} predicts classes; for summaries take another method")

@@ -140,8 +140,10 @@ def check_backend(args: SearchArguments) -> None:
         raise BlobError("--hp_storage is Optuna's; give --hp_search optuna")
 
 
-def check_route(route: Route) -> None:
-    """Refuse a method that is not one training."""
+def check_route(route: Route, args: SearchArguments) -> None:
+    """Refuse a method that is not one training, and a space that it does not read."""
+    if route.name == "map" and any(one.startswith("beta=") for one in args.hp_space or []):
+        raise BlobError("--method map makes beta a weight decay before the search: vary weight_decay instead")
     if isinstance(route, (FittedRoute, EnsembleRoute)):
         raise BlobError(f"--hp_search varies one training a trial, which method {route.name} has not")
 

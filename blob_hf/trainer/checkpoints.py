@@ -172,7 +172,7 @@ class CheckpointMixin(_Base):
             self._pushed = None
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        with hub.pushing(self.args.hub_model_id, "log in, or train without --push_to_hub"):
+        with hub.pushing(self.args.hub_model_id, "log in, or train without push_to_hub"):
             super().init_hf_repo(*args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:

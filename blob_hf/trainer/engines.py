@@ -91,13 +91,14 @@ def check_deepspeed(args: TrainingArguments) -> None:
         )
 
 
-def check_fsdp_training(accelerator: Accelerator, model: PeftModel) -> None:
+def check_fsdp_training(accelerator: Accelerator, model: nn.Module) -> None:
     """Refuse models that FSDP2 cannot shard.
 
     Raises:
         BlobError: Two of its layers share one weight (BART and T5 tie their head to the embeddings).
     """
-    if getattr(accelerator, "is_fsdp2", False) and getattr(model.get_base_model().config, "tie_word_embeddings", False):
+    ties = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    if ties and getattr(accelerator, "is_fsdp2", False):
         owners = [id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)]
         if len(set(owners)) < len(owners):
             raise BlobError(

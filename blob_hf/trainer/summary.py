@@ -132,13 +132,16 @@ def summarize(
     shown = {"method": model.method, **method_settings(model), **_settings(trainer), **(settings or {})}
     if diagnosis is not None:
         shown["KL cycle M (steps)"] = diagnosis.cycle_steps
+    arguments = {name: getattr(value := getattr(args, name), "value", value) for name in DEFINING}  # enums too
+    if trainer.kl is not None:
+        arguments["beta"] = model.blob_config.prior_std
     return RunSummary(
         base_model=base_model or model.active_peft_config.base_model_name_or_path or "",
         data=data,
         method=model.method,
         card=method_card(model),
         settings=shown,
-        arguments={name: getattr(value := getattr(args, name), "value", value) for name in DEFINING},  # enums too
+        arguments=arguments,
         kl_notes=([] if diagnosis is None else [str(diagnosis), *diagnosis.warnings])
         + ([] if verdict is None else [str(verdict)]),
         license=license,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,9 +15,16 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import (
+    DataCollator,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import unwrap_peft_model
+from transformers.trainer_utils import has_length, unwrap_peft_model
 
 from blob_hf.inference.predict import IGNORED_LABEL
 from blob_hf.reporting.model_card import write_model_card
@@ -53,6 +60,7 @@ else:
 logger = logging.getLogger(__name__)
 
 LOG_STATE = "log_state.json"
+Rows: TypeAlias = Dataset | torch.utils.data.Dataset[Any]
 GAP_ROWS = 64  # on which a finished training looks at how far its samples' predictions are apart
 
 
@@ -64,7 +72,8 @@ class BlobTrainerMixin(_Base):
         args: `BlobTrainingArguments` (or the Seq2Seq ones).
         model_init: Makes the model, instead of `model`; anew in every training.
         point_estimate: Train a model without a posterior by its NLL alone, with all else equal.
-        kwargs: As of transformers' trainer.
+        compute_loss_func: Not used: the objective is the trainer's own.
+        kwargs: These and all others: as of transformers' trainer.
 
     Attributes:
         kl: The KL of the last training; None without a posterior to train.
@@ -85,14 +94,26 @@ class BlobTrainerMixin(_Base):
         self,
         model: PreTrainedModel | nn.Module | None = None,
         args: BlobTrainingArguments | None = None,
-        *,
+        data_collator: DataCollator | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
         model_init: Callable[..., PreTrainedModel | nn.Module] | None = None,
+        compute_loss_func: Callable[..., Tensor] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        *,
         point_estimate: bool = False,
         **kwargs: Any,
     ) -> None:
         self.point_estimate = point_estimate
         adopted = None if model is None else _adopt(model)
-        super().__init__(model=adopted, args=args, model_init=model_init, **kwargs)  # type: ignore[arg-type]
+        super().__init__(
+            adopted, args, data_collator, train_dataset, eval_dataset, processing_class,
+            model_init,  # type: ignore[arg-type]
+            compute_loss_func, compute_metrics, callbacks, optimizers, **kwargs,
+        )  # fmt: skip
         self.model_accepts_loss_kwargs = True  # count the items of a batch, whether or not the model would use them
         # transformers goes by the loss type of the config, which models like GPT-2 do not have
         base = unwrap_peft_model(self.model)
@@ -140,13 +161,13 @@ class BlobTrainerMixin(_Base):
     # ----- training ----------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        check_fsdp_training(self.accelerator, self.model)
         optimizer = super().create_optimizer(model)
         bare = getattr(optimizer, "optimizer", optimizer)  # of a second call to train()
         if self.kl is None or (self.kl.step is not None and self.kl.step.optimizer is bare):
             return optimizer
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise BlobError(OWN_OPTIMIZER)  # a config that the launcher brought
-        check_fsdp_training(self.accelerator, self.blob_model)
         self.kl.attach(optimizer, self.model, self.blob_model.blob_config, self._decoupled_rate or 0.0)
         return optimizer
 
@@ -310,11 +331,11 @@ class BlobTrainerMixin(_Base):
         """On the first rows of the evaluation set, or else of the training set."""
         rows = self.eval_dataset if isinstance(self.eval_dataset, Dataset) else self.train_dataset
         sampling = self.eval_sampling
-        if rows is None or sampling.num_samples < 2 or engine_of(self.accelerator) == "fsdp":
+        if not has_length(rows) or sampling.num_samples < 2 or engine_of(self.accelerator) == "fsdp":
             return None
         batches = islice(self._batches(rows), max(1, GAP_ROWS // self.args.eval_batch_size))
         labelled = (batch for batch in batches if batch.get("labels") is not None)
-        network = self.model_wrapped if self.is_deepspeed_enabled else self.model  # which gathers its shards
+        network: Any = self.model_wrapped if self.is_deepspeed_enabled else self.model  # which gathers its shards
         training = network.training
         network.eval()
         try:

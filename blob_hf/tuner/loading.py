@@ -111,7 +111,14 @@ def _shapes(model: PeftModel, adapter: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in every.items()}
 
 
-def fill(model: PeftModel, saved: SavedAdapter, adapter: str, autocast_adapter_dtype: bool = True) -> Any:
+def fill(
+    model: PeftModel,
+    saved: SavedAdapter,
+    adapter: str,
+    is_trainable: bool = False,
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+) -> Any:
     """Copy the weights of a saved adapter that fits into the model's adapter of this name.
 
     Returns:
@@ -120,10 +127,12 @@ def fill(model: PeftModel, saved: SavedAdapter, adapter: str, autocast_adapter_d
     with gathered(list(head_parameters(model).values()), write=True):
         if _is_offloaded(model):  # PEFT then spreads the model anew, and reads the file once more for it
             result = PeftModel.load_adapter(
-                model, str(saved.folder), adapter, autocast_adapter_dtype=autocast_adapter_dtype
+                model, str(saved.folder), adapter, is_trainable, autocast_adapter_dtype=autocast_adapter_dtype
             )
         else:
-            result = set_peft_model_state_dict(model, dict(saved.mean), adapter_name=adapter)
+            result = set_peft_model_state_dict(
+                model, dict(saved.mean), adapter_name=adapter, low_cpu_mem_usage=low_cpu_mem_usage
+            )
             tuner: Any = model.base_model
             tuner._cast_adapter_dtype(adapter_name=adapter, autocast_adapter_dtype=autocast_adapter_dtype)
     result.missing_keys[:] = [

@@ -39,6 +39,13 @@ class BlobModel(PeftModel):
     adapter_heads: dict[str, dict[str, Tensor]]
     _head_snapshot: dict[str, Tensor]
 
+    def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any) -> None:
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+        self.companions, self.adapter_heads = {}, {}
+        if isinstance(peft_config, BlobConfig):
+            posterior.attach_posterior(self, peft_config, adapter_name)
+        self.remember_head()
+
     # ----- the posterior -----------------------------------------------------------------------------------------
 
     @property
@@ -77,6 +84,11 @@ class BlobModel(PeftModel):
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
         if isinstance(peft_config, BlobConfig):
             posterior.attach_posterior(self, peft_config, adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.companions.pop(adapter_name, None)
+        self.adapter_heads.pop(adapter_name, None)
 
     def generate(  # type: ignore[override]
         self, *args: Any, sampling: Sampling | int | None = None, **kwargs: Any
@@ -143,7 +155,7 @@ class BlobModel(PeftModel):
 
     @property
     def method(self) -> str:
-        """Name of the method that the active adapter is of, as in `--method`."""
+        """Name of the method that the active adapter is of: "blob", "lora", or that of a baseline."""
         companion = self.companion("method")
         if companion is not None:
             return companion.name
@@ -248,6 +260,7 @@ class BlobModel(PeftModel):
         token: str | bool | None = None,
         cache_dir: str | None = None,
         autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
     ) -> Any:
         """Load a BLoB or plain LoRA adapter into this model, as PEFT's `load_adapter` does.
 
@@ -269,19 +282,27 @@ class BlobModel(PeftModel):
         if new:
             config = BlobConfig.from_lora(saved.config, saved.config if isinstance(saved.config, BlobConfig) else None)
             config.inference_mode = not is_trainable
-            self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+            kwargs = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
+            self.add_adapter(adapter_name, config, **kwargs)
             if is_trainable:
                 self.set_requires_grad(adapter_name)
         try:
-            return self._fill(saved, adapter_name, is_trainable, autocast_adapter_dtype)
-        except BlobError:
+            return self._fill(saved, adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage)
+        except (BlobError, RuntimeError):
             if new:
                 self.delete_adapter(adapter_name)
             raise
 
-    def _fill(self, saved: SavedAdapter, adapter: str, is_trainable: bool, autocast_adapter_dtype: bool = True) -> Any:
+    def _fill(
+        self,
+        saved: SavedAdapter,
+        adapter: str,
+        is_trainable: bool,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> Any:
         loading.check_fits(self, saved, adapter)
-        result = loading.fill(self, saved, adapter, autocast_adapter_dtype)
+        result = loading.fill(self, saved, adapter, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage)
         self.remember_head()
         if not is_trainable:
             self.eval()
@@ -387,7 +408,7 @@ def get_lora_model(model: PreTrainedModel, config: LoraConfig, adapter_name: str
 
 
 def bayesianize(peft_model: PeftModel, config: BlobConfig | None = None, adapter_name: str | None = None) -> BlobModel:
-    """Turn a (trained) plain LoRA adapter into a posterior around it, in place.
+    """Turn a (trained) plain LoRA adapter into a posterior around it, in the modules that it has.
 
     The adapter's A becomes the posterior mean, B and every LoRA setting stay; of `config` only the posterior's
     fields are used (`prior_std`, `init_eps`, `std_parameterization`, `noise`).
@@ -398,7 +419,7 @@ def bayesianize(peft_model: PeftModel, config: BlobConfig | None = None, adapter
         adapter_name: Default: the active adapter.
 
     Returns:
-        A `BlobModel` of the same modules; go on with it in the place of `peft_model`.
+        A `BlobModel` of the same modules; go on with it in the place of `peft_model`, which can no longer be saved.
 
     Raises:
         BlobError: Not a PEFT model, or the adapter is not plain LoRA on linear layers.
@@ -427,6 +448,11 @@ def load_lora(base: PreTrainedModel, folder: str | os.PathLike[str], is_trainabl
     return model
 
 
+def _refuse_to_save(*args: object, **kwargs: object) -> None:
+    """In the place of PEFT's, which would write stds among the weights, or none."""
+    raise BlobError("this PEFT model has become a BlobModel: save the one that bayesianize returned")
+
+
 def as_blob_model(peft_model: PeftModel) -> BlobModel:
     """A `BlobModel` of the same modules, with our saving and loading; it has no posterior by that."""
     if isinstance(peft_model, BlobModel):
@@ -435,5 +461,6 @@ def as_blob_model(peft_model: PeftModel) -> BlobModel:
     model = kind.__new__(kind)
     model.__dict__.update(peft_model.__dict__)  # modules, hooks and settings are shared, nothing is made twice
     model.companions, model.adapter_heads = {}, {}
+    peft_model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
     model.remember_head()
     return model

@@ -268,3 +268,36 @@ def test_a_warning_names_what_is_ignored(monkeypatch, tmp_path, caplog):
     flags = [*QUICK, "--method", "map", "--gamma", "3", "--noise", "local", "--calibration_samples", "9"]
     assert run_script(monkeypatch, GLUE, *flags, "--max_steps", 1, "--do_train", "--output_dir", tmp_path) == 0
     assert "--method map ignores --gamma, --eval_samples, --noise, --calibration_samples" in caplog.text
+
+
+def test_a_calibrated_lora_goes_on_as_blob_and_the_mean_of_blob_as_lora(monkeypatch, tmp_path, plain):
+    short = [*QUICK, "--max_steps", 2, "--kl_cycle_steps", 2, "--do_train"]
+    scaled = [*short, "--method", "lora", "--temperature_scaling", "--output_dir", tmp_path / "lora"]
+    assert run_script(monkeypatch, GLUE, *scaled) == 0
+    go_on = [*short, "--adapter_name_or_path", tmp_path / "lora", "--output_dir", tmp_path / "blob"]
+    assert run_script(monkeypatch, GLUE, *go_on) == 0
+    assert BlobModel.from_pretrained(tmp_path / "blob").has_posterior
+    for method in ("lora", "mc_dropout"):
+        back = [
+            "--method",
+            method,
+            "--adapter_name_or_path",
+            tmp_path / "blob",
+            "--output_dir",
+            tmp_path / method / "2",
+        ]
+        code = run_script(monkeypatch, GLUE, *short, *back)
+        assert code == (0 if method == "lora" else 2)  # its LoRA was trained without dropout
+    again = [*QUICK, "--do_eval", "--method", "lora", "--temperature_scaling", "--adapter_name_or_path"]
+    assert run_script(monkeypatch, GLUE, *again, tmp_path / "lora", "--output_dir", tmp_path / "again") == 0
+    scaled = [json.loads((tmp_path / name / "eval_temperature_results.json").read_text()) for name in ("again",)]
+    assert scaled[0]["eval_temperature"] > 0
+
+
+def test_the_report_of_an_ensemble_tells_how_its_members_were_trained(monkeypatch, tmp_path):
+    own = ["--method", "ensemble", "--ensemble_size", 2, "--max_steps", 3, "--learning_rate", 0.004, "--do_train"]
+    for _ in range(2):  # trained, and put together again from what is there
+        assert run_script(monkeypatch, GLUE, *QUICK, *own, "--output_dir", tmp_path) == 0
+        report = (tmp_path / "report.md").read_text()
+        assert "| learning rate | 0.004 |" in report and "| steps | 3 |" in report
+        assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 3

@@ -55,7 +55,7 @@ def fit(folder, method, make_model, data=None, calibration=None, **changes):
     def make_trainer(model, own=args):
         return BlobTrainer(
             model=model, args=route.arguments(own, data), train_dataset=data, eval_dataset=rows(13, seed=1),
-            point_estimate=not model.has_posterior,
+            point_estimate=route.name != "blob" and not model.has_posterior,
         )  # fmt: skip
 
     fitted = make_trainer(make_model())

@@ -11,7 +11,7 @@ from peft import AutoPeftModel, IA3Config, LoraConfig, PeftModel, PrefixTuningCo
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from blob_hf import BlobConfig, BlobModel, bayesianize, get_blob_model
+from blob_hf import BlobConfig, BlobModel, attach_mc_dropout, bayesianize, get_blob_model
 from blob_hf.tuner.adapter_files import STD_FILE
 from blob_hf.tuner.model import BlobModelForSeq2SeqLM, BlobModelForSequenceClassification, get_lora_model
 from blob_hf.tuner.posterior import gaussian_layers
@@ -278,3 +278,35 @@ def test_the_configuration_for_a_plain_adapter_is_the_callers(tmp_path):
         "local",
     )
     assert config.r == 4
+
+
+def test_what_a_blob_model_took_over_cannot_be_saved_as_what_it_was(tmp_path):
+    """PEFT would write rho among the weights and no std."""
+    lora = get_peft_model(saved_base("bert", tmp_path / "base"), LoraConfig(target_modules=["query"], r=4))
+    bayesianize(lora).save_pretrained(tmp_path / "blob")
+    with pytest.raises(BlobError, match="save the one that bayesianize returned"):
+        lora.save_pretrained(tmp_path / "lora")
+    assert not (tmp_path / "lora").exists() and BlobModel.from_pretrained(tmp_path / "blob").has_posterior
+
+
+def test_a_model_built_by_its_class_has_a_posterior_and_saves_it(tmp_path):
+    config = BlobConfig(target_modules=["q_proj"], task_type="SEQ_2_SEQ_LM", init_eps=0.5)
+    model = BlobModelForSeq2SeqLM(saved_base("bart", tmp_path / "base"), config)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = BlobModel.from_pretrained(tmp_path / "adapter", model=saved_base("bart", tmp_path / "base"))
+    assert loaded.posterior_statistics() == model.posterior_statistics()
+
+
+def test_a_deleted_adapter_takes_its_companions_along(tmp_path):
+    model = get_lora_model(
+        saved_base("bert", tmp_path / "base"), LoraConfig(target_modules=["query"], r=4, lora_dropout=0.2)
+    )
+    attach_mc_dropout(model)
+    assert model.method == "mc_dropout"
+    model.add_adapter("other", BlobConfig(target_modules=["query"], r=4))
+    model.set_adapter("other")
+    assert model.method == "blob"
+    model.delete_adapter("default")
+    model.add_adapter("default", LoraConfig(target_modules=["query"], r=4))
+    model.set_adapter("default")
+    assert model.method == "lora"
