@@ -39,7 +39,8 @@ def test_minilm_learns_real_mrpc(monkeypatch, tmp_path, shared_data, minilm):
     code = run(
         monkeypatch, GLUE, "--model_name_or_path", minilm, "--task_name", "mrpc",
         "--train_file", folder / "train.jsonl", "--validation_file", folder / "validation.jsonl",
-        "--max_length", 64, "--max_steps", 250, "--learning_rate", 1e-3, "--eval_samples", 5, "--seed", 1,
+        "--max_length", 48, "--max_steps", 200, "--learning_rate", 2e-3, "--eval_samples", 2, "--seed", 1,
+        "--per_device_train_batch_size", 16,
         "--per_device_eval_batch_size", 64, "--output_dir", tmp_path, "--use_cpu", "true", "--disable_tqdm", "true",
     )  # fmt: skip
     assert code == 0
