@@ -1,4 +1,4 @@
-"""The `blob` command: `blob classify`, `blob summarize`, `blob convert`, `blob tfb`, `blob experiments`."""
+"""The `blob` command: `blob classify`, `summarize`, `predict`, `convert`, `tfb` and `experiments`."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +22,12 @@ def _script(name: str, argv: Sequence[str]) -> None:
     runpy.run_module(name, run_name="__main__")
 
 
+def _predict(argv: Sequence[str]) -> None:
+    from blob_hf.cli.predict import main
+
+    main(argv)
+
+
 def _convert(argv: Sequence[str]) -> None:
     from blob_hf.cli.convert import main
 
@@ -43,6 +49,7 @@ def _experiments(argv: Sequence[str]) -> None:
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "classify": ("fine-tune and evaluate a classifier (run_glue_blob.py)", _classify),
     "summarize": ("fine-tune and evaluate a summarizer (run_summarization_blob.py)", _summarize),
+    "predict": ("labels or summaries for new texts, with their uncertainty", _predict),
     "convert": ("turn a checkpoint of the BLoB authors' code into an adapter", _convert),
     "tfb": ("give a trained LoRA adapter a posterior without training", _tfb),
     "experiments": ("run an experiment: glue, sensitivity, mean, sampling", _experiments),

@@ -285,7 +285,7 @@ def test_a_script_pushes_its_run_with_its_card(hub, alice):
 def test_an_ensemble_goes_through_the_hub_and_a_later_adapter_leaves_nothing_of_it(alice):
     pushed = alice.run(
         """
-from blob_hf.baselines.ensemble import load_members
+from blob_hf.baselines.ensemble import join_members
 from blob_hf.tuner.model import get_lora_model, load_lora
 
 def member(seed):
@@ -297,7 +297,7 @@ def member(seed):
 for seed in (1, 2):
     member(seed).save_pretrained(f"m{seed}")
 model = load_lora(base(), "m1")
-load_members(model, ["m2"])
+join_members(model, ["m2"])
 model.push_to_hub("alice/ensemble")
 with model.eval().posterior_samples(Sampling(1, first=1)):
     show(model, "second")
