@@ -116,12 +116,12 @@ def lora_settings(adapter_args: AdapterArguments, default_dropout: float = 0.0) 
 
 
 def posterior_settings(adapter_args: AdapterArguments, args: BlobTrainingArguments) -> dict[str, Any]:
-    """The posterior's form, as `BlobConfig` takes it: here the default of --beta is applied, and nowhere else."""
+    """The posterior's form, as `BlobConfig` takes it."""
     return {
         "init_eps": adapter_args.init_eps,
         "std_parameterization": adapter_args.std_parameterization,
         "noise": adapter_args.noise,
-        "prior_std": args.beta or BlobConfig.prior_std,
+        "prior_std": args.prior_std,
     }
 
 

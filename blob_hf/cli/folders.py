@@ -10,7 +10,6 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 from blob_hf.trainer.training_args import DEFINING, Arguments, BlobTrainingArguments, changed_arguments
-from blob_hf.tuner.config import BlobConfig
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
 
@@ -44,7 +43,7 @@ def claim_output_dir(args: BlobTrainingArguments, fresh: bool, *others: Any) -> 
     """
     settings = {name: getattr(args, name) for name in DEFINING}
     if fresh:
-        settings["beta"] = args.beta or BlobConfig.prior_std
+        settings["beta"] = args.prior_std
     for arguments in others:
         settings.update(dataclasses.asdict(arguments))
     settings.pop("laplace_predictive", None)  # how a fitted adapter predicts, not which one it is

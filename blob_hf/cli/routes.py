@@ -156,8 +156,7 @@ class BlobRoute(Route):
         return BLOB_CARD
 
     def folder_name(self, data: str, args: BlobTrainingArguments) -> str:
-        beta = args.beta or BlobConfig.prior_std
-        return f"{data}-{self.name}-beta{beta:g}-gamma{args.gamma:g}-seed{args.seed}"
+        return f"{data}-{self.name}-beta{args.prior_std:g}-gamma{args.gamma:g}-seed{args.seed}"
 
     def fresh_model(self, base: PreTrainedModel, lora: Mapping[str, Any], posterior: Mapping[str, Any]) -> BlobModel:
         return get_blob_model(base, BlobConfig(**lora, **posterior))
@@ -182,8 +181,7 @@ class MapRoute(Route):
             return args
         if not has_length(train_rows):
             raise BlobError("method map needs the size of the training set for its prior; give --weight_decay")
-        beta = getattr(args, "beta", None) or BlobConfig.prior_std
-        return changed_arguments(args, weight_decay=baselines.prior_weight_decay(len(train_rows), beta))
+        return changed_arguments(args, weight_decay=baselines.prior_weight_decay(len(train_rows), args.prior_std))
 
     def train(self, job: Job, trainer: BlobTrainer) -> Outcome:
         trainer.blob_model.set_companion(baselines.MapState(trainer.args.weight_decay))

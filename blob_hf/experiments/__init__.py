@@ -1,1 +1,1 @@
-"""The experiments of the report: `python -m blob_hf.experiments {mean,sampling}`."""
+"""Floor 5, the experiments of the report: `blob experiments {glue,sensitivity,mean,sampling}`."""

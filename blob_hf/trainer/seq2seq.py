@@ -22,6 +22,7 @@ class BlobSeq2SeqTrainer(BlobTrainerMixin, CheckpointMixin, Seq2SeqTrainer):
     """
 
     args: BlobSeq2SeqTrainingArguments  # type: ignore[assignment]
+    _scores_alone = False  # whether rows with labels are scored, whatever `predict_with_generate` says
 
     def prediction_step(  # type: ignore[override]
         self,
@@ -34,18 +35,18 @@ class BlobSeq2SeqTrainer(BlobTrainerMixin, CheckpointMixin, Seq2SeqTrainer):
         loss, predictions, labels = None, (), None
         if inputs.get("labels") is not None:
             loss, predictions, labels = super().prediction_step(model, inputs, False, ignore_keys)
-        if prediction_loss_only or (labels is not None and not self.args.predict_with_generate):
+        generates = labels is None or (self.args.predict_with_generate and not self._scores_alone)
+        if prediction_loss_only or not generates:
             return loss, predictions, labels
         return loss, (*predictions, *self._generate(inputs, gen_kwargs)), labels
 
     def score(self, dataset: Any, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Metrics of teacher-forced scoring alone: exact NLLs, without generation or compute_metrics."""
-        kept = self.args.predict_with_generate, self.compute_metrics
-        self.args.predict_with_generate, self.compute_metrics = False, None
+        self._scores_alone, kept, self.compute_metrics = True, self.compute_metrics, None
         try:
             return self.predict(dataset, metric_key_prefix=metric_key_prefix).metrics or {}
         finally:
-            self.args.predict_with_generate, self.compute_metrics = kept
+            self._scores_alone, self.compute_metrics = False, kept
 
     def _generate(self, inputs: dict[str, Any], gen_kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         inputs = self._prepare_inputs(dict(inputs))

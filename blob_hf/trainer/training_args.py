@@ -8,6 +8,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from blob_hf.trainer.engines import join_deepspeed, require_deepspeed
 from blob_hf.trainer.kl.schedule import KL_SCHEDULES
+from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 
@@ -128,6 +129,11 @@ class BlobArguments:
     )
 
     @property
+    def prior_std(self) -> float:
+        """sigma_p of a fresh posterior: beta, or by default `BlobConfig`'s."""
+        return BlobConfig.prior_std if self.beta is None else self.beta
+
+    @property
     def sampling(self) -> Sampling:
         """The posterior samples of an evaluation."""
         return Sampling(self.eval_samples, self.eval_seed, self.antithetic, self.posterior_batch_size)
@@ -212,7 +218,7 @@ class BlobSeq2SeqTrainingArguments(BlobTrainingArguments, Seq2SeqTrainingArgumen
         super().__post_init__()
 
 
-Arguments = TypeVar("Arguments", bound=TrainingArguments)
+Arguments = TypeVar("Arguments", bound=BlobTrainingArguments)
 
 
 def changed_arguments(args: Arguments, **changes: object) -> Arguments:

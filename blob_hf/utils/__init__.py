@@ -1,1 +1,5 @@
-"""Errors, files written whole or not at all, the Hub, parameters that an engine has sharded."""
+"""Below the floors, what all share: errors, files written whole or not at all, the Hub, sharded parameters."""
+
+from blob_hf.utils.errors import BlobError, NonFiniteLossError
+
+__all__ = ["BlobError", "NonFiniteLossError"]

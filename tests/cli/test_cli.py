@@ -93,6 +93,15 @@ def test_a_folder_of_different_settings_is_not_overwritten(tmp_path):
     assert (tmp_path / SETTINGS_FILE).read_text() == before
 
 
+def test_how_a_fitted_adapter_predicts_does_not_make_it_another_run(tmp_path):
+    args = BlobTrainingArguments(str(tmp_path), report_to="none")
+    cli.claim_output_dir(args, True, cli.MethodArguments("laplace"))
+    cli.claim_output_dir(args, True, cli.MethodArguments("laplace", laplace_predictive="sampled"))
+    assert json.loads((tmp_path / SETTINGS_FILE).read_text())["beta"] == 0.2  # of a fresh adapter, settled
+    with pytest.raises(BlobError, match="laplace_subset 'all' -> 'last_layer'"):
+        cli.claim_output_dir(args, True, cli.MethodArguments("laplace", laplace_subset="last_layer"))
+
+
 def test_a_folder_of_unknown_origin_is_not_overwritten(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(BlobError, match="settings are unknown"):
