@@ -37,6 +37,14 @@ def show_posterior(model, name="posterior"):
     with model.posterior_samples(1, seed=5):
         show(model, name)
 
+def attempt(name, call):
+    try:
+        call()
+    except BlobError as error:
+        print(f"{name}:{error}")
+    else:
+        print(f"{name}:done")
+
 def fresh(seed=0, **config):
     torch.manual_seed(seed)
     config = BlobConfig(target_modules=TARGETS["bart"], task_type="SEQ_2_SEQ_LM", r=4, init_eps=0.5, **config)
@@ -142,15 +150,20 @@ show_posterior(model, "other")
 def test_private_unknown_and_foreign_repos_are_one_line(hub, alice, tmp_path):
     assert alice.run('fresh().push_to_hub("alice/adapter", private=True)')["code"] == 0
     stranger = User(hub, tmp_path / "alice", None)  # sees alice's base model, but has no token
-    message = last_error(stranger.run('BlobModel.from_pretrained("alice/adapter")'))
-    assert "'alice/adapter' is not a local folder" in message and "pass token=" in message
-    assert stranger.run('BlobModel.from_pretrained("alice/adapter", token="hf_alice")')["code"] == 0
-    code = 'BlobModel.from_pretrained("alice/adapter", token="hf_alice", revision="nope")'
-    assert "at revision 'nope'" in (message := last_error(stranger.run(code))) and "no such revision" in message
-    code = 'BlobModel.from_pretrained("alice/adapter", token="hf_alice", subfolder="nope")'
-    assert "no adapter_config.json in alice/adapter/nope" in last_error(stranger.run(code))
-    for user in (stranger, User(hub, tmp_path / "alice", "hf_bob")):
-        message = last_error(user.run('fresh().push_to_hub("alice/new")'))
+    load = 'BlobModel.from_pretrained("alice/adapter"'
+    found = stranger.run(f"""
+attempt("no token", lambda: {load}))
+attempt("token", lambda: {load}, token="hf_alice"))
+attempt("revision", lambda: {load}, token="hf_alice", revision="nope"))
+attempt("subfolder", lambda: {load}, token="hf_alice", subfolder="nope"))
+attempt("push", lambda: fresh().push_to_hub("alice/new"))
+""")
+    assert found["code"] == 0 and found["token"] == "done", found["stderr"]
+    assert "'alice/adapter' is not a local folder" in found["no token"] and "pass token=" in found["no token"]
+    assert "at revision 'nope'" in found["revision"] and "no such revision" in found["revision"]
+    assert "no adapter_config.json in alice/adapter/nope" in found["subfolder"]
+    foreign = last_error(User(hub, tmp_path / "alice", "hf_bob").run('fresh().push_to_hub("alice/new")'))
+    for message in (found["push"], foreign):
         assert "cannot push to 'alice/new'" in message and "token" in message
     assert len(hub.history("alice/adapter")) == 1 and "alice/new" not in hub.repos
 
