@@ -59,6 +59,13 @@ class DataArguments:
     train_file: str | None = field(default=None, metadata={"help": "csv, json or jsonl file (or .gz) to train on."})
     validation_file: str | None = field(default=None, metadata={"help": "File to evaluate on."})
     test_file: str | None = field(default=None, metadata={"help": "File (with labels) for --do_predict."})
+    calibration_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows to fit --temperature_scaling, --posterior_scale and --early_stopping_patience to. "
+            "Default: --calibration_samples of the training rows, which are then not trained on."
+        },
+    )
     text_columns: list[str] | None = field(default=None, metadata={"help": "One or two text columns of your files."})
     label_column: str = field(default="label", metadata={"help": "Label column of your files."})
     max_length: int = field(default=256, metadata={"help": "Longest input in tokens."})
@@ -90,6 +97,7 @@ def main() -> None:
     parsed = cli.parse_arguments(types, DEMO, __doc__)
     model_args, data_args, method_args, training_args, search_args = parsed
     check_backend(search_args)
+    training_args = cli.with_kl_rate(training_args, model_args, data_args)
     cli.setup_logging(training_args.should_log)
     route = cli.choose_route(model_args, method_args, training_args)
     route.check_run(method_args, training_args)
@@ -99,6 +107,7 @@ def main() -> None:
 
     # ----- data -----
     files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
+    files["calibration"] = data_args.calibration_file
     files = {split: path for split, path in files.items() if path}
     task_name = data_args.task_name or (None if files else "rte")
     data = load_classification(task_name, files, data_args.text_columns, data_args.label_column)
@@ -117,7 +126,8 @@ def main() -> None:
     for split in data.splits:
         limit = data_args.max_train_samples if split == "train" else data_args.max_eval_samples
         data.splits[split] = first_rows(data.splits[split], limit)
-    if training_args.do_train and route.holds_out(method_args):
+    holds_out = training_args.do_train and route.holds_out(method_args)
+    if holds_out and "calibration" not in data.splits:
         hold_out(data.splits, method_args.calibration_samples)
 
     others = [*(data_args.ood_tasks or []), *(data_args.ood_file or [])]
@@ -144,15 +154,18 @@ def main() -> None:
         return cli.make_model(route, base, model_args, method_args, training_args, targets, "SEQ_CLS", adapter)
 
     train_rows = tokenized.get("train") if training_args.do_train else None
+    held_out = tokenized.get("calibration") if holds_out else None
 
     def make_trainer(model, args=training_args, model_init=None):
+        args, callbacks = cli.early_stopping(args, method_args, len(train_rows or []))
         return BlobTrainer(
             model=None if model_init else model,
             args=route.arguments(args, train_rows),
             model_init=model_init,
             data_collator=DataCollatorWithPadding(tokenizer),
             train_dataset=train_rows,
-            eval_dataset=tokenized.get("validation"),
+            eval_dataset=held_out if callbacks else tokenized.get("validation"),
+            callbacks=callbacks,
             processing_class=tokenizer,
             compute_metrics=classification_metrics,
             point_estimate=route.name != "blob" and not model.has_posterior,
@@ -167,15 +180,18 @@ def main() -> None:
     settings = {"max length": data_args.max_length}
     license = model_args.adapter_license
     trainer = make_trainer(make_model())
-    job = cli.Job(training_args, method_args, make_model, make_trainer, tokenized.get("calibration"))
+    job = cli.Job(training_args, method_args, make_model, make_trainer, held_out)
     run = ClassifierRun(
         route, job, trainer, base_name, source, "text-classification", CLASSIFICATION_METRICS, settings, license
     )
     if data_args.compare_base and training_args.do_train and "validation" in tokenized:
         metrics = trainer.predict(tokenized["validation"], metric_key_prefix="base").metrics
-        run.add_results("base", metrics, "validation", before_training=True)
+        run.add_results("base", metrics, "validation", provisional=True)
     if training_args.do_train:
         run.train()
+        if method_args.posterior_scale is not None and training_args.do_eval and "validation" in tokenized:
+            run.add_unscaled("validation", trainer.predict(tokenized["validation"], metric_key_prefix="unscaled"))
+    run.scale()
     if method_args.temperature_scaling:
         run.calibrate()
     for prefix, split, wanted in (

@@ -17,7 +17,7 @@ from blob_hf.cli.artifacts import SUMMARIZATION_METRICS, SummarizerRun
 from blob_hf.cli.bases import config_from_name, kept_base
 from blob_hf.cli.evaluation import rouge_compute_metrics, summaries_report
 from blob_hf.data import demo
-from blob_hf.data.loading import first_rows
+from blob_hf.data.loading import first_rows, hold_out
 from blob_hf.data.summarization import (
     DEFAULT_PROMPT,
     Prompt,
@@ -107,6 +107,7 @@ class TrainingArguments(cli.PublishedDefaults, BlobSeq2SeqTrainingArguments):
 def main() -> None:
     parsed = cli.parse_arguments((ModelArguments, DataArguments, cli.MethodArguments, TrainingArguments), DEMO, __doc__)
     model_args, data_args, method_args, training_args = parsed
+    training_args = cli.with_kl_rate(training_args, model_args, data_args)
     cli.setup_logging(training_args.should_log)
     route = cli.choose_route(model_args, method_args, training_args)
     route.check_run(method_args, training_args)
@@ -131,6 +132,10 @@ def main() -> None:
     if training_args.do_train:
         cli.require_split(splits, "train")
         cli.claim_output_dir(training_args, adapter is None, method_args, model_args, data_args)
+        splits["train"] = first_rows(splits["train"], data_args.max_train_samples)
+    holds_out = training_args.do_train and route.holds_out(method_args)
+    if holds_out:
+        hold_out(splits, method_args.calibration_samples)
 
     # ----- model -----
     set_seed(training_args.seed)
@@ -149,20 +154,24 @@ def main() -> None:
     dialogues = {name: group_dialogues(splits[name], limits[name]) for name in limits if name in splits}
     train_rows = None
     if training_args.do_train:
-        pairs = single_references(first_rows(splits["train"], data_args.max_train_samples))
-        train_rows = scoring_rows(pairs, tokenizer, prompt, *lengths)
+        train_rows = scoring_rows(single_references(splits["train"]), tokenizer, prompt, *lengths)
+    held_out = (
+        scoring_rows(single_references(splits["calibration"]), tokenizer, prompt, *lengths) if holds_out else None
+    )
     scored = {name: scoring_rows(group, tokenizer, prompt, *lengths) for name, group in dialogues.items()}
 
     def make_trainer(model, args=training_args):
+        args, callbacks = cli.early_stopping(args, method_args, len(train_rows or []))
         return BlobSeq2SeqTrainer(
             model=model,
             args=route.arguments(args, train_rows),
             data_collator=DataCollatorForSeq2Seq(tokenizer, model=base),
             train_dataset=train_rows,
-            eval_dataset=scored.get("validation"),
+            eval_dataset=held_out if callbacks else scored.get("validation"),
+            callbacks=callbacks,
             processing_class=tokenizer,
             compute_metrics=rouge_compute_metrics(dialogues["validation"], tokenizer)
-            if training_args.predict_with_generate and "validation" in dialogues
+            if training_args.predict_with_generate and "validation" in dialogues and not callbacks
             else None,
             point_estimate=route.name != "blob" and not model.has_posterior,
         )
@@ -188,7 +197,7 @@ def main() -> None:
     # ----- train, evaluate, report -----
     base_name = model_args.config_name or model_args.model_name_or_path
     settings = {"prompt": repr(data_args.prompt), "max source, target": lengths, "decoding": decoding}
-    job = cli.Job(training_args, method_args, make_model, make_trainer)
+    job = cli.Job(training_args, method_args, make_model, make_trainer, held_out)
     license = model_args.adapter_license
     run = SummarizerRun(
         route, job, trainer, base_name, source, "summarization", SUMMARIZATION_METRICS, settings, license
@@ -196,9 +205,10 @@ def main() -> None:
     first_split = "validation" if "validation" in dialogues else "test"
     if data_args.compare_base and training_args.do_train and dialogues:
         metrics, _ = evaluate(first_split, "base")
-        run.add_results("base", metrics, first_split, before_training=True)
+        run.add_results("base", metrics, first_split, provisional=True)
     if training_args.do_train:
         run.train()
+    run.scale()
     for prefix, split, wanted in (
         ("eval", "validation", training_args.do_eval),
         ("predict", "test", training_args.do_predict),

@@ -8,6 +8,7 @@ from blob_hf.baselines.ensemble import EnsembleState, join_members, train_member
 from blob_hf.baselines.laplace import LaplaceConfig, LaplaceState, fit_laplace
 from blob_hf.baselines.map import MapState, prior_weight_decay
 from blob_hf.baselines.mc_dropout import MCDropoutState, attach_mc_dropout
+from blob_hf.baselines.posterior_scale import PosteriorScale, fit_posterior_scale, scale_posterior
 from blob_hf.baselines.temperature import Temperatures, fit_temperature
 from blob_hf.baselines.tfb import TFBConfig, TFBState, fit_tfb
 
@@ -18,17 +19,20 @@ __all__ = [
     "MCDropoutState",
     "MapState",
     "MethodState",
+    "PosteriorScale",
     "TFBConfig",
     "TFBState",
     "Temperatures",
     "attach_mc_dropout",
     "find_method",
     "fit_laplace",
+    "fit_posterior_scale",
     "fit_temperature",
     "fit_tfb",
     "join_members",
     "method_names",
     "prior_weight_decay",
     "register_method",
+    "scale_posterior",
     "train_members",
 ]

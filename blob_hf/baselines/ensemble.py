@@ -77,6 +77,9 @@ class MemberLinear(SampledLinear):
         blocks = out.view(len(self._biases), -1, out.shape[-1]) + self._biases.to(out.dtype).unsqueeze(1)
         return blocks.view_as(out)
 
+    def scale_noise(self, factor: float) -> None:
+        raise BlobError("an ensemble's members are networks of their own, not noise around one: nothing to scale")
+
     def _stacked(self, name: str, sampling: Sampling) -> Tensor:
         own = getattr(self, name)
         with gathered([own]):

@@ -81,7 +81,8 @@ class LaplaceLinear(SampledLinear):
     def covariance(self, gradients: Tensor) -> Tensor:
         """Covariance of outputs with these gradients `(rows, outputs, out, in)`: `(rows, outputs, outputs)`."""
         factors = self.factors
-        rotated = factors.u_out.T @ gradients.float() @ factors.u_in * factors.scale(self.prior_precision)
+        scale = self.noise_scale * factors.scale(self.prior_precision)
+        rotated = factors.u_out.T @ gradients.float() @ factors.u_in * scale
         flat = rotated.flatten(2)
         return flat @ flat.transpose(1, 2)
 

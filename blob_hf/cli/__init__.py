@@ -3,8 +3,10 @@
 from blob_hf.cli.adapters import AdapterArguments, PublishedDefaults, require_split
 from blob_hf.cli.arguments import parse_arguments
 from blob_hf.cli.folders import claim_folder, claim_output_dir, with_output_dir
+from blob_hf.cli.held_out import early_stopping
 from blob_hf.cli.method_arguments import MethodArguments
 from blob_hf.cli.methods import check_texts, choose_route, make_model, starting_adapter, warn_of_ignored
+from blob_hf.cli.published import with_kl_rate
 from blob_hf.cli.routes import Job
 from blob_hf.cli.terminal import setup_logging, user_errors
 
@@ -17,6 +19,7 @@ __all__ = [
     "choose_route",
     "claim_folder",
     "claim_output_dir",
+    "early_stopping",
     "make_model",
     "parse_arguments",
     "require_split",
@@ -24,5 +27,6 @@ __all__ = [
     "starting_adapter",
     "user_errors",
     "warn_of_ignored",
+    "with_kl_rate",
     "with_output_dir",
 ]

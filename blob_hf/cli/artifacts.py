@@ -9,6 +9,7 @@ import numpy as np
 
 from blob_hf.baselines.temperature import Temperatures, fit_temperature, scale
 from blob_hf.cli.costs import COSTS_FILE, training_costs
+from blob_hf.cli.held_out import settle_scale
 from blob_hf.cli.routes import Job, Route
 from blob_hf.metrics.calibration import calibration_metrics, confidence, reliability_bins
 from blob_hf.metrics.classification import rejection_curves
@@ -103,14 +104,21 @@ class Run:
             layers = model.posterior_statistics().layers
             self.add_plot("posterior_std", lambda path: plot_posterior_std(layers, model.blob_config.prior_std, path))
 
+    def scale(self) -> None:
+        """Scale the posterior, if asked to, and save it if it was trained here."""
+        if self.job.method_args.posterior_scale is not None:
+            settle_scale(self.trainer, self.job.method_args, self.job.calibration_rows)
+            if self.trained:
+                self.trainer.save_model()
+
     def add_results(
-        self, prefix: str, metrics: dict[str, float], split: str, rows: str = "", before_training: bool = False
+        self, prefix: str, metrics: dict[str, float], split: str, rows: str = "", provisional: bool = False
     ) -> None:
         """Save {prefix}_results.json, with the number of samples N, and keep the table N=0 beside N=S for the end.
 
         Args:
             rows: What was evaluated, for the title, for example "408 examples".
-            before_training: Whether the model is not yet the adapter that will be saved.
+            provisional: Whether the model is not yet the adapter that will be saved: left out of the card's index.
         """
         self.trainer.save_metrics(prefix, metrics | {f"{prefix}_num_samples": self.num_samples})
         if self.costs and f"{prefix}_runtime" in metrics:
@@ -118,8 +126,8 @@ class Run:
             self.costs["eval_rows"] = round(metrics[f"{prefix}_runtime"] * metrics[f"{prefix}_samples_per_second"])
         table = results_table(metrics, prefix, self.metric_names, self.num_samples)
         title = f"{self.data.name}, {split}" + (f" ({rows})" if rows else "")
-        title = f"before training: {title}" if before_training else title
-        self.results.append(Results(title, split, table, in_index=not before_training))
+        title = f"before training: {title}" if prefix == "base" else title
+        self.results.append(Results(title, split, table, in_index=not provisional))
 
     def add_plot(self, name: str, draw: Callable[[Path], object]) -> None:
         """Draw plots/{name}.png."""
@@ -180,6 +188,7 @@ class ClassifierRun(Run):
         model, rows = self.trainer.blob_model, self.job.calibration_rows
         if rows is not None:
             output = self.trainer.predict(rows, metric_key_prefix="calibration")
+            self.trainer.save_metrics("calibration", output.metrics)
             predictions, labels = cast(tuple[np.ndarray, ...], output.predictions), np.asarray(output.label_ids)
             found = [fit_temperature(predictions[kind], labels) for kind in (0, 2)]  # of the samples, of the mean
             model.set_companion(Temperatures(*found))
@@ -231,11 +240,20 @@ class ClassifierRun(Run):
         if num_samples:
             curve = nll_curve(samples, labels, self.args.antithetic)
             self.add_nll_curve(curve, output.metrics[f"{prefix}_mean_nll"], split, "example")
-        rows = zip(log_probs.tolist(), mean.tolist(), labels.tolist(), strict=True)
-        names = ("log_probs", "mean_log_probs", "label")
+        self._write_predictions(split, log_probs, mean, labels)
+
+    def add_unscaled(self, split: str, output: Any) -> None:
+        """Save what a split's predictions were before the posterior is scaled, so that one sees what the scale does."""
+        log_probs, _, mean = output.predictions
+        self.add_results("unscaled", output.metrics, f"{split}, posterior not scaled", f"{len(mean)} examples", True)
+        self._write_predictions(f"unscaled_{split}", log_probs, mean, output.label_ids)
+
+    def _write_predictions(self, name: str, log_probs: Any, mean: Any, labels: Any | None) -> None:
+        columns = {"log_probs": log_probs, "mean_log_probs": mean, **({} if labels is None else {"label": labels})}
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
         self.write_rows(
-            f"{split}_predictions.jsonl",
-            ({"index": index, **dict(zip(names, row, strict=True))} for index, row in enumerate(rows)),
+            f"{name}_predictions.jsonl",
+            ({"index": index, **dict(zip(columns, row, strict=True))} for index, row in enumerate(rows)),
         )
 
     def add_shift(self, name: str, inside: Any, outside: Any) -> None:
@@ -264,6 +282,7 @@ class ClassifierRun(Run):
         table = table.dropna(how="all").dropna(how="all", axis="columns")
         count = len(outside.predictions[0])
         self.results.append(Results(f"out of distribution: {name} ({count} examples)", name, table, in_index=False))
+        self._write_predictions(prefix, outside.predictions[0], outside.predictions[2], outside.label_ids)
         own, other = ({title: pair[i] for title, pair in reversed(scores.items())} for i in (0, 1))
         self.add_plot(prefix, lambda path: plot_shift(own, other, (self.data.name, name), path))
 

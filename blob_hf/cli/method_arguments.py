@@ -7,6 +7,7 @@ from typing import TypeVar
 from blob_hf.baselines import LaplaceConfig, TFBConfig
 from blob_hf.baselines.laplace import PREDICTIVES, PRIORS, SUBSETS
 from blob_hf.utils.errors import BlobError
+from blob_hf.utils.numbers import NumberOrWord
 
 Config = TypeVar("Config")
 
@@ -27,8 +28,23 @@ class MethodArguments:
         default=False,
         metadata={"help": "Also report a classifier with a temperature fitted to held-out training rows."},
     )
+    posterior_scale: NumberOrWord | None = field(
+        default=None,
+        metadata={
+            "help": "Multiply all stds of the trained posterior (of any sampled method but ensemble): a number, or "
+            "fit, which finds the one under which the predictive of held-out rows has the smallest NLL."
+        },
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the checkpoint with the smallest NLL of held-out rows, and stop after so many evaluations "
+            "(every --eval_steps, default a twentieth of the run) without a smaller one."
+        },
+    )
     calibration_samples: int | None = field(
-        default=None, metadata={"help": "Training rows to hold out for that. Default: a tenth, at most 500."}
+        default=None,
+        metadata={"help": "Training rows to hold out for these three. Default: a tenth, at most 500."},
     )
     ensemble_size: int = field(default=3, metadata={"help": "Members K of --method ensemble, trained in sequence."})
     ensemble_members: list[str] | None = field(
@@ -57,6 +73,18 @@ class MethodArguments:
     def __post_init__(self) -> None:
         if self.calibration_samples is not None and self.calibration_samples < 1:
             raise BlobError(f"calibration_samples must be >= 1, got {self.calibration_samples}")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise BlobError(f"early_stopping_patience must be >= 1, got {self.early_stopping_patience}")
+        scale = self.posterior_scale
+        if isinstance(scale, str) and scale != "fit":
+            raise BlobError(f"posterior_scale must be a number or fit, got {scale!r}")
+        if isinstance(scale, float) and not scale > 0:
+            raise BlobError(f"posterior_scale must be > 0, got {scale:g}; for the mean alone take --eval_samples 0")
+
+    @property
+    def needs_held_out(self) -> bool:
+        """Whether something is fitted to rows that were not trained on."""
+        return self.temperature_scaling or self.posterior_scale == "fit" or self.early_stopping_patience is not None
 
     def tfb_config(self) -> TFBConfig:
         """The search of TFB; its errors have the names of the flags."""

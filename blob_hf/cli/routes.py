@@ -99,10 +99,17 @@ class Route:
 
     def check_run(self, method_args: MethodArguments, args: BlobTrainingArguments) -> None:
         """Refuse them together with the training arguments."""
+        if method_args.posterior_scale is not None:
+            if not self.card.sampled or self.name == "ensemble":
+                raise BlobError(
+                    f"posterior_scale scales noise around a mean, which method {self.name} has not; leave it out"
+                )
+            if method_args.posterior_scale == "fit" and args.eval_samples == 0:
+                raise BlobError("posterior_scale fit compares predictives of samples: eval_samples must be >= 1, got 0")
 
     def holds_out(self, method_args: MethodArguments) -> bool:
         """Whether some of the training rows are kept for calibration."""
-        return method_args.temperature_scaling
+        return method_args.needs_held_out
 
     def check_texts(self) -> None:
         """Refuse to write texts, for a method that cannot."""
@@ -148,7 +155,7 @@ class BlobRoute(Route):
     name = "blob"
     flags = _SAMPLING_FLAGS | {
         "beta", "gamma", "kl_schedule", "kl_cycle_steps", "kl_weight", "kl_target_nats_per_weight",
-        "kl_learning_rate", "kl_gradient", "train_samples", "init_eps", "std_parameterization", "noise",
+        "kl_learning_rate", "kl_pull", "kl_gradient", "train_samples", "init_eps", "std_parameterization", "noise",
     }  # fmt: skip
 
     @property
@@ -259,7 +266,10 @@ class FittedRoute(Route):
     """A method that is fitted to a trained adapter, without gradient steps."""
 
     def unread(self, method_args: MethodArguments, args: BlobTrainingArguments) -> frozenset[str]:
-        return _TRAINING_FLAGS
+        return _TRAINING_FLAGS | {"early_stopping_patience"}
+
+    def holds_out(self, method_args: MethodArguments) -> bool:
+        return method_args.temperature_scaling or method_args.posterior_scale == "fit"
 
     def start(self, adapter_args: AdapterArguments, method_args: MethodArguments) -> str | None:
         if not adapter_args.adapter_name_or_path:
@@ -296,6 +306,7 @@ class LaplaceRoute(FittedRoute):
         method_args.laplace_config()
 
     def check_run(self, method_args: MethodArguments, args: BlobTrainingArguments) -> None:
+        super().check_run(method_args, args)
         if method_args.laplace_prior == "validation" and args.eval_samples == 0:
             raise BlobError(
                 "laplace_prior validation compares predictives of samples: eval_samples must be >= 1, got 0"

@@ -1,15 +1,21 @@
-"""Run an experiment of the report: `python -m blob_hf.experiments {glue,sensitivity,mean,sampling} ...`."""
+"""Run an experiment of the report: `python -m blob_hf.experiments {study,glue,sensitivity,mean,sampling} ...`."""
 
 import sys
 
 from accelerate import PartialState
 
 from blob_hf import cli
-from blob_hf.experiments import glue, mean, sampling, sensitivity
+from blob_hf.experiments import glue, mean, sampling, sensitivity, study
 from blob_hf.trainer.engines import shutdown
 from blob_hf.utils.errors import BlobError
 
-EXPERIMENTS = {"glue": glue.main, "sensitivity": sensitivity.main, "mean": mean.main, "sampling": sampling.main}
+EXPERIMENTS = {
+    "study": study.main,
+    "glue": glue.main,
+    "sensitivity": sensitivity.main,
+    "mean": mean.main,
+    "sampling": sampling.main,
+}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """Intervals, paired tests and the decomposition of spread, over dialogues: they are what a result generalises to."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -159,3 +160,59 @@ def paired_interval(first: ArrayLike, second: ArrayLike) -> Interval:
         return Interval(mean, -np.inf, np.inf)
     half = float(stats.t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / np.sqrt(len(differences)))
     return Interval(mean, mean - half, mean + half)
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """A paired comparison over seeds: the mean difference with its 95 % t-interval, and the t-test's p-value."""
+
+    interval: Interval
+    p_value: float
+
+
+def paired_test(first: ArrayLike, second: ArrayLike) -> PairedTest:
+    """Compare two methods on the same seeds, two or more: `first` - `second`; p is 1 where all are equal."""
+    a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    p_value = 1.0 if np.ptp(a - b) == 0 and a[0] == b[0] else float(stats.ttest_rel(a, b).pvalue)
+    return PairedTest(paired_interval(a, b), p_value)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's (1979) step-down correction: adjusted p-values that hold the family-wise error, in the given order."""
+    order = np.argsort(p_values)
+    adjusted = np.empty(len(p_values))
+    largest = 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted.tolist()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Mean ranks of methods over blocks (here settings); 1 is best.
+
+    Attributes:
+        ranks: By method.
+        critical_difference: Two methods whose mean ranks differ by more are told apart at 5 % (Nemenyi).
+        p_value: Friedman's test that all methods are alike; NaN for fewer than three.
+    """
+
+    ranks: dict[str, float]
+    critical_difference: float
+    p_value: float
+
+
+def mean_ranks(table: pd.DataFrame, more_is_better: bool) -> Ranks:
+    """Ranks of methods (columns) in each block (row), averaged (Demsar, JMLR 2006)."""
+    ranks = table.rank(axis="columns", ascending=not more_is_better).mean()
+    p_value = float(stats.friedmanchisquare(*table.to_numpy().T).pvalue) if table.shape[1] > 2 else float("nan")
+    return Ranks(
+        {str(name): float(rank) for name, rank in ranks.items()}, critical_difference(*reversed(table.shape)), p_value
+    )
+
+
+def critical_difference(methods: int, blocks: int, level: float = 0.05) -> float:
+    """Nemenyi's critical difference of mean ranks, q sqrt(k (k + 1) / (6 N)); q: studentised range / sqrt 2."""
+    q = stats.studentized_range.ppf(1 - level, methods, np.inf) / np.sqrt(2)
+    return float(q * np.sqrt(methods * (methods + 1) / (6 * blocks)))

@@ -125,13 +125,67 @@ def sample_gap(
     for batch in batches:
         inputs = dict(batch)
         labels = aligned(inputs)
-        if labels.dim() == 1:
-            rows = torch.arange(len(labels), device=labels.device)
-            found = predict_classes(model, inputs, sampling)
-            predictive -= found.log_probs[rows, labels].sum().item()
-            own -= found.sample_log_probs[rows, :, labels].mean(dim=1).sum().item()
-        else:
-            scores = score_targets(model, inputs, labels, sampling)
-            predictive -= scores.log_probs.sum().item()
-            own -= scores.sample_log_probs.mean(dim=1).sum().item()
+        log_probs, samples = _scores(model, inputs, labels, sampling)
+        predictive -= log_probs.sum().item()
+        own -= samples.mean(dim=1).sum().item()
     return own / predictive - 1 if predictive > 0 else None
+
+
+@torch.no_grad()
+def predictive_nll(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], aligned: Aligned, sampling: Sampling
+) -> float:
+    """NLL of the predictive, nats per example or token."""
+    total, count = 0.0, 0
+    for batch in batches:
+        inputs = dict(batch)
+        labels = aligned(inputs)
+        total -= _scores(model, inputs, labels, sampling)[0].sum().item()
+        count += int((labels != IGNORED_LABEL).sum())
+    return total / count
+
+
+@torch.no_grad()
+def information_gain(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], aligned: Aligned, sampling: Sampling
+) -> float | None:
+    """What the predictive knows of the task: how much smaller its NLL is than that of something that learned nothing.
+
+    For classes that is the rates of these rows' labels, whatever the input; for tokens the base model without the
+    adapter. None where there are no rows.
+
+    Returns:
+        Nats per example or token.
+    """
+    predictive, reference, seen = 0.0, 0.0, []
+    for batch in batches:
+        inputs = dict(batch)
+        labels = aligned(inputs)
+        seen.append(labels[labels != IGNORED_LABEL].flatten())
+        predictive -= _scores(model, inputs, labels, sampling)[0].sum().item()
+        if labels.dim() > 1:
+            with _bare(model).disable_adapter():
+                reference -= token_log_probs(model(**inputs).logits, labels).sum().item()
+    if not seen:
+        return None
+    all_labels = torch.cat(seen)
+    if reference == 0.0:
+        counts = all_labels.bincount().double()
+        reference = -torch.special.xlogy(counts, counts / len(all_labels)).sum().item()
+    return (reference - predictive) / len(all_labels)
+
+
+def _scores(model: nn.Module, inputs: dict[str, Any], labels: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the labels under the predictive (any shape), and under each sample `(batch, samples)`."""
+    if labels.dim() > 1:
+        scores = score_targets(model, inputs, labels, sampling)
+        return scores.log_probs, scores.sample_log_probs
+    rows = torch.arange(len(labels), device=labels.device)
+    found = predict_classes(model, inputs, sampling)
+    return found.log_probs[rows, labels], found.sample_log_probs[rows, :, labels]
+
+
+def _bare(model: nn.Module) -> Any:
+    while hasattr(model, "module"):  # DDP, DeepSpeed
+        model = model.module  # type: ignore[assignment]
+    return model

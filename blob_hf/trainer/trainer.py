@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -61,7 +62,7 @@ logger = logging.getLogger(__name__)
 
 LOG_STATE = "log_state.json"
 Rows: TypeAlias = Dataset | torch.utils.data.Dataset[Any]
-GAP_ROWS = 64  # on which a finished training looks at how far its samples' predictions are apart
+VERDICT_ROWS = 64  # on which a finished training looks at what its samples predict
 
 
 class BlobTrainerMixin(_Base):
@@ -168,13 +169,8 @@ class BlobTrainerMixin(_Base):
             return optimizer
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise BlobError(OWN_OPTIMIZER)  # a config that the launcher brought
-        self.kl.attach(optimizer, self.model, self.blob_model.blob_config, self._decoupled_rate or 0.0)
+        self.kl.attach(optimizer, self.model, self.blob_model.blob_config)
         return optimizer
-
-    @property
-    def _decoupled_rate(self) -> float | None:
-        """Rate of the decoupled KL step; None where the KL goes through the loss."""
-        return self.args.kl_learning_rate if self.args.kl_gradient == "decoupled" else None
 
     def compute_loss(
         self,
@@ -240,7 +236,7 @@ class BlobTrainerMixin(_Base):
 
     def _weighted_kl(self, kl: KLState, nll: Tensor) -> Tensor:
         """This micro-batch's share of pi_t * KL."""
-        prior_std, through_loss = self.blob_model.blob_config.prior_std, self._decoupled_rate is None
+        prior_std, through_loss = self.blob_model.blob_config.prior_std, self.args.kl_gradient == "loss"
         weighted = kl.share(self.model, prior_std, nll, self.state.global_step + 1, through_loss)
         return weighted / getattr(self, "current_gradient_accumulation_steps", 1)
 
@@ -323,23 +319,24 @@ class BlobTrainerMixin(_Base):
         if self.kl is None:
             return None
         self.kl.history.drain(self._mean_over_processes)
-        config = self.blob_model.blob_config
-        self.kl.conclude(self.model, config, self._decoupled_rate, self._sample_gap())
+        looking = self.eval_sampling.num_samples > 1 and engine_of(self.accelerator) != "fsdp"
+        gap = self._look(evaluation.sample_gap, self.eval_dataset, self.train_dataset) if looking else None
+        gain = partial(self._look, evaluation.information_gain, self.train_dataset)
+        self.kl.conclude(self.model, self.blob_model.blob_config, gap, gain if looking else lambda: None)
         return self.kl.verdict
 
-    def _sample_gap(self) -> float | None:
-        """On the first rows of the evaluation set, or else of the training set."""
-        rows = self.eval_dataset if isinstance(self.eval_dataset, Dataset) else self.train_dataset
-        sampling = self.eval_sampling
-        if not has_length(rows) or sampling.num_samples < 2 or engine_of(self.accelerator) == "fsdp":
+    def _look(self, measure: Callable[..., float | None], *choices: Any) -> float | None:
+        """Measure predictions on the first rows of the first dataset that has a size; None if none has."""
+        rows = next((one for one in choices if has_length(one) and not isinstance(one, dict)), None)
+        if rows is None:
             return None
-        batches = islice(self._batches(rows), max(1, GAP_ROWS // self.args.eval_batch_size))
+        batches = islice(self._batches(rows), max(1, VERDICT_ROWS // self.args.eval_batch_size))
         labelled = (batch for batch in batches if batch.get("labels") is not None)
         network: Any = self.model_wrapped if self.is_deepspeed_enabled else self.model  # which gathers its shards
         training = network.training
         network.eval()
         try:
-            return evaluation.sample_gap(network, labelled, self._aligned_labels, sampling)
+            return measure(network, labelled, self._aligned_labels, self.eval_sampling)
         finally:
             network.train(training)
             if self.is_deepspeed_enabled:
@@ -400,6 +397,11 @@ class BlobTrainerMixin(_Base):
         """NLL of single networks on all rows, see `evaluation.mean_nll`; every process finds the same."""
         self.model.eval()
         return evaluation.mean_nll(self.model, self._batches(rows), self._aligned_labels, num_samples)
+
+    def predictive_nll(self, rows: Any) -> float:
+        """NLL of the predictive of all rows, nats per example or token; every process finds the same."""
+        self.model.eval()
+        return evaluation.predictive_nll(self.model, self._batches(rows), self._aligned_labels, self.eval_sampling)
 
     def plain_loader(self, rows: Any) -> DataLoader:
         """Batches of all rows in their order, for every process the same ones."""

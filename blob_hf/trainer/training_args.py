@@ -7,10 +7,12 @@ from typing import TypeVar
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from blob_hf.trainer.engines import join_deepspeed, require_deepspeed
+from blob_hf.trainer.kl.rate import DEFAULT_PULL
 from blob_hf.trainer.kl.schedule import KL_SCHEDULES
 from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
+from blob_hf.utils.numbers import NumberOrWord
 
 SCHEDULES = (*KL_SCHEDULES, "target")
 KL_GRADIENTS = ("decoupled", "loss")
@@ -25,6 +27,7 @@ DEFINING = [
     "kl_weight",
     "kl_target_nats_per_weight",
     "kl_learning_rate",
+    "kl_pull",
     "kl_gradient",
     "train_samples",
     "base_dropout",
@@ -62,7 +65,8 @@ class BlobArguments:
         kl_cycle_steps (`int`, *optional*): M itself, instead of through gamma.
         kl_weight (`float`): the weight of the `constant` schedule.
         kl_target_nats_per_weight (`float`, *optional*): what the `target` schedule brings the KL down to.
-        kl_learning_rate (`float`): rate of the KL's own SGD step.
+        kl_learning_rate (`float` or `"auto"`): rate of the KL's own SGD step; `"auto"` sets it from the pull.
+        kl_pull (`float`): the KL's step on a mean one prior std from 0, in units of the optimizer's (`kl/rate.py`).
         kl_gradient (`str`): `decoupled` (own SGD step after the optimizer's) or `loss` (through the loss).
         train_samples (`int`): posterior samples per training step; their NLLs are averaged.
         base_dropout (`bool`): keep the backbone's own dropout on in training.
@@ -98,8 +102,19 @@ class BlobArguments:
         default=None,
         metadata={"help": "KL per weight of A (nats) that --kl_schedule target brings the posterior down to."},
     )
-    kl_learning_rate: float = field(
-        default=0.002, metadata={"help": "Rate of the KL's own SGD step; follows the main schedule in shape."}
+    kl_learning_rate: NumberOrWord = field(
+        default="auto",
+        metadata={
+            "help": "Rate of the KL's own SGD step, which follows the main schedule in shape; auto sets it from "
+            "--kl_pull (in the scripts' published experiments: 0.002)."
+        },
+    )
+    kl_pull: float = field(
+        default=DEFAULT_PULL,
+        metadata={
+            "help": "With --kl_learning_rate auto: the KL's step on a mean one prior std from 0, in units of the "
+            "learning rate. The same in a run of any length; larger is more KL."
+        },
     )
     kl_gradient: str = field(
         default="decoupled",
@@ -143,7 +158,13 @@ class BlobArguments:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise BlobError(f"{name} must be > 0, got {value}")
-        for name, least in (("eval_samples", 0), ("train_samples", 1), ("kl_learning_rate", 0), ("kl_weight", 0)):
+        if isinstance(self.kl_learning_rate, str) and self.kl_learning_rate != "auto":
+            raise BlobError(f"kl_learning_rate must be a number or auto, got {self.kl_learning_rate!r}")
+        if self.kl_learning_rate != "auto":
+            self.kl_learning_rate = float(self.kl_learning_rate)
+            if not self.kl_learning_rate >= 0:
+                raise BlobError(f"kl_learning_rate must be >= 0, got {self.kl_learning_rate}")
+        for name, least in (("eval_samples", 0), ("train_samples", 1), ("kl_pull", 0), ("kl_weight", 0)):
             value = getattr(self, name)
             if not value >= least:
                 raise BlobError(f"{name} must be >= {least}, got {value}")
@@ -174,7 +195,7 @@ class BlobArguments:
         if self.kl_gradient != "decoupled" or self.kl_learning_rate == 0:
             raise BlobError(
                 "kl_schedule target steers the decoupled KL step: it needs kl_gradient decoupled and kl_learning_rate "
-                f"> 0, got {self.kl_gradient} and {self.kl_learning_rate:g}"
+                f"> 0, got {self.kl_gradient} and {self.kl_learning_rate}"
             )
 
 

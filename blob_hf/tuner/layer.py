@@ -96,5 +96,9 @@ class GaussianA(SampledLinear):
         with gathered([self.rho]):
             self.rho.copy_(rho_from_std(std, self.parameterization))
 
+    def scale_noise(self, factor: float) -> None:
+        """Multiply the stds: the scaled posterior is itself a Gaussian, and is saved as one."""
+        self.set_std(self.std * factor)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, std={self.parameterization}, noise={self.noise}"

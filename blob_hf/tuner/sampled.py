@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
+from blob_hf.utils.sharding import full_tensor, gathered
 
 
 class SampledLinear(nn.Linear):
@@ -41,6 +42,7 @@ class SampledLinear(nn.Linear):
         self.name = layer if part == "lora_A" else f"{layer}.{part}"  # names its random numbers
         self.weight_name = f"base_model.model.{layer}.{part}.weight"  # in the files of an adapter
         self.mean_only = False
+        self.noise_scale = 1.0  # of the samples, beside what `draw` draws
         self._samples: Tensor | None = None
         self.train(linear.training)
 
@@ -63,10 +65,22 @@ class SampledLinear(nn.Linear):
         """
         raise NotImplementedError
 
+    def samples(self, sampling: Sampling) -> Tensor:
+        """What is drawn, with its distance from the weight scaled (see `scale_noise`)."""
+        drawn = self.draw(sampling)
+        if self.noise_scale == 1.0:
+            return drawn
+        with torch.no_grad(), gathered([self.weight]):
+            return torch.lerp(full_tensor(self.weight).to(drawn.dtype).expand_as(drawn), drawn, self.noise_scale)
+
+    def scale_noise(self, factor: float) -> None:
+        """Make the samples lie `factor` times as far from the weight: a temperature factor^2 of the posterior."""
+        self.noise_scale *= factor
+
     @contextmanager
     def frozen_samples(self, sampling: Sampling) -> Iterator[None]:
         """Use these samples inside the block (sample-major rows)."""
-        outer, self._samples = self._samples, self.draw(sampling)
+        outer, self._samples = self._samples, self.samples(sampling)
         try:
             yield
         finally:
@@ -74,7 +88,7 @@ class SampledLinear(nn.Linear):
 
     def drawn(self, sample: Sampling) -> dict[str, Tensor]:
         """The tensors of one sample (of one alone) by their names in the files of an adapter."""
-        return {self.weight_name: self.draw(sample)[0]}
+        return {self.weight_name: self.samples(sample)[0]}
 
     def plain(self) -> nn.Linear:
         """An ordinary linear layer with the same parameters."""
@@ -85,7 +99,7 @@ class SampledLinear(nn.Linear):
     @torch.no_grad()
     def fix_at_sample(self, sample: Sampling) -> None:
         """Overwrite the weight by one sample."""
-        self.weight.copy_(self.draw(sample)[0])
+        self.weight.copy_(self.samples(sample)[0])
 
 
 def _sample_major_linear(x: Tensor, samples: Tensor, name: str) -> Tensor:

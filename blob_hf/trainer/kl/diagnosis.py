@@ -8,6 +8,35 @@ from typing import Any
 from blob_hf.trainer.kl.schedule import KLSchedule, kl_cycle_length
 
 LEAST_EXPOSURE = 0.01  # below, the KL has been applied less than a hundredth of once
+HEARD = 0.1  # stds that the KL alone would leave below this share of the prior's
+
+
+@dataclass(frozen=True)
+class RateDiagnosis:
+    """The decoupled KL step of a run, known before any training.
+
+    Attributes:
+        value: kl_learning_rate at the peak of the learning rate.
+        pull: See `kl/rate.py`; NaN for `target`, whose rate is the schedule's.
+        chosen: Whether the value was set from the pull.
+        std_start: Mean of the stds before training.
+        std_by_kl_alone: Where the KL steps alone, without any NLL, would take such a std.
+        prior_std: sigma_p.
+    """
+
+    value: float
+    pull: float
+    chosen: bool
+    std_start: float
+    std_by_kl_alone: float
+    prior_std: float
+
+    def __str__(self) -> str:
+        origin = f"from the pull {self.pull:g}" if self.chosen else f"a pull of {self.pull:.2g}"
+        return (
+            f"KL rate {self.value:.3g} ({origin}): alone it would take a typical std from {self.std_start:.2g} to "
+            f"{self.std_by_kl_alone:.2g} (prior {self.prior_std:g})"
+        )
 
 
 @dataclass(frozen=True)
@@ -21,6 +50,8 @@ class KLDiagnosis:
         total_weight: Sum of pi_t over the run: how often the whole KL is applied; NaN for `target`, it follows the KL.
         exposure: Sum of pi_t * lr_t / lr_0: the same for the decoupled KL step, which follows the learning rate. A
             cycle that ends with the run spends its weight where the learning rate is 0.
+        rate: Of the decoupled KL step, and what it comes to: its pull (`kl/rate.py`), and where it would take the stds
+            alone; None where the KL goes through the loss.
         warnings: One line each, empty when nothing is wrong.
     """
 
@@ -29,6 +60,7 @@ class KLDiagnosis:
     total_steps: int
     total_weight: float
     exposure: float
+    rate: "RateDiagnosis | None" = None
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -41,11 +73,12 @@ class KLDiagnosis:
                 f"KL schedule target: the KL falls to the target with a time constant of {self.cycle_steps} of "
                 f"{self.total_steps} steps; pi_t follows the posterior"
             )
-        return (
+        schedule = (
             f"KL schedule {self.schedule}: cycle M = {self.cycle_steps} steps, {self.total_steps} steps in total "
             f"= {self.cycles:.2f} cycles, sum of pi_t = {self.total_weight:.4g} "
             f"({self.exposure:.4g} times the learning rate's shape)"
         )
+        return schedule if self.rate is None else f"{schedule}; {self.rate}"
 
 
 def fitting_gamma(num_examples: int, batch_size: int, total_steps: int) -> float | None:
@@ -61,7 +94,11 @@ def fitting_gamma(num_examples: int, batch_size: int, total_steps: int) -> float
 
 
 def diagnose(
-    schedule: Any, batch_size: int, gamma: float | None = None, lr_scale: Sequence[float] | None = None
+    schedule: Any,
+    batch_size: int,
+    gamma: float | None = None,
+    lr_scale: Sequence[float] | None = None,
+    rate: RateDiagnosis | None = None,
 ) -> KLDiagnosis:
     """Say before training what the KL weight will do over the run.
 
@@ -70,6 +107,7 @@ def diagnose(
         batch_size: Global batch size (to name a gamma that fits).
         gamma: The gamma that gave the cycle; None when `kl_cycle_steps` was set by hand.
         lr_scale: lr_t / lr_0 of each step, which the KL's step follows; default 1 throughout.
+        rate: Of the decoupled KL step.
 
     Returns:
         The figures and warnings. A cycle longer than the run is the one to heed: with the geometric schedule pi_t
@@ -77,10 +115,10 @@ def diagnose(
     """
     total = schedule.total_steps
     if not isinstance(schedule, KLSchedule):
-        return KLDiagnosis(schedule.name, schedule.cycle_steps, total, math.nan, math.nan)
+        return KLDiagnosis(schedule.name, schedule.cycle_steps, total, math.nan, math.nan, rate)
     weights = [schedule(step) for step in range(1, total + 1)]
     exposure = math.fsum(w * s for w, s in zip(weights, lr_scale or [1.0] * total, strict=True))
-    diagnosis = KLDiagnosis(schedule.name, schedule.cycle_steps, total, math.fsum(weights), exposure)
+    diagnosis = KLDiagnosis(schedule.name, schedule.cycle_steps, total, math.fsum(weights), exposure, rate)
     if schedule.name == "geometric" and schedule.cycle_steps > total:
         fit = fitting_gamma(schedule.num_examples, batch_size, total)
         cause = "kl_cycle_steps" if gamma is None else f"gamma = {gamma:g}"
@@ -96,6 +134,12 @@ def diagnose(
             f"the KL will hardly be applied: sum of pi_t over {total} steps, times the learning rate's shape = "
             f"{exposure:.1e}{late}; with kl_schedule {schedule.name} a smaller kl_cycle_steps than "
             f"{schedule.cycle_steps}, or a larger gamma, applies more"
+        )
+    elif rate is not None and rate.std_start < rate.std_by_kl_alone < HEARD * rate.prior_std:
+        diagnosis.warnings.append(
+            f"the KL will move the stds little: alone it would take them to {rate.std_by_kl_alone:.2g}, "
+            f"{rate.std_by_kl_alone / rate.prior_std:.0%} of the prior's, so the samples may predict what the mean "
+            "does. More steps, a larger learning_rate or a larger kl_pull widen them"
         )
     if schedule.name == "constant" and schedule.weight == 0:
         diagnosis.warnings.append("kl_schedule constant with kl_weight 0 applies no KL; give kl_weight > 0")

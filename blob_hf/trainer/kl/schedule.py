@@ -57,6 +57,15 @@ class KLSchedule:
         return KL_SCHEDULES[self.name](self, step)
 
     @property
+    def mean_weight(self) -> float:
+        """Mean of pi_t over a cycle (for `linear` and `cosine` after their rise)."""
+        if self.name == "none":
+            return 0.0
+        if self.name == "constant":
+            return self.weight
+        return 1.0 / (self.num_examples if self.name == "elbo" else self.cycle_steps)
+
+    @property
     def warmup_steps(self) -> int:
         """Length of the rise of `linear` and `cosine`: one cycle, or the whole run when that is shorter."""
         return max(1, min(self.cycle_steps, self.total_steps))

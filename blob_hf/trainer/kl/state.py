@@ -1,6 +1,7 @@
 """`KLState`: all that the trainer, its callback and the optimizer's hook share of the KL in one training."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from blob_hf.trainer.kl.diagnosis import KLDiagnosis, diagnose
+from blob_hf.trainer.kl.diagnosis import KLDiagnosis, RateDiagnosis, diagnose
 from blob_hf.trainer.kl.history import FILE_NAME, KLHistory
+from blob_hf.trainer.kl.rate import PUBLISHED_RATE, pull_of_rate, rate_from_pull
 from blob_hf.trainer.kl.schedule import KLSchedule, kl_cycle_length
 from blob_hf.trainer.kl.step import DecoupledKLStep
 from blob_hf.trainer.kl.target import TargetSchedule
-from blob_hf.trainer.kl.verdict import Verdict, initial_stds, judge, measure
+from blob_hf.trainer.kl.verdict import Verdict, initial_stds, judge, measure, std_by_kl_alone
 from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.posterior import kl_divergence, mean_posterior_std
 
@@ -59,11 +61,9 @@ class KLState:
     verdict: Verdict | None = None
     _now: _AtStep | None = None
 
-    def attach(
-        self, optimizer: torch.optim.Optimizer, model: nn.Module, config: BlobConfig, kl_learning_rate: float
-    ) -> None:
-        """Have every step of an optimizer followed by one on the KL."""
-        self.step = DecoupledKLStep(optimizer, model, config.prior_std, config.std_parameterization, kl_learning_rate)
+    def attach(self, optimizer: torch.optim.Optimizer, model: nn.Module, config: BlobConfig) -> None:
+        """Have every step of an optimizer followed by one on the KL, at the rate that `begin` finds."""
+        self.step = DecoupledKLStep(optimizer, model, config.prior_std, config.std_parameterization)
 
     def begin(
         self, args: "BlobTrainingArguments", config: BlobConfig, model: nn.Module, num_examples: int, batch_size: int,
@@ -71,6 +71,8 @@ class KLState:
     ) -> KLDiagnosis:  # fmt: skip
         """Plan a training, and forget the one before."""
         self.schedule, self.diagnosis = plan_kl(args, num_examples, batch_size, total_steps, model, config)
+        if self.step is not None and self.diagnosis.rate is not None:
+            self.step.kl_learning_rate = self.diagnosis.rate.value
         self.history, self.verdict, self._now = KLHistory(), None, None
         self.initial_stds = initial_stds(model)
         return self.diagnosis
@@ -94,20 +96,21 @@ class KLState:
         return now.weight * now.kl
 
     def conclude(
-        self, model: nn.Module, config: BlobConfig, kl_learning_rate: float | None, sample_gap: float | None
+        self, model: nn.Module, config: BlobConfig, sample_gap: float | None, gain: Callable[[], float | None]
     ) -> None:
         """Judge the finished training.
 
         Args:
-            kl_learning_rate: Rate of the decoupled step; None where the KL went through the loss.
             sample_gap: How far the samples' predictions are apart (see `KLFigures`).
+            gain: What the predictive knows of the task (see `judge`).
         """
         if self.history.rows:
+            rate = None if self.diagnosis is None else self.diagnosis.rate
             figures = measure(
                 model, config.prior_std, config.std_parameterization, self.schedule, self.history.rows,
-                self.initial_stds, kl_learning_rate,
+                self.initial_stds, None if rate is None else rate.value,
             )  # fmt: skip
-            self.verdict = judge(figures, sample_gap)
+            self.verdict = judge(figures, sample_gap, gain)
 
     def save(self, folder: Path, average: Callable[[Tensor], Tensor], writes: bool, for_resuming: bool = False) -> None:
         """Write kl_history.csv, and for a checkpoint the stds of the start (called on every process).
@@ -148,16 +151,30 @@ def plan_kl(
         model: With a posterior; the `target` schedule looks at it.
     """
     schedule: KLSchedule | TargetSchedule
+    given = args.kl_learning_rate if isinstance(args.kl_learning_rate, float) else None
     if args.kl_target_nats_per_weight is not None:
+        rate, pull = given or PUBLISHED_RATE, math.nan  # pi_t makes good for any rate
         schedule = TargetSchedule(
             model, config.prior_std, config.std_parameterization, args.kl_target_nats_per_weight,
-            args.kl_learning_rate, args.kl_cycle_steps or max(1, total_steps // 10), total_steps,
+            rate, args.kl_cycle_steps or max(1, total_steps // 10), total_steps,
         )  # fmt: skip
     else:
         cycle = args.kl_cycle_steps or kl_cycle_length(num_examples, args.gamma, batch_size)
         schedule = KLSchedule(args.kl_schedule, cycle, num_examples, total_steps, args.kl_weight)
+        sizes = (schedule, args.learning_rate, config.prior_std)
+        rate = rate_from_pull(args.kl_pull, *sizes) if given is None else given
+        pull = pull_of_rate(rate, *sizes)
+    shape = _lr_shape(args, total_steps)
+    found = None
+    if args.kl_gradient == "decoupled":
+        start = mean_posterior_std(model).item()
+        alone = math.nan
+        if isinstance(schedule, KLSchedule):
+            rates = [rate * schedule(step) * scale for step, scale in enumerate(shape, start=1)]
+            alone = std_by_kl_alone(start, config.prior_std, config.std_parameterization, rates)
+        found = RateDiagnosis(rate, pull, given is None, start, alone, config.prior_std)
     gamma = None if args.kl_cycle_steps else args.gamma
-    return schedule, diagnose(schedule, batch_size, gamma, _lr_shape(args, total_steps))
+    return schedule, diagnose(schedule, batch_size, gamma, shape, found)
 
 
 def _lr_shape(args: "BlobTrainingArguments", total_steps: int) -> list[float]:

@@ -29,6 +29,7 @@ class DecoupledKLStep:
         prior_std: sigma_p.
         parameterization: `"square"` or `"softplus"`.
         kl_learning_rate: Rate of the KL's own SGD; it follows the optimizer's schedule (warm-up and decay) in shape.
+            May be set until the first step.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class DecoupledKLStep:
         model: nn.Module,
         prior_std: float,
         parameterization: str,
-        kl_learning_rate: float,
+        kl_learning_rate: float = 0.0,
     ) -> None:
         self.optimizer = optimizer
         self.weight = 0.0

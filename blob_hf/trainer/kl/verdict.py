@@ -4,7 +4,7 @@ The thresholds are conventions, stated here and in docs/kl.md; each verdict show
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -19,13 +19,14 @@ from blob_hf.utils.sharding import full_tensor, gathered
 
 MOVED = 0.05  # a std has moved when it changed by more than 5 %
 COLLAPSED = 0.05  # nats per weight: what a mean of 0 and a std at 78 % of the prior still have
+FORGOTTEN = 0.01  # nats by which the predictive is better than without the task: below, it has not learned it
 SMALL_STD = 0.01  # std / |mean|: below, a sample differs from the mean by less than 1 %
 AGREE = 0.001  # the samples' own NLL is less than 0.1 % above that of their average
 
 ADVICE = {
-    "not applied": "take a larger gamma or a smaller kl_cycle_steps",
-    "prior collapse": "take a smaller gamma, a smaller beta or kl_schedule target",
-    "deterministic": "take a larger init_eps, or a larger gamma for more KL",
+    "not applied": "take kl_learning_rate auto, a larger gamma or a smaller kl_cycle_steps",
+    "prior collapse": "take a smaller kl_pull (or kl_learning_rate), or more steps",
+    "deterministic": "take kl_learning_rate auto with a larger kl_pull, or fit posterior_scale",
     "healthy": "",
 }
 
@@ -47,6 +48,8 @@ class KLFigures:
         share_moved: Share of the weights whose std changed by more than 5 %.
         std_to_mean: Median over the weights of Omega / |M|.
         sample_gap: Mean NLL of single samples over that of their predictive, less 1; None without an evaluation.
+        information_gain: How much smaller the predictive's NLL is than that of the label rates (of a language model:
+            than the base model's without the adapter), nats per example or token; None if it was not looked at.
     """
 
     schedule: str
@@ -66,6 +69,7 @@ class KLFigures:
     share_moved: float
     std_to_mean: float
     sample_gap: float | None = None
+    information_gain: float | None = None
 
     @property
     def kl_per_weight(self) -> float:
@@ -100,11 +104,15 @@ class Verdict:
         return {"verdict": self.name, "reason": self.reason, **asdict(self.figures)}
 
 
-def judge(figures: KLFigures, sample_gap: float | None = None) -> Verdict:
+def judge(
+    figures: KLFigures, sample_gap: float | None = None, information_gain: Callable[[], float | None] = lambda: None
+) -> Verdict:
     """Which of the four a posterior is; the first that fits, in the order of `ADVICE`.
 
     Args:
-        sample_gap: See `KLFigures`; without it "deterministic" goes by std / |mean| alone.
+        sample_gap: See `KLFigures`; without it "deterministic" goes by std / |mean|.
+        information_gain: Measures what the predictive knows of the task, nats (see `KLFigures`); called where the
+            weights are at the prior. Without it their KL alone decides.
     """
     figures = replace(figures, sample_gap=sample_gap)
     alone = figures.std_by_kl_alone
@@ -112,14 +120,21 @@ def judge(figures: KLFigures, sample_gap: float | None = None) -> Verdict:
         return Verdict("not applied", f"sum of pi_t < {LEAST_EXPOSURE:g}", figures)
     if alone is not None and abs(math.log(alone)) < MOVED:
         return Verdict("not applied", f"the KL alone would have changed the stds by less than {MOVED:.0%}", figures)
+    near = ""
     if figures.kl_per_weight < COLLAPSED:
-        return Verdict("prior collapse", f"the posterior is the prior: KL < {COLLAPSED:g} nats per weight", figures)
-    small = figures.std_to_mean < SMALL_STD
-    if small and (sample_gap is None or sample_gap < AGREE):
-        agree = "" if sample_gap is None else f", the samples' NLLs agree within {AGREE:.1%}"
-        return Verdict("deterministic", f"median std / |mean| < {SMALL_STD:g}{agree}", figures)
-    alike = ", though the samples predict alike" if sample_gap is not None and sample_gap < AGREE else ""
-    return Verdict("healthy", f"applied, away from the prior, and not a point{alike}", figures)
+        figures = replace(figures, information_gain=information_gain())
+        gain = figures.information_gain
+        if gain is None or gain < FORGOTTEN:
+            known = "" if gain is None else f", and it predicts {gain:.3f} nats better than without the task"
+            reason = f"the posterior is the prior: KL < {COLLAPSED:g} nats per weight{known}"
+            return Verdict("prior collapse", reason, figures)
+        near = f"; most weights are at the prior, but the predictive is {gain:.3f} nats better than without the task"
+    if sample_gap is None and figures.std_to_mean < SMALL_STD:
+        return Verdict("deterministic", f"median std / |mean| < {SMALL_STD:g}", figures)
+    if sample_gap is not None and sample_gap < AGREE:
+        return Verdict("deterministic", f"the samples' NLLs agree within {AGREE:.1%} of their predictive's", figures)
+    differ = "not a point" if sample_gap is None else "the samples differ in what they predict"
+    return Verdict("healthy", f"the KL was applied, and {differ}{near}", figures)
 
 
 def initial_stds(model: nn.Module) -> dict[str, Tensor]:

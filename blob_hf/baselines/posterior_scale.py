@@ -1,0 +1,145 @@
+"""One scale on all stds of a trained posterior, fitted to held-out rows: as cheap as temperature scaling.
+
+The samples then lie s times as far from the mean: the temperature of the posterior is s^2 (a cold posterior for s < 1,
+Wenzel et al., ICML 2020). Temperature scaling changes how sure the averaged probabilities are; this changes how far the
+networks are apart, so that rankings change, too: which inputs are uncertain, and what the answer is. At s = 0 all
+samples are the posterior mean, so that what is found is never much worse on the held-out rows than the mean alone.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import nn
+
+from blob_hf.tuner.layer import GaussianA
+from blob_hf.tuner.model import BlobModel
+from blob_hf.tuner.posterior import samplable_layers
+from blob_hf.tuner.registry import Companion, register_companion
+from blob_hf.utils import files
+from blob_hf.utils.errors import BlobError
+
+logger = logging.getLogger(__name__)
+
+SCALE_FILE = "posterior_scale.json"
+LARGEST = 16.0
+COARSE, FINE = 2.0, 2.0**0.25  # ratio of neighbouring scales while walking downhill, and of the last ones compared
+
+
+@register_companion
+@dataclass(frozen=True)
+class PosteriorScale(Companion):
+    """The scale of an adapter's posterior, and how it was found.
+
+    Attributes:
+        scale: s. A Gaussian posterior is saved with its stds multiplied by it already; samples that are made from the
+            weights (dropout masks, Laplace's factors) are scaled when they are drawn.
+        held_out: Rows that it was fitted to, 0 if it was given.
+        nll_before, nll_after: Of the predictive of these rows at scale 1 and at s, nats.
+    """
+
+    scale: float
+    held_out: int = 0
+    nll_before: float | None = None
+    nll_after: float | None = None
+
+    slot = "posterior_scale"
+    name = "posterior_scale"
+    files = (SCALE_FILE,)
+
+    @classmethod
+    def load(cls, folder: Path) -> "PosteriorScale | None":
+        file = folder / SCALE_FILE
+        if not file.is_file():
+            return None
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            return cls(**{**found, "scale": float(found["scale"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise BlobError(f"{file} is damaged: it has no scale; get it again") from error
+
+    def attach(self, model: BlobModel, folder: Path) -> None:
+        for layer in samplable_layers(model):
+            if not isinstance(layer, GaussianA):
+                layer.scale_noise(self.scale)
+
+    def save(self, model: BlobModel, folder: Path) -> None:
+        files.write_text(folder / SCALE_FILE, json.dumps(asdict(self), indent=2) + "\n")
+
+    def settings(self) -> dict[str, object]:
+        return {"posterior scale": f"{self.scale:.3g}" + (f", fitted to {self.held_out} rows" if self.held_out else "")}
+
+
+def scale_posterior(model: nn.Module, scale: float) -> None:
+    """Have the samples of a model lie `scale` times as far from the mean, in place.
+
+    Raises:
+        BlobError: scale <= 0, or the model has no samples or those of an ensemble.
+    """
+    if not scale > 0:
+        raise BlobError(f"the scale of a posterior must be > 0, got {scale}; without samples the mean predicts")
+    for layer in samplable_layers(model):
+        layer.scale_noise(scale)
+
+
+def fit_posterior_scale(model: BlobModel, nll: Callable[[], float], held_out: int) -> PosteriorScale:
+    """Scale a posterior such that the predictive of held-out rows has the smallest NLL, in place.
+
+    Args:
+        model: With a trained posterior, or other samples around a mean.
+        nll: Of the predictive of these rows, nats; with the same random numbers at each call, so that it is continuous.
+        held_out: How many there are, for the record.
+
+    Returns:
+        What was found; the model has it as its companion.
+
+    Raises:
+        BlobError: The model has no samples, or those of an ensemble.
+    """
+    current = 1.0
+
+    def at(scale: float) -> float:
+        nonlocal current
+        scale_posterior(model, scale / current)
+        current = scale
+        return nll()
+
+    tried = smallest(at)
+    best = min(tried, key=lambda scale: tried[scale])
+    scale_posterior(model, best / current)
+    found = PosteriorScale(best, held_out, tried[1.0], tried[best])
+    model.set_companion(found)
+    logger.info("posterior scale %.3g: NLL of %d held-out rows %.4f -> %.4f", best, held_out, tried[1.0], tried[best])
+    return found
+
+
+def smallest(loss: Callable[[float], float]) -> dict[float, float]:
+    """Walk downhill from 1 by factors of `COARSE` to a bound of 1 / LARGEST or LARGEST, then look between neighbours.
+
+    Returns:
+        The loss by scale, of all that were tried.
+    """
+    tried = {1.0: loss(1.0)}
+
+    def best() -> float:
+        return min(tried, key=lambda scale: tried[scale])
+
+    def look(scale: float) -> None:
+        if 1 / LARGEST <= scale <= LARGEST and scale not in tried:
+            tried[scale] = loss(scale)
+
+    for step in (COARSE, 1 / COARSE):
+        while True:
+            before = best()
+            look(before * step)
+            if best() == before:
+                break
+    ratio = COARSE
+    while ratio > FINE * 1.001:
+        ratio **= 0.5
+        centre = best()
+        look(centre * ratio)
+        look(centre / ratio)
+    return tried

@@ -1,0 +1,68 @@
+"""What is chosen by rows that were held out of the training: the step to stop at, and the scale of the posterior."""
+
+from typing import Any
+
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from blob_hf.baselines import PosteriorScale, fit_posterior_scale, scale_posterior
+from blob_hf.cli.method_arguments import MethodArguments
+from blob_hf.trainer.engines import require_whole_models
+from blob_hf.trainer.trainer import BlobTrainer
+from blob_hf.trainer.training_args import Arguments, changed_arguments
+from blob_hf.utils.errors import BlobError
+
+EVALUATIONS = 20  # of a run that stops early, unless eval_steps says how often
+
+
+def early_stopping(
+    args: Arguments, method_args: MethodArguments, num_rows: int
+) -> tuple[Arguments, list[TrainerCallback]]:
+    """Training arguments and callbacks of a run that keeps its best checkpoint; as they were without early stopping.
+
+    Args:
+        num_rows: Of the training set.
+
+    Raises:
+        BlobError: The arguments keep no checkpoints.
+    """
+    patience = method_args.early_stopping_patience
+    if patience is None or not args.do_train:
+        return args, []
+    steps = args.eval_steps
+    if args.eval_strategy != IntervalStrategy.STEPS or not steps:
+        total = args.max_steps
+        if total <= 0:
+            rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            total = int(args.num_train_epochs * max(1, num_rows // rows))
+        steps = max(1, total // EVALUATIONS)
+    changed = changed_arguments(
+        args, eval_strategy=IntervalStrategy.STEPS, eval_steps=steps, save_strategy=SaveStrategy.STEPS,
+        save_steps=steps, load_best_model_at_end=True, metric_for_best_model="nll", greater_is_better=False,
+    )  # fmt: skip
+    return changed, [EarlyStoppingCallback(patience)]
+
+
+def settle_scale(trainer: BlobTrainer, method_args: MethodArguments, held_out: Any) -> None:
+    """Scale the posterior of a trainer's model as --posterior_scale says.
+
+    Args:
+        held_out: Rows to fit it to; None for a saved adapter, whose scale is settled.
+
+    Raises:
+        BlobError: There is nothing to fit it to.
+    """
+    wanted, model = method_args.posterior_scale, trainer.blob_model
+    if wanted is None:
+        return
+    require_whole_models(trainer.accelerator, "posterior_scale")
+    if not isinstance(wanted, str):
+        scale_posterior(model, wanted)
+        model.set_companion(PosteriorScale(wanted))
+    elif held_out is not None:
+        fit_posterior_scale(model, lambda: trainer.predictive_nll(held_out), len(held_out))
+    elif not isinstance(model.companion(PosteriorScale.slot), PosteriorScale):
+        raise BlobError(
+            "posterior_scale fit: the adapter was saved without a scale; fit it with --do_train --posterior_scale fit, "
+            "which holds training rows out"
+        )

@@ -1,0 +1,33 @@
+"""The published experiments keep the published rate of the KL; other runs get theirs from the pull."""
+
+import dataclasses
+from typing import Any
+
+from blob_hf.trainer.kl.rate import PUBLISHED_RATE
+from blob_hf.trainer.training_args import Arguments, changed_arguments
+
+# A run that changes one of these is not a published one.
+_PUBLISHED = frozenset(
+    {
+        "model_name_or_path", "config_name", "dataset_name", "train_file", "demo", "max_train_samples", "max_steps",
+        "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "per_device_train_batch_size",
+        "gradient_accumulation_steps", "kl_schedule", "kl_cycle_steps", "kl_pull",
+    }
+)  # fmt: skip
+
+
+def with_kl_rate(args: Arguments, *others: Any) -> Arguments:
+    """The training arguments of a script, with the published KL rate where everything else is published, too.
+
+    Args:
+        others: Argument dataclasses beside the training arguments.
+    """
+    changed = [
+        one.name
+        for part in (args, *others)
+        for one in dataclasses.fields(part)
+        if one.name in _PUBLISHED and getattr(part, one.name) != one.default
+    ]
+    if args.kl_learning_rate != "auto" or changed:
+        return args
+    return changed_arguments(args, kl_learning_rate=PUBLISHED_RATE)

@@ -1,0 +1,343 @@
+"""The report of the study: one row a run, paired differences with Holm's correction, mean ranks, plots."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from blob_hf.baselines.temperature import scale
+from blob_hf.cli.costs import COSTS_FILE
+from blob_hf.experiments.statistics import Ranks, holm, mean_ranks, paired_test, spread
+from blob_hf.experiments.study_settings import SETTINGS
+from blob_hf.metrics.calibration import calibration_metrics, reliability_bins
+from blob_hf.metrics.detection import detection_metrics
+from blob_hf.reporting.classification_plots import plot_reliability
+from blob_hf.reporting.study_plots import plot_curves, plot_ranks
+from blob_hf.reporting.tables import markdown_table
+from blob_hf.utils import files
+
+Key = tuple[str, str, int]  # setting, method, seed
+TEMPERATURE = " + T"
+
+# Label, factor and digits of each metric; whether more is better.
+SHOWN = {
+    "accuracy": ("ACC [%]", 100, 1, True),
+    "ece": ("ECE [%]", 100, 1, False),
+    "nll": ("NLL", 1, 3, False),
+    "brier": ("Brier", 1, 3, False),
+    "error_auroc": ("AUROC of errors", 1, 3, True),
+    "ood_auroc": ("AUROC out of scope", 1, 3, True),
+    "ood_fpr95": ("FPR95 out of scope", 1, 3, False),
+}
+TESTED = ("accuracy", "ece", "nll", "ood_auroc")
+BASE, CURED, OURS = "lora", f"lora_early_stopping{TEMPERATURE}", "blob"
+SINGLE = ("lora", "lora_early_stopping", "map")  # of one network: their N=0 is all that there is
+
+
+def write(
+    folder: Path, runs: Mapping[Key, Path], curves: Mapping[Key, Path], strengths: Mapping[tuple[str, str], float],
+    arguments: Sequence[str],
+) -> None:  # fmt: skip
+    """Write report.md, results.csv, curves.csv and the plots of the complete runs, and print the report."""
+    if not runs:
+        return
+    results = pd.DataFrame([row for key, path in runs.items() for row in read_run(key, path)])
+    files.write_text(folder / "results.csv", results.to_csv(index=False))
+    watched = pd.DataFrame([row for key, path in curves.items() for row in read_curve(key, path)])
+    files.write_text(folder / "curves.csv", watched.to_csv(index=False))
+    plots = draw(folder, runs, results, watched)
+    parts = [
+        "# Where the posterior pays",
+        f"{len(runs)} runs of run_glue_blob.py {' '.join(arguments)}",
+        "## The settings\n\n" + settings_text(results, watched),
+        "## Results, mean +- std over seeds\n\n" + results_text(results),
+        "## BLoB against LoRA, on the same seeds\n\n" + comparisons_text(results, BASE),
+        "## BLoB against LoRA with early stopping and a temperature\n\n" + comparisons_text(results, CURED),
+        "## Over all settings\n\n" + overall_text(results),
+        "## Mean ranks\n\n" + ranks_text(results),
+        "## Strengths that were chosen, and costs\n\n" + costs_text(results, strengths),
+        "## Plots\n\n" + "\n\n".join(f"![{Path(plot).stem}]({plot})" for plot in plots),
+    ]
+    text = "\n\n".join(parts) + "\n"
+    files.write_text(folder / "report.md", text)
+    print(text)
+    print(f"Everything is in {folder}")
+
+
+# ----- reading the runs -------------------------------------------------------------------------------------------
+
+
+def read_run(key: Key, folder: Path) -> list[dict[str, Any]]:
+    """Rows of a run: its predictive and its mean (N=0), each also with its temperature, and BLoB before its scale."""
+    setting, method, seed = key
+    temperatures = _json(folder / "temperature.json")
+    costs = _json(folder / COSTS_FILE)
+    labels, log_probs, mean = _predictions(folder / "validation_predictions.jsonl")
+    outside: Any = {"log_probs": None, "mean": None}
+    if (folder / "ood_oos_predictions.jsonl").is_file():
+        _, outside["log_probs"], outside["mean"] = _predictions(folder / "ood_oos_predictions.jsonl")
+    kinds = [("", log_probs, outside["log_probs"], temperatures["predictive"])]
+    if method not in SINGLE:
+        kinds.append((", N=0", mean, outside["mean"], temperatures["mean"]))
+    rows = []
+    for suffix, inside, other, temperature in kinds:
+        rows.append((method + suffix, measures(inside, labels, other)))
+        scaled = None if other is None else scale(other, temperature)
+        rows.append((method + suffix + TEMPERATURE, measures(scale(inside, temperature), labels, scaled)))
+    if (folder / "unscaled_validation_predictions.jsonl").is_file():
+        _, before, _ = _predictions(folder / "unscaled_validation_predictions.jsonl")
+        rows.append((method + ", unscaled", measures(before, labels, None)))
+    facts = {
+        "train_seconds": costs.get("train_runtime", 0.0) + costs.get("fit_runtime", 0.0),
+        "networks": costs.get("networks", 0),
+    }
+    return [{"setting": setting, "method": name, "seed": seed, **found, **facts} for name, found in rows]
+
+
+def measures(log_probs: np.ndarray, labels: np.ndarray, outside: np.ndarray | None) -> dict[str, float]:
+    """The metrics of `SHOWN`; errors and out-of-scope inputs are told by the entropy."""
+    found = calibration_metrics(log_probs, labels)
+    wrong = log_probs.argmax(axis=1) != labels
+    entropy = _entropy(log_probs)
+    both = wrong.any() and not wrong.all()
+    found["error_auroc"] = detection_metrics(entropy[~wrong], entropy[wrong])["auroc"] if both else float("nan")
+    detected = detection_metrics(entropy, _entropy(outside)) if outside is not None else {}
+    return {
+        **{name: found[name] for name in ("accuracy", "ece", "nll", "brier", "error_auroc")},
+        "ood_auroc": detected.get("auroc", float("nan")),
+        "ood_fpr95": detected.get("fpr95", float("nan")),
+    }
+
+
+def _entropy(log_probs: np.ndarray) -> np.ndarray:
+    return -(np.exp(log_probs) * log_probs).sum(axis=1)
+
+
+def read_curve(key: Key, folder: Path) -> list[dict[str, Any]]:
+    """Metrics of the test rows while a run trained."""
+    setting, method, seed = key
+    rows = []
+    for entry in _json(folder / "trainer_state.json")["log_history"]:
+        if "eval_nll" in entry:
+            kinds = {"": "eval_"} if method in SINGLE else {", N=0": "eval_mean_", "": "eval_"}
+            for suffix, prefix in kinds.items():
+                values = {name: entry[f"{prefix}{name}"] for name in ("nll", "ece", "accuracy")}
+                rows.append(
+                    {"setting": setting, "method": method + suffix, "seed": seed, "step": entry["step"], **values}
+                )
+    return rows
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _predictions(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels (0 where there are none), log-probabilities of the predictive and of the mean."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    labels = np.array([row.get("label", 0) for row in rows])
+    return labels, np.array([row["log_probs"] for row in rows]), np.array([row["mean_log_probs"] for row in rows])
+
+
+# ----- text -------------------------------------------------------------------------------------------------------
+
+
+def settings_text(results: pd.DataFrame, curves: pd.DataFrame) -> str:
+    """The settings, and whether LoRA's test NLL rose while it trained."""
+    rows = []
+    for name in dict.fromkeys(results["setting"]):
+        setting = SETTINGS[name]
+        shown = "-"
+        part = curves[(curves["setting"] == name) & (curves["method"] == BASE)] if len(curves) else curves
+        if len(part):
+            by_step = part.groupby("step")["nll"].mean()
+            shown = f"{by_step.min():.2f} at step {by_step.idxmin()} -> {by_step.iloc[-1]:.2f}"
+        group = "overfits" if setting.overfits else "does not"
+        rows.append(
+            [
+                name,
+                setting.rows,
+                setting.held_out,
+                setting.steps,
+                f"{setting.passes:.0f}",
+                f"{setting.learning_rate:g}",
+                shown,
+                group,
+            ]
+        )
+    head = ("setting", "rows", "held out", "steps", "passes", "learning rate", "LoRA's test NLL: least -> last", "LoRA")
+    return markdown_table(head, rows)
+
+
+def results_text(results: pd.DataFrame) -> str:
+    """Every method in every setting."""
+    rows = []
+    for (setting, method), part in results.groupby(["setting", "method"], sort=False):
+        cells = [
+            spread(part[name]).show(factor, digits) if part[name].notna().all() else "-"
+            for name, (_, factor, digits, _) in SHOWN.items()
+        ]
+        rows.append([setting, method, len(part), *cells])
+    return markdown_table(("setting", "method", "seeds", *(label for label, *_ in SHOWN.values())), rows)
+
+
+def comparisons_text(results: pd.DataFrame, other: str) -> str:
+    """Paired differences in each setting, Holm-corrected over the settings of a metric."""
+    settings = list(dict.fromkeys(results["setting"]))
+    cells: dict[str, list[str]] = {name: [name] for name in settings}
+    for metric in TESTED:
+        _, factor, digits, more = SHOWN[metric]
+        found = {}
+        for name in settings:
+            first, second = _paired(results, name, OURS, other, metric)
+            if len(first) > 1:
+                found[name] = paired_test(first, second)
+        corrected = dict(zip(found, holm([test.p_value for test in found.values()]), strict=True))
+        for name in settings:
+            if name not in found:
+                cells[name].append("-")
+                continue
+            interval = found[name].interval
+            word = ""
+            if corrected[name] < 0.05:
+                word = " **better**" if (interval.value > 0) == more else " **worse**"
+            low, high = (f"{factor * end:+.{digits}f}" for end in (interval.low, interval.high))
+            cells[name].append(f"{factor * interval.value:+.{digits}f} [{low}, {high}]{word}")
+    head = ("setting", *(SHOWN[metric][0] for metric in TESTED))
+    note = (
+        f"`{OURS}` (N=10, scale fitted) minus `{other}`: mean over seeds with its 95 % t-interval; **better** or "
+        "**worse** where the paired t-test's p < 0.05 after Holm's correction over the settings."
+    )
+    return f"{note}\n\n{markdown_table(head, list(cells.values()))}"
+
+
+def _paired(results: pd.DataFrame, setting: str, first: str, second: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Values of two methods on the seeds that both have."""
+    part = results[(results["setting"] == setting) & results[metric].notna()]
+    one, two = (part[part["method"] == name].set_index("seed")[metric] for name in (first, second))
+    seeds = one.index.intersection(two.index)
+    return one.loc[seeds].to_numpy(), two.loc[seeds].to_numpy()
+
+
+def overall_text(results: pd.DataFrame) -> str:
+    """Each method relative to LoRA, averaged over the settings of a group."""
+    rows = []
+    for overfits, title in ((True, "where LoRA overfits"), (False, "where it does not")):
+        names = [name for name in dict.fromkeys(results["setting"]) if SETTINGS[name].overfits == overfits]
+        for method in dict.fromkeys(results["method"]) if names else ():
+            cells = []
+            for metric, relative in (("accuracy", False), ("ece", True), ("nll", True), ("ood_auroc", False)):
+                means = [
+                    (one.mean(), two.mean())
+                    for one, two in (_paired(results, name, method, BASE, metric) for name in names)
+                    if len(one)
+                ]
+                if not means:
+                    cells.append("-")
+                elif relative:
+                    cells.append(f"{100 * np.mean([own / base - 1 for own, base in means]):+.0f} %")
+                else:
+                    factor, digits = SHOWN[metric][1:3]
+                    cells.append(f"{factor * np.mean([own - base for own, base in means]):+.{digits}f}")
+            rows.append([title, method, *cells])
+    return markdown_table(("settings", "method", "ACC", "ECE", "NLL", "AUROC out of scope"), rows) + (
+        "\n\nDifferences from `lora` (ACC in points), relative ones for ECE and NLL: means over the settings."
+    )
+
+
+def ranked(results: pd.DataFrame, metric: str) -> Ranks | None:
+    """Mean ranks over the settings of the methods that every setting has; None for fewer than two settings."""
+    shown = [name for name in dict.fromkeys(results["method"]) if "unscaled" not in name]
+    table = results[results["method"].isin(shown)].pivot_table(index="setting", columns="method", values=metric)
+    table = table.dropna(axis="index", how="all").dropna(axis="columns")
+    if len(table) < 2 or table.shape[1] < 2:
+        return None
+    return mean_ranks(table, more_is_better=SHOWN[metric][3])
+
+
+def ranks_text(results: pd.DataFrame) -> str:
+    """Mean ranks with their critical difference."""
+    columns = {metric: ranked(results, metric) for metric in TESTED}
+    columns = {metric: found for metric, found in columns.items() if found is not None}
+    if not columns:
+        return "Fewer than two settings."
+    methods = [
+        name
+        for name in dict.fromkeys(results["method"])
+        if any(name in found.ranks for found in columns.values() if found)
+    ]
+    rows = [
+        [name, *(f"{found.ranks[name]:.1f}" if found and name in found.ranks else "-" for found in columns.values())]
+        for name in methods
+    ]
+    last = ["critical difference", *(f"{found.critical_difference:.1f}" for found in columns.values() if found)]
+    test = ["Friedman p", *(f"{found.p_value:.2g}" for found in columns.values() if found)]
+    head = ("method", *(SHOWN[metric][0] for metric in columns))
+    return markdown_table(head, [*rows, last, test]) + (
+        "\n\n1 is best; ranks of the means over seeds, averaged over settings. Two methods differ (Nemenyi, 5 %) where "
+        "their ranks are further apart than the critical difference (Demsar, 2006)."
+    )
+
+
+def costs_text(results: pd.DataFrame, strengths: Mapping[tuple[str, str], float]) -> str:
+    """Training time relative to LoRA, networks in a prediction, and strengths."""
+    rows = []
+    own = results[~results["method"].str.contains("[,+]")]
+    base = own[own["method"] == BASE].set_index(["setting", "seed"])["train_seconds"]
+    for method, part in own.groupby("method", sort=False):
+        times = part.set_index(["setting", "seed"])["train_seconds"]
+        ratio = (times / base.loc[times.index]).mean()
+        chosen = [f"{value:g}" for (_, name), value in strengths.items() if name == method]
+        rows.append([method, f"{ratio:.2f}", f"{part['networks'].max():.0f}", ", ".join(chosen) or "-"])
+    return markdown_table(("method", "training or fit / LoRA's", "networks", "strength, setting by setting"), rows) + (
+        "\n\nTimes of runs that shared the machine, two at a time; laplace and tfb need a trained LoRA besides, and "
+        "choosing a strength takes its trainings. Prediction costs as many forwards as there are networks (1 for N=0)."
+    )
+
+
+# ----- plots ------------------------------------------------------------------------------------------------------
+
+
+def draw(folder: Path, runs: Mapping[Key, Path], results: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
+    """The plots, as paths relative to the folder."""
+    target = folder / "plots"
+    target.mkdir(parents=True, exist_ok=True)
+    plots = []
+    if len(curves):
+        passes = {name: SETTINGS[name].passes / SETTINGS[name].steps for name in dict.fromkeys(curves["setting"])}
+        plot_curves(curves, passes, {"nll": "NLL", "ece": "ECE"}, target / "curves.png")
+        plots.append("plots/curves.png")
+    ranks = {SHOWN[metric][0]: found for metric in TESTED if (found := ranked(results, metric)) is not None}
+    if ranks:
+        plot_ranks(ranks, target / "ranks.png")
+        plots.append("plots/ranks.png")
+    for overfits, name in ((True, "overfitting"), (False, "other")):
+        panels = {}
+        for method in (BASE, CURED, OURS):
+            pooled = _pooled(runs, method, overfits)
+            if pooled is not None:
+                panels[method] = reliability_bins(*pooled)
+        if len(panels) > 1:
+            plot_reliability(panels, target / f"reliability_{name}.png")
+            plots.append(f"plots/reliability_{name}.png")
+    return plots
+
+
+def _pooled(runs: Mapping[Key, Path], method: str, overfits: bool) -> tuple[np.ndarray, np.ndarray] | None:
+    """Predictions for two classes of all seeds and settings of a group, and their labels."""
+    name = method.removesuffix(TEMPERATURE)
+    found = []
+    for (setting, one, _), path in runs.items():
+        if one == name and SETTINGS[setting].overfits == overfits:
+            labels, log_probs, _ = _predictions(path / "validation_predictions.jsonl")
+            if method != name:
+                log_probs = scale(log_probs, _json(path / "temperature.json")["predictive"])
+            found.append((log_probs, labels))
+    if not found:
+        return None
+    width = max(log_probs.shape[1] for log_probs, _ in found)
+    wide = [np.pad(p, ((0, 0), (0, width - p.shape[1])), constant_values=-1e4) for p, _ in found]
+    return np.concatenate(wide), np.concatenate([labels for _, labels in found])

@@ -1,0 +1,174 @@
+"""The settings of the study: a task, so many training rows, and how long LoRA trains on them.
+
+In the first group LoRA overfits: 20 passes or more over a few hundred rows. In the second it does not. Every seed draws
+training and held-out rows of its own; the test rows are the same for all. Only short texts are taken (`max_words`),
+so that a run takes well under a minute on one core.
+"""
+
+import gzip
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blob_hf.utils import files
+from blob_hf.utils.errors import BlobError
+
+TEST_ROWS, OOD_ROWS = 300, 150
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A task at a size.
+
+    Attributes:
+        overfits: Whether LoRA is expected to overfit (the report shows whether it does).
+        train, test: Files of the data folder, jsonl or jsonl.gz.
+        rows, held_out: Training rows, and rows held out for what is fitted or stopped by them.
+        steps, batch_size, learning_rate: Of the training.
+        max_words: Only rows whose texts have so many words, together, are taken.
+        columns: Text columns.
+        task: Of the paper, where it says how the texts are put together.
+        classes: Names of the classes that are taken, each with equally many training rows; none: all rows as they come.
+        ood: File of inputs that belong to none of the classes.
+        targets: Target modules; none: the model's preset.
+    """
+
+    name: str
+    overfits: bool
+    train: str
+    test: str
+    rows: int
+    held_out: int
+    steps: int
+    learning_rate: float
+    max_words: int
+    columns: tuple[str, ...]
+    batch_size: int = 16
+    task: str | None = None
+    classes: tuple[str, ...] = ()
+    ood: str | None = None
+    targets: tuple[str, ...] = ()
+
+    @property
+    def passes(self) -> float:
+        """How often the training sees each row."""
+        return self.steps * self.batch_size / self.rows
+
+
+def _names(words: str) -> tuple[str, ...]:
+    return tuple(words.split())
+
+
+_TRANSFERS = _names(
+    "transfer_fee_charged transfer_into_account transfer_not_received_by_recipient transfer_timing pending_transfer "
+    "failed_transfer declined_transfer cancel_transfer beneficiary_not_allowed balance_not_updated_after_bank_transfer"
+)
+_ACCOUNT = _names(
+    "freeze_account routing pin_change bill_due pay_bill account_blocked interest_rate min_payment bill_balance "
+    "transfer order_checks balance spending_history transactions report_fraud"
+)
+_BANKING: dict[str, Any] = {
+    "train": "intent/banking77/train.jsonl", "test": "intent/banking77/test.jsonl", "columns": ("text",),
+    "classes": _TRANSFERS, "ood": "intent/clinc150/oos_test.jsonl", "max_words": 12, "targets": ("query", "value"),
+}  # fmt: skip
+_CLINC: dict[str, Any] = {
+    "train": "intent/clinc150/train.jsonl", "test": "intent/clinc150/test.jsonl", "columns": ("text",),
+    "classes": _ACCOUNT, "ood": "intent/clinc150/oos_test.jsonl", "max_words": 10, "targets": ("query", "value"),
+}  # fmt: skip
+_COLA: dict[str, Any] = {
+    "train": "glue/cola/train.jsonl", "test": "glue/cola/validation.jsonl", "columns": ("sentence",), "task": "cola",
+    "max_words": 10,
+}  # fmt: skip
+_PAIR: dict[str, Any] = {"columns": ("sentence1", "sentence2")}
+_MRPC = {**_PAIR, "train": "glue/mrpc/train.jsonl", "test": "glue/mrpc/validation.jsonl", "task": "mrpc"}
+_RTE = {**_PAIR, "train": "glue/rte/train.jsonl", "test": "glue/rte/validation.jsonl", "task": "rte"}
+_WIC = {**_PAIR, "train": "super_glue/wic/train.jsonl", "test": "super_glue/wic/validation.jsonl", "task": "wic"}
+
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting("mrpc-128", True, rows=128, held_out=32, steps=160, learning_rate=2e-3, max_words=36, **_MRPC),
+        Setting("rte-128", True, rows=128, held_out=32, steps=160, learning_rate=2e-3, max_words=28, **_RTE),
+        Setting("wic-128", True, rows=128, held_out=32, steps=160, learning_rate=2e-3, max_words=16, **_WIC),
+        Setting("cola-128", True, rows=128, held_out=32, steps=160, learning_rate=2e-3, **_COLA),
+        Setting("banking-60", True, rows=60, held_out=30, steps=160, learning_rate=5e-3, **_BANKING),
+        Setting("banking-200", False, rows=200, held_out=50, steps=150, learning_rate=2e-3, **_BANKING),
+        Setting("clinc-150", False, rows=150, held_out=45, steps=150, learning_rate=2e-3, **_CLINC),
+        Setting("cola-800", False, rows=800, held_out=80, steps=100, learning_rate=1e-3, **_COLA),
+    )
+}
+
+
+# ----- its rows ---------------------------------------------------------------------------------------------------
+
+
+def write_rows(setting: Setting, seeds: Sequence[int], data_dir: Path, folder: Path) -> None:
+    """Draw the rows of a setting into `folder`: test.jsonl, ood.jsonl, seed{n}/train.jsonl and seed{n}/held_out.jsonl.
+
+    What is there already is left as it is.
+
+    Raises:
+        BlobError: A file is missing, or has too few rows.
+    """
+    pool = _shuffled(_fitting(setting, data_dir / setting.train), f"{setting.name}/pool")
+    test = _shuffled(_fitting(setting, data_dir / setting.test), f"{setting.name}/test")[:TEST_ROWS]
+    spare = TEST_ROWS - len(test)  # filled up with training rows, which are then never trained on
+    if not setting.classes:
+        test, pool = test + pool[:spare], pool[spare:]
+    _write(folder / "test.jsonl", sorted(test, key=lambda row: _words(row, setting)))  # batches of like lengths
+    if setting.ood:
+        rows = _read(data_dir / setting.ood)
+        short = [{"text": row["text"]} for row in rows if _words(row, setting) <= setting.max_words]
+        drawn = _shuffled(short, f"{setting.name}/ood")[:OOD_ROWS]
+        _write(folder / "ood.jsonl", sorted(drawn, key=lambda row: _words(row, setting)))
+    for seed in seeds:
+        drawn = _balanced(setting, _shuffled(pool, f"{setting.name}/{seed}"))
+        if len(drawn) < setting.rows + setting.held_out:
+            raise BlobError(f"{setting.train} has too few short rows for {setting.name}: {len(drawn)}")
+        _write(folder / f"seed{seed}" / "train.jsonl", drawn[: setting.rows])
+        _write(folder / f"seed{seed}" / "held_out.jsonl", drawn[setting.rows : setting.rows + setting.held_out])
+
+
+def _fitting(setting: Setting, path: Path) -> list[dict[str, Any]]:
+    rows = (row for row in _read(path) if not setting.classes or row["label"] in setting.classes)
+    return [row for row in rows if _words(row, setting) <= setting.max_words]
+
+
+def _words(row: dict[str, Any], setting: Setting) -> int:
+    return sum(len(row[column].split()) for column in setting.columns)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        path = path.with_name(path.name + ".gz")
+    if not path.is_file():
+        raise BlobError(f"{path.with_suffix('')} does not exist; --data_dir is the folder of the tasks' files")
+    content = path.read_bytes()
+    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _shuffled(rows: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    return random.Random(key).sample(rows, len(rows))
+
+
+def _balanced(setting: Setting, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each class equally many among the training rows; the others come as they are."""
+    if not setting.classes:
+        return rows
+    share, seen = setting.rows // len(setting.classes), Counter[str]()
+    first: list[dict[str, Any]] = []
+    rest: list[dict[str, Any]] = []
+    for row in rows:
+        seen[row["label"]] += 1
+        (first if seen[row["label"]] <= share else rest).append(row)
+    return first + rest
+
+
+def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    if not path.is_file():
+        files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,0 +1,32 @@
+"""The rate of the KL's own step: a number, or set from the *pull*, which is the same in a run of any length and size.
+
+The pull compares two steps on a posterior mean that lies one prior std from 0, averaged over the KL's cycle: that of
+the KL, kl_learning_rate * pi_t * dKL/dM = kl_learning_rate * pi_t / sigma_p, and that of Adam, whose size is the
+learning rate however small the gradient:
+
+    pull = kl_learning_rate * mean(pi_t) / (sigma_p * learning_rate)
+
+So a mean that Adam pushes in one direction all the time comes to rest sigma_p / pull from 0. The published runs on
+Llama-2 have a pull of 1.3, those on RoBERTa 0.3; their flags in a run of some hundred steps 0.1 or less, and BLoB is
+plain LoRA there (docs/kl.md).
+"""
+
+from blob_hf.trainer.kl.schedule import KLSchedule
+
+PUBLISHED_RATE = 0.002
+DEFAULT_PULL = 1.0  # docs/evidence.md compares it with others
+
+
+def rate_from_pull(pull: float, schedule: KLSchedule, learning_rate: float, prior_std: float) -> float:
+    """kl_learning_rate of a pull; 0 for a schedule that never applies the KL.
+
+    Args:
+        learning_rate: The optimizer's, at its peak.
+        prior_std: sigma_p.
+    """
+    return pull * prior_std * learning_rate / schedule.mean_weight if schedule.mean_weight else 0.0
+
+
+def pull_of_rate(rate: float, schedule: KLSchedule, learning_rate: float, prior_std: float) -> float:
+    """The inverse of `rate_from_pull`."""
+    return rate * schedule.mean_weight / (prior_std * learning_rate) if learning_rate else 0.0
