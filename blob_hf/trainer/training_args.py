@@ -12,7 +12,7 @@ from blob_hf.trainer.kl.schedule import KL_SCHEDULES
 from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
-from blob_hf.utils.numbers import NumberOrWord
+from blob_hf.utils.numbers import NumberOrWord, number_or_word
 
 SCHEDULES = (*KL_SCHEDULES, "target")
 KL_GRADIENTS = ("decoupled", "loss")
@@ -158,12 +158,11 @@ class BlobArguments:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise BlobError(f"{name} must be > 0, got {value}")
-        if isinstance(self.kl_learning_rate, str) and self.kl_learning_rate != "auto":
-            raise BlobError(f"kl_learning_rate must be a number or auto, got {self.kl_learning_rate!r}")
-        if self.kl_learning_rate != "auto":
-            self.kl_learning_rate = float(self.kl_learning_rate)
-            if not self.kl_learning_rate >= 0:
-                raise BlobError(f"kl_learning_rate must be >= 0, got {self.kl_learning_rate}")
+        self.kl_learning_rate = rate = number_or_word(self.kl_learning_rate)
+        if isinstance(rate, str) and rate != "auto":
+            raise BlobError(f"kl_learning_rate must be a number or auto, got {rate!r}")
+        if isinstance(rate, float) and not rate >= 0:
+            raise BlobError(f"kl_learning_rate must be >= 0, got {rate:g}")
         for name, least in (("eval_samples", 0), ("train_samples", 1), ("kl_pull", 0), ("kl_weight", 0)):
             value = getattr(self, name)
             if not value >= least:

@@ -73,7 +73,7 @@ def test_training_brings_the_kl_to_the_target_against_the_nll(tmp_path):
     weights = sum(layer.weight.numel() for layer in gaussian_layers(model).values())
     # Adam at 1e-2 moves each G by up to 0.01 a step and the KL step takes that back: a tenth of a nat remains
     assert kl_divergence(model, 0.2).item() / weights == pytest.approx(1.0, abs=0.1)
-    assert run.kl_verdict.name == "healthy" and run.kl.diagnosis.cycle_steps == 6
+    assert run.kl_verdict.figures.kl_per_weight == pytest.approx(1.0, abs=0.1) and run.kl.diagnosis.cycle_steps == 6
     assert "time constant of 6 of 60 steps" in str(run.kl.diagnosis)
 
 

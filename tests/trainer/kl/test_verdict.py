@@ -22,29 +22,40 @@ HEALTHY = KLFigures(
 
 
 @pytest.mark.parametrize(
-    ("changes", "gap", "name"),
+    ("changes", "gap", "gain", "name"),
     [
-        ({}, None, "healthy"),
-        ({}, 0.2, "healthy"),
-        ({"std_by_kl_alone": math.exp(0.049)}, None, "not applied"),
-        ({"std_by_kl_alone": math.exp(0.051)}, None, "healthy"),
-        ({"std_by_kl_alone": math.exp(-0.049)}, None, "not applied"),
-        ({"std_by_kl_alone": math.exp(-0.051)}, None, "healthy"),
-        ({"std_by_kl_alone": None, "exposure": 0.0099}, None, "not applied"),
-        ({"std_by_kl_alone": None, "exposure": 0.0101}, None, "healthy"),
-        ({"kl_end": 49.9}, 0.3, "prior collapse"),
-        ({"kl_end": 50.1}, 0.3, "healthy"),
-        ({"std_to_mean": 0.0099}, None, "deterministic"),
-        ({"std_to_mean": 0.0099}, 0.0009, "deterministic"),
-        ({"std_to_mean": 0.0099}, 0.0011, "healthy"),
-        ({"std_to_mean": 0.0101}, 0.0009, "healthy"),
-        ({"std_to_mean": 0.001, "std_by_kl_alone": 1.0}, None, "not applied"),  # the cause goes first
+        ({}, None, None, "healthy"),
+        ({}, 0.2, None, "healthy"),
+        ({"std_by_kl_alone": math.exp(0.049)}, None, None, "not applied"),
+        ({"std_by_kl_alone": math.exp(0.051)}, None, None, "healthy"),
+        ({"std_by_kl_alone": math.exp(-0.049)}, None, None, "not applied"),
+        ({"std_by_kl_alone": math.exp(-0.051)}, None, None, "healthy"),
+        ({"std_by_kl_alone": None, "exposure": 0.0099}, None, None, "not applied"),
+        ({"std_by_kl_alone": None, "exposure": 0.0101}, None, None, "healthy"),
+        # at the prior, the predictive decides: has the task been forgotten?
+        ({"kl_end": 49.9}, 0.3, None, "prior collapse"),
+        ({"kl_end": 49.9}, 0.3, -0.02, "prior collapse"),
+        ({"kl_end": 49.9}, 0.3, 0.0099, "prior collapse"),
+        ({"kl_end": 49.9}, 0.3, 0.0101, "healthy"),
+        ({"kl_end": 50.1}, 0.3, -0.02, "healthy"),
+        # what the samples predict decides, whatever std / mean is
+        ({"std_to_mean": 0.0099}, None, None, "deterministic"),
+        ({"std_to_mean": 5.0}, 0.0009, None, "deterministic"),
+        ({"std_to_mean": 0.0099}, 0.0011, None, "healthy"),
+        ({"std_to_mean": 0.001, "std_by_kl_alone": 1.0}, None, None, "not applied"),  # the cause goes first
     ],
 )
-def test_thresholds(changes, gap, name):
-    verdict = judge(replace(HEALTHY, **changes), gap)
+def test_thresholds(changes, gap, gain, name):
+    verdict = judge(replace(HEALTHY, **changes), gap, lambda: gain)
     assert verdict.name == name and f"KL verdict: {name}" in str(verdict)
     assert verdict.to_dict()["verdict"] == name and verdict.to_dict()["sample_gap"] == gap
+
+
+def test_what_the_predictive_knows_is_measured_only_where_it_decides():
+    def never():
+        raise AssertionError("costs forwards")
+
+    assert judge(HEALTHY, 0.2, never).name == "healthy"
 
 
 def synthetic(mean, std, prior_std=0.2):
@@ -130,9 +141,9 @@ def test_the_kl_alone_is_what_the_kl_steps_do_without_an_nll(parameterization, i
 # Runs that land in each: what a user would have to do for it.
 RUNS = {
     "not applied": {"kl_cycle_steps": 500},
-    "prior collapse": {"kl_schedule": "constant", "kl_weight": 50.0, "lr_scheduler_type": "constant", "max_steps": 40},
-    "deterministic": {"kl_schedule": "constant", "kl_weight": 1e-6},
-    "healthy": {"kl_cycle_steps": 5},
+    "prior collapse": {"kl_pull": 500.0, "lr_scheduler_type": "constant", "max_steps": 40},
+    "deterministic": {"kl_pull": 1e-3},
+    "healthy": {"kl_pull": 0.3, "kl_cycle_steps": 5, "max_steps": 60, "learning_rate": 0.1},
 }
 
 
