@@ -33,11 +33,12 @@ DEMO = {
     "train_file": str(demo.CLASSIFICATION_FILES["train"]),
     "validation_file": str(demo.CLASSIFICATION_FILES["validation"]),
     "max_length": 64,
-    "max_steps": 200,
+    "max_train_samples": 120,
+    "max_steps": 120,
     "learning_rate": 5e-3,
     "logging_steps": 20,
     "per_device_eval_batch_size": 64,
-    "compare_base": True,
+    "compare_lora": True,
 }
 
 
@@ -79,6 +80,10 @@ class DataArguments:
         metadata={
             "help": "The same for files: path, name=path, or task=path. Labels of a shifted own task are scored."
         },
+    )
+    compare_lora: bool = field(
+        default=False,
+        metadata={"help": "With --method blob: also train plain LoRA, with all else equal, and show both."},
     )
     compare_base: bool = field(default=False, metadata={"help": "Also evaluate the model as it was before training."})
     demo: bool = field(default=False, metadata={"help": "Run on embedded data and a tiny embedded model, no network."})
@@ -148,7 +153,7 @@ def main() -> None:
     }
     targets = model_args.target_modules or default_target_modules(config.model_type, "classification")
 
-    def make_model(trial=None):
+    def make_model(trial=None, route=route):
         with fetching("model", base_name, "--model_name_or_path"):
             base = AutoModelForSequenceClassification.from_pretrained(base_name, config=config, dtype=model_args.dtype)
         return cli.make_model(route, base, model_args, method_args, training_args, targets, "SEQ_CLS", adapter)
@@ -156,7 +161,7 @@ def main() -> None:
     train_rows = tokenized.get("train") if training_args.do_train else None
     held_out = tokenized.get("calibration") if holds_out else None
 
-    def make_trainer(model, args=training_args, model_init=None):
+    def make_trainer(model, args=training_args, model_init=None, route=route):
         args, callbacks = cli.early_stopping(args, method_args, len(train_rows or []))
         return BlobTrainer(
             model=None if model_init else model,
@@ -203,6 +208,16 @@ def main() -> None:
             run.add_predictions(prefix, split, output)
             for name, rows in shifted.items() if split == "validation" else ():
                 run.add_shift(name, output, trainer.predict(rows, metric_key_prefix=f"ood_{name}"))
+            if split == "validation" and data_args.compare_lora and training_args.do_train and route.name == "blob":
+                set_seed(training_args.seed)
+                lora = cli.find_route("lora")
+                rival = make_trainer(make_model(route=lora), cli.rival_arguments(training_args), route=lora)
+                rival.train()
+                rows = data.splits[split]
+                texts = [
+                    " | ".join(parts) for parts in zip(*(rows[column] for column in data.text_columns), strict=True)
+                ]
+                run.add_comparison(output, rival.predict(tokenized[split]), texts, data.label_names)
     run.finish()
 
 

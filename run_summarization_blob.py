@@ -219,6 +219,7 @@ def main() -> None:
             name = "generated_predictions.jsonl" if prefix == "predict" else "eval_generated_predictions.jsonl"
             run.write_rows(name, predictions)
             run.add_selective(predictions, split)
+            run.add_examples(predictions, [dialogue.text for dialogue in dialogues[split]], split)
             run.add_samples(metrics[f"{prefix}_mean_nll"], split)
     run.finish()
 

@@ -2,12 +2,13 @@
 
 from blob_hf.cli.adapters import AdapterArguments, PublishedDefaults, require_split
 from blob_hf.cli.arguments import parse_arguments
+from blob_hf.cli.comparison import rival_arguments
 from blob_hf.cli.folders import claim_folder, claim_output_dir, with_output_dir
 from blob_hf.cli.held_out import early_stopping
 from blob_hf.cli.method_arguments import MethodArguments
 from blob_hf.cli.methods import check_texts, choose_route, make_model, starting_adapter, warn_of_ignored
 from blob_hf.cli.published import with_kl_rate
-from blob_hf.cli.routes import Job
+from blob_hf.cli.routes import Job, find_route
 from blob_hf.cli.terminal import setup_logging, user_errors
 
 __all__ = [
@@ -20,9 +21,11 @@ __all__ = [
     "claim_folder",
     "claim_output_dir",
     "early_stopping",
+    "find_route",
     "make_model",
     "parse_arguments",
     "require_split",
+    "rival_arguments",
     "setup_logging",
     "starting_adapter",
     "user_errors",

@@ -8,9 +8,11 @@ from typing import Any, cast
 import numpy as np
 
 from blob_hf.baselines.temperature import Temperatures, fit_temperature, scale
+from blob_hf.cli.comparison import abstentions, comparison_table
 from blob_hf.cli.costs import COSTS_FILE, training_costs
 from blob_hf.cli.held_out import settle_scale
 from blob_hf.cli.routes import Job, Route
+from blob_hf.metrics.agreement import marked
 from blob_hf.metrics.calibration import calibration_metrics, confidence, reliability_bins
 from blob_hf.metrics.classification import rejection_curves
 from blob_hf.metrics.detection import detection_report
@@ -76,6 +78,7 @@ class Run:
         self.results: list[Results] = []
         self.plots: list[str] = []
         self.notes: list[str] = []
+        self.examples: list[str] = []
         self.costs: dict[str, float] = {}
         self._facts: dict[str, Any] = {"base_model": base_model, "task": task, "settings": settings, "license": license}
         trainer.card_from_run = True
@@ -152,11 +155,14 @@ class Run:
                     verdict = json.dumps(self.trainer.kl_verdict.to_dict(), indent=2)
                     files.write_text(self.folder / VERDICT_FILE, verdict + "\n")
                 summary = summarize(self.trainer, self.data, **self._facts)
-                summary.results, summary.plots, summary.notes = self.results, self.plots, self.notes
+                summary.results, summary.plots = self.results, self.plots
+                summary.notes, summary.examples = self.notes, self.examples
                 write_report(self.folder, summary)
                 write_model_card(self.folder, summary)
             for results in self.results:
                 print(to_text(results.table, f"{self.route.name}: {results.title}"))
+            for example in self.examples:
+                print(f"{example}\n")
             for note in [*self.notes, *([self.trainer.kl_verdict] if self.trained and self.trainer.kl_verdict else [])]:
                 print(note)
             print(f"Everything is in {self.folder}")
@@ -256,6 +262,21 @@ class ClassifierRun(Run):
             ({"index": index, **dict(zip(columns, row, strict=True))} for index, row in enumerate(rows)),
         )
 
+    def add_comparison(self, ours: Any, rival: Any, texts: Sequence[str], names: Sequence[str]) -> None:
+        """Show this run beside plain LoRA on the same rows, and the inputs that it would abstain from.
+
+        Args:
+            ours, rival: Outputs of `BlobTrainer.predict` with labels.
+            texts: The inputs.
+            names: Of the classes.
+        """
+        scores, others, labels = ours.predictions[0], rival.predictions[0], np.asarray(ours.label_ids)
+        self.trainer.save_metrics("lora", rival.metrics)
+        table = comparison_table(scores, others, labels, f"{self.route.name}, N={self.num_samples}")
+        title = f"{self.data.name}, validation: against plain LoRA, all else equal"
+        self.results.append(Results(title, "validation", table, in_index=False))
+        self.examples.append(abstentions(scores, others, labels, texts, names))
+
     def add_shift(self, name: str, inside: Any, outside: Any) -> None:
         """Save how well uncertainty tells other data from the run's own, in ood_{name}_results.json.
 
@@ -304,3 +325,28 @@ class SummarizerRun(Run):
             self.add_plot(f"risk_coverage_{split}", lambda path: plot_risk_coverage(curves, "1 - ROUGE-L", path))
             shown = ", ".join(f"{name} {value:.3f}" for name, value in ratios.items())
             self.notes.append(f"prediction-rejection ratios ({split}): {shown}")
+
+    def add_examples(self, rows: Sequence[Mapping[str, Any]], texts: Sequence[str], split: str) -> None:
+        """Show the dialogue that the networks agree on most and the one least, with some of their summaries.
+
+        Args:
+            texts: The dialogues, in the order of the rows.
+        """
+        if self.num_samples < 2 or len(rows) < 2 or "uncertainty" not in rows[0]:
+            return
+        doubts = [row["uncertainty"]["dissimilarity"] for row in rows]
+        for title, index in (("agree", int(np.argmin(doubts))), ("disagree", int(np.argmax(doubts)))):
+            row = rows[index]
+            lines = [f"Where the {self.num_samples} networks {title} most ({split}, {row['id']}):", ""]
+            lines += [f"    {line}" for line in texts[index].splitlines()]
+            lines += ["", f"    mean:     {marked(row['mean_summary'], row['samples'])}"]
+            lines += [
+                f"    sample {number}: {text}" for number, text in enumerate(_different(row["samples"], 3), start=1)
+            ]
+            self.examples.append("\n".join(lines))
+
+
+def _different(texts: Sequence[str], count: int) -> list[str]:
+    """So many of the texts, different ones first."""
+    distinct = list(dict.fromkeys(texts))
+    return (distinct + list(texts))[:count]

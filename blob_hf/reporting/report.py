@@ -16,6 +16,7 @@ def write_report(folder: Path, run: RunSummary) -> None:
         *(f"## {results.title}\n\n{results_markdown(results.table)}" for results in run.results),
         *(["## KL\n\n" + "\n".join(f"- {note}" for note in run.kl_notes)] if run.kl_notes else []),
         *(["\n".join(f"- {note}" for note in run.notes)] if run.notes else []),
+        *(["## Examples", *run.examples] if run.examples else []),
         *(f"![{Path(plot).stem}]({plot})" for plot in run.plots),
         "## Settings\n\n" + settings_markdown(run.settings),
     ]

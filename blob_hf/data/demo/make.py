@@ -23,6 +23,7 @@ from transformers import (
 from blob_hf.data.demo.text import Example, examples, replies
 
 SIZES = {"train": 600, "validation": 60, "test": 40}
+AMBIGUOUS = 0.25  # share of dialogues that leave a fact open; none in pretraining
 REPLY_SIZES = {"train": 1000, "validation": 300}
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 VOCABULARY = 1000
@@ -31,7 +32,7 @@ LENGTH, BATCH = 128, 32
 
 def write_text(folder: Path, seed: int) -> None:
     """The jsonl files: dialogues (three references each in test) and replies."""
-    stream, seen = examples(random.Random(seed)), set()
+    stream, seen = examples(random.Random(seed), AMBIGUOUS), set()
     for split in ("test", "validation", "train"):
         rows: list[dict[str, Any]] = []
         while len(rows) < SIZES[split] * (3 if split == "test" else 1):

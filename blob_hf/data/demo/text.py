@@ -190,19 +190,40 @@ class Example:
     questions: list[tuple[str, str]]
 
 
-def examples(rng: random.Random) -> Iterator[Example]:
-    """An endless stream of dialogues."""
+# What a speaker may leave open: then the dialogue has two values, and each summary takes one of them, as annotators do.
+OPEN_SLOTS = ("day", "time", "place", "city", "price")
+UNDECIDED = ["I am not sure which yet.", "I will tell you tomorrow which one.", "One of the two, I forgot which."]
+
+
+def examples(rng: random.Random, ambiguous: float = 0.0) -> Iterator[Example]:
+    """An endless stream of dialogues.
+
+    Args:
+        ambiguous: Share of dialogues that leave one of their facts open between two values.
+    """
     while True:
         scenario = rng.choice(SCENARIOS)
         slots = {name: rng.choice(values) for name, values in SLOTS.items()}
         slots["open"] = rng.choice(OPENINGS).format(**slots)
         slots["close"] = rng.choice(CLOSINGS)
         slots["Device"] = slots["device"].capitalize()
-        turns = [rng.choice(wordings).format(**slots) for wordings in scenario.turns]
+        turns = [rng.choice(wordings) for wordings in scenario.turns]
+        said, written = slots, [slots] * len(scenario.summaries)
+        open_slots = (
+            [name for name in OPEN_SLOTS if any(f"{{{name}}}" in summary for summary in scenario.summaries)]
+            if ambiguous and rng.random() < ambiguous
+            else []
+        )
+        if open_slots:
+            name = rng.choice(open_slots)
+            values = rng.sample(SLOTS[name], 2)
+            said = {**slots, name: f"{values[0]} or {values[1]}", "close": rng.choice(UNDECIDED)}
+            written = [{**slots, name: rng.choice(values)} for _ in scenario.summaries]
+        spoken = [turn.format(**said) for turn in turns]
         yield Example(
-            dialogue="\n".join(f"#Person{1 + i % 2}#: {turn}" for i, turn in enumerate(turns)),
-            summaries=[summary.format(**slots) for summary in scenario.summaries],
-            topic=scenario.topic,
+            dialogue="\n".join(f"#Person{1 + i % 2}#: {turn}" for i, turn in enumerate(spoken)),
+            summaries=[summary.format(**own) for summary, own in zip(scenario.summaries, written, strict=True)],
+            topic=f"{scenario.topic}, undecided" if open_slots else scenario.topic,
             questions=[(question, answer.format(**slots)) for question, answer in scenario.questions],
         )
 
