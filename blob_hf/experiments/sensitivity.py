@@ -20,6 +20,7 @@ from blob_hf.experiments.grid import GridArguments, GridRun, check_passed_on, co
 from blob_hf.reporting.kl_plots import plot_trajectories
 from blob_hf.reporting.tables import markdown_table
 from blob_hf.trainer.kl.history import FILE_NAME
+from blob_hf.trainer.kl.rate import PUBLISHED_RATE
 from blob_hf.utils import files
 
 Key = tuple[float, float]  # beta, gamma
@@ -70,7 +71,9 @@ def main(argv: Sequence[str]) -> None:
 
 def _run(folder: Path, rest: Sequence[str], beta: float, gamma: float) -> GridRun:
     name = f"beta{beta:g}-gamma{gamma:g}"
-    return GridRun(name, folder / "runs" / name, ("--beta", f"{beta:g}", "--gamma", f"{gamma:g}", *rest))
+    published = () if "--kl_learning_rate" in rest else ("--kl_learning_rate", f"{PUBLISHED_RATE:g}")
+    own = ("--beta", f"{beta:g}", "--gamma", f"{gamma:g}", *published)
+    return GridRun(name, folder / "runs" / name, (*own, *rest))
 
 
 def _report(folder: Path, runs: Mapping[Key, Path], arguments: Sequence[str]) -> None:

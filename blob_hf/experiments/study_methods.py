@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from blob_hf.trainer.kl.rate import DEFAULT_PULL
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -35,7 +33,5 @@ METHODS = {
         (0.01, 0.1, 1.0),
         needs_lora=True,
     ),
-    "blob": Entry(
-        ("--method", "blob", "--posterior_scale", "fit"), "kl_pull", (DEFAULT_PULL, DEFAULT_PULL / 2, DEFAULT_PULL * 2)
-    ),
+    "blob": Entry(("--method", "blob", "--posterior_scale", "fit"), "kl_pull", (1.0, 0.5, 2.0)),
 }

@@ -176,10 +176,11 @@ def _settings(trainer: "BlobTrainer") -> dict[str, object]:
             "seed": args.seed,
         }
     if trainer.kl is not None and trainer.kl.diagnosis is not None:
+        rate = trainer.kl.diagnosis.rate
         settings |= {
             "gamma": args.gamma,
-            "KL schedule": args.kl_schedule,
-            "KL learning rate": args.kl_learning_rate,
+            "KL schedule": args.schedule,
+            **({} if rate is None else {"KL learning rate": f"{rate.value:.4g}", "KL pull": f"{rate.pull:.3g}"}),
             "KL gradient": args.kl_gradient,
             "training samples": args.train_samples,
         }

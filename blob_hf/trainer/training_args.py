@@ -1,7 +1,7 @@
 """Training arguments: transformers' own, plus the BLoB ones."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
@@ -14,7 +14,9 @@ from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.numbers import NumberOrWord, number_or_word
 
-SCHEDULES = (*KL_SCHEDULES, "target")
+SCHEDULES = ("auto", *KL_SCHEDULES, "target")
+# Who changes one of these wants the published machinery, with its rate.
+_OF_THE_KL = ("gamma", "kl_schedule", "kl_cycle_steps", "kl_weight", "kl_target_nats_per_weight")
 KL_GRADIENTS = ("decoupled", "loss")
 DECODINGS = ("mean", "samples", "predictive", "mbr")
 
@@ -61,12 +63,15 @@ class BlobArguments:
 
         beta (`float`, *optional*): std sigma_p of the prior on A. It is *not* a factor in front of the KL.
         gamma (`float`): sets the period M of the KL re-weighting cycle, int(100 * n**(pi/gamma) / global batch).
-        kl_schedule (`str`): a key of `kl.schedule.KL_SCHEDULES`, or `target` (`kl/target.py`).
+        kl_schedule (`str`): a key of `kl.schedule.KL_SCHEDULES`, `target` (`kl/target.py`) or `auto`: `uniform` where
+            the rate is from the pull, else the paper's `geometric`.
         kl_cycle_steps (`int`, *optional*): M itself, instead of through gamma.
         kl_weight (`float`): the weight of the `constant` schedule.
         kl_target_nats_per_weight (`float`, *optional*): what the `target` schedule brings the KL down to.
-        kl_learning_rate (`float` or `"auto"`): rate of the KL's own SGD step; `"auto"` sets it from the pull.
-        kl_pull (`float`): the KL's step on a mean one prior std from 0, in units of the optimizer's (`kl/rate.py`).
+        kl_learning_rate (`float` or `"auto"`): rate of the KL's own SGD step; `"auto"` sets it from the pull, unless
+            another of the KL's arguments is given and the pull is not: then it is the published 0.002.
+        kl_pull (`float`, *optional*): the KL's step on a mean one prior std from 0, in units of the optimizer's
+            (`kl/rate.py`); by default `DEFAULT_PULL`.
         kl_gradient (`str`): `decoupled` (own SGD step after the optimizer's) or `loss` (through the loss).
         train_samples (`int`): posterior samples per training step; their NLLs are averaged.
         base_dropout (`bool`): keep the backbone's own dropout on in training.
@@ -94,7 +99,11 @@ class BlobArguments:
         },
     )
     kl_schedule: str = field(
-        default="geometric", metadata={"help": "How the KL is weighted over steps.", "choices": list(SCHEDULES)}
+        default="auto",
+        metadata={
+            "help": "How the KL is weighted over steps; auto: uniform where its rate is from the pull, else geometric.",
+            "choices": list(SCHEDULES),
+        },
     )
     kl_cycle_steps: int | None = field(default=None, metadata={"help": "Cycle length M in steps, instead of gamma."})
     kl_weight: float = field(default=0.0, metadata={"help": "Weight of the KL for --kl_schedule constant."})
@@ -105,15 +114,15 @@ class BlobArguments:
     kl_learning_rate: NumberOrWord = field(
         default="auto",
         metadata={
-            "help": "Rate of the KL's own SGD step, which follows the main schedule in shape; auto sets it from "
-            "--kl_pull (in the scripts' published experiments: 0.002)."
+            "help": "Rate of the KL's own SGD step, which follows the main schedule in shape. auto sets it from "
+            "--kl_pull; in the published experiments, and where gamma or another of the KL's flags is changed: 0.002."
         },
     )
-    kl_pull: float = field(
-        default=DEFAULT_PULL,
+    kl_pull: float | None = field(
+        default=None,
         metadata={
-            "help": "With --kl_learning_rate auto: the KL's step on a mean one prior std from 0, in units of the "
-            "learning rate. The same in a run of any length; larger is more KL."
+            "help": "The KL's step on a mean one prior std from 0, in units of the learning rate: the same in a run of "
+            f"any length; larger is more KL. Default: {DEFAULT_PULL:g}, where the rate is set from it."
         },
     )
     kl_gradient: str = field(
@@ -149,6 +158,23 @@ class BlobArguments:
         return BlobConfig.prior_std if self.beta is None else self.beta
 
     @property
+    def pull(self) -> float | None:
+        """The pull that the KL's rate is set from; None where the rate is given, or the published one."""
+        if self.kl_learning_rate != "auto":
+            return None
+        if self.kl_pull is not None:
+            return self.kl_pull
+        given = [name for name in _OF_THE_KL if getattr(self, name) != _default(name)]
+        return None if given else DEFAULT_PULL
+
+    @property
+    def schedule(self) -> str:
+        """The KL's schedule, `auto` settled."""
+        if self.kl_schedule != "auto":
+            return self.kl_schedule
+        return "geometric" if self.pull is None else "uniform"
+
+    @property
     def sampling(self) -> Sampling:
         """The posterior samples of an evaluation."""
         return Sampling(self.eval_samples, self.eval_seed, self.antithetic, self.posterior_batch_size)
@@ -163,7 +189,13 @@ class BlobArguments:
             raise BlobError(f"kl_learning_rate must be a number or auto, got {rate!r}")
         if isinstance(rate, float) and not rate >= 0:
             raise BlobError(f"kl_learning_rate must be >= 0, got {rate:g}")
-        for name, least in (("eval_samples", 0), ("train_samples", 1), ("kl_pull", 0), ("kl_weight", 0)):
+        if self.kl_pull is not None and not self.kl_pull >= 0:
+            raise BlobError(f"kl_pull must be >= 0, got {self.kl_pull}")
+        if self.kl_pull is not None and self.kl_learning_rate != "auto":
+            raise BlobError(
+                f"kl_pull sets the rate, but kl_learning_rate is given, too ({self.kl_learning_rate}); give one of them"
+            )
+        for name, least in (("eval_samples", 0), ("train_samples", 1), ("kl_weight", 0)):
             value = getattr(self, name)
             if not value >= least:
                 raise BlobError(f"{name} must be >= {least}, got {value}")
@@ -191,11 +223,15 @@ class BlobArguments:
             return
         if not target > 0:
             raise BlobError(f"kl_target_nats_per_weight must be > 0, got {target}")
-        if self.kl_gradient != "decoupled" or self.kl_learning_rate == 0:
+        if self.kl_gradient != "decoupled" or self.kl_learning_rate == 0 or self.kl_pull == 0:
             raise BlobError(
                 "kl_schedule target steers the decoupled KL step: it needs kl_gradient decoupled and kl_learning_rate "
                 f"> 0, got {self.kl_gradient} and {self.kl_learning_rate}"
             )
+
+
+def _default(name: str) -> object:
+    return next(field.default for field in fields(BlobArguments) if field.name == name)
 
 
 @dataclass

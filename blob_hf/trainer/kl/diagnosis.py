@@ -73,6 +73,8 @@ class KLDiagnosis:
                 f"KL schedule target: the KL falls to the target with a time constant of {self.cycle_steps} of "
                 f"{self.total_steps} steps; pi_t follows the posterior"
             )
+        if self.schedule == "uniform" and self.rate is not None and self.rate.chosen:
+            return f"KL spread evenly over {self.total_steps} steps; {self.rate}"
         schedule = (
             f"KL schedule {self.schedule}: cycle M = {self.cycle_steps} steps, {self.total_steps} steps in total "
             f"= {self.cycles:.2f} cycles, sum of pi_t = {self.total_weight:.4g} "

@@ -151,18 +151,19 @@ def plan_kl(
         model: With a posterior; the `target` schedule looks at it.
     """
     schedule: KLSchedule | TargetSchedule
-    given = args.kl_learning_rate if isinstance(args.kl_learning_rate, float) else None
+    rate, pull = PUBLISHED_RATE, math.nan
+    if isinstance(args.kl_learning_rate, float):
+        rate = args.kl_learning_rate
     if args.kl_target_nats_per_weight is not None:
-        rate, pull = given or PUBLISHED_RATE, math.nan  # pi_t makes good for any rate
         schedule = TargetSchedule(
             model, config.prior_std, config.std_parameterization, args.kl_target_nats_per_weight,
             rate, args.kl_cycle_steps or max(1, total_steps // 10), total_steps,
         )  # fmt: skip
     else:
         cycle = args.kl_cycle_steps or kl_cycle_length(num_examples, args.gamma, batch_size)
-        schedule = KLSchedule(args.kl_schedule, cycle, num_examples, total_steps, args.kl_weight)
+        schedule = KLSchedule(args.schedule, cycle, num_examples, total_steps, args.kl_weight)
         sizes = (schedule, args.learning_rate, config.prior_std)
-        rate = rate_from_pull(args.kl_pull, *sizes) if given is None else given
+        rate = rate if args.pull is None else rate_from_pull(args.pull, *sizes)
         pull = pull_of_rate(rate, *sizes)
     shape = _lr_shape(args, total_steps)
     found = None
@@ -172,7 +173,7 @@ def plan_kl(
         if isinstance(schedule, KLSchedule):
             rates = [rate * schedule(step) * scale for step, scale in enumerate(shape, start=1)]
             alone = std_by_kl_alone(start, config.prior_std, config.std_parameterization, rates)
-        found = RateDiagnosis(rate, pull, given is None, start, alone, config.prior_std)
+        found = RateDiagnosis(rate, pull, args.pull is not None, start, alone, config.prior_std)
     gamma = None if args.kl_cycle_steps else args.gamma
     return schedule, diagnose(schedule, batch_size, gamma, shape, found)
 

@@ -94,7 +94,7 @@ def test_it_goes_on_exactly_after_a_checkpoint(tmp_path):
     ("changes", "message"),
     [
         ({"kl_schedule": "target"}, "need each other, got kl_schedule target and kl_target_nats_per_weight None"),
-        ({"kl_target_nats_per_weight": 1.0}, "need each other, got kl_schedule geometric"),
+        ({"kl_target_nats_per_weight": 1.0}, "need each other, got kl_schedule auto"),
         ({"kl_schedule": "target", "kl_target_nats_per_weight": 0.0}, "must be > 0, got 0.0"),
         (
             {"kl_schedule": "target", "kl_target_nats_per_weight": 1.0, "kl_gradient": "loss"},
