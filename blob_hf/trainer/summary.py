@@ -66,7 +66,9 @@ def method_settings(model: BlobModel) -> dict[str, object]:
     """The adapter's own settings, and those that its method found or chose."""
     made, config = model.companion("method"), model.active_peft_config
     own = adapter_settings(config, with_prior=made is None) if isinstance(config, LoraConfig) else {}
-    return {**own, **(made.settings() if made is not None else {})}
+    for companion in model.companions.get(str(model.active_adapter), {}).values():
+        own |= companion.settings()
+    return own
 
 
 def adapter_settings(config: LoraConfig, with_prior: bool = True) -> dict[str, object]:

@@ -5,7 +5,17 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from blob_hf.experiments.statistics import best_of, compare, decompose, mean_interval, sizes_up_to
+from blob_hf.experiments.statistics import (
+    best_of,
+    compare,
+    critical_difference,
+    decompose,
+    holm,
+    mean_interval,
+    mean_ranks,
+    paired_test,
+    sizes_up_to,
+)
 
 
 def test_best_of_n_is_the_mean_over_all_subsets():
@@ -69,3 +79,40 @@ def test_dialogue_variance_is_not_inflated_by_few_samples():
 def test_decomposition_needs_the_whole_cross():
     table = simulated(0.1, 0.1, dialogues=3, samples=2)
     assert decompose(table[table["arm"] != "blob-mean-sampling"], "score") is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_holm_is_that_of_statsmodels(seed):
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    p_values = np.random.default_rng(seed).random(9) ** 3
+    expected = multitest.multipletests(p_values, method="holm")[1]
+    np.testing.assert_allclose(holm(list(p_values)), expected, rtol=1e-12)
+    assert holm([]) == [] and holm([0.02]) == [0.02]
+
+
+@pytest.mark.parametrize(
+    ("methods", "blocks", "q"), [(2, 10, 1.960), (5, 30, 2.728), (10, 8, 3.164)]
+)  # q of Demsar (2006), table 5a
+def test_the_critical_difference_is_nemenyis(methods, blocks, q):
+    expected = q * np.sqrt(methods * (methods + 1) / (6 * blocks))
+    assert critical_difference(methods, blocks) == pytest.approx(expected, rel=1e-3)
+
+
+def test_mean_ranks_are_those_of_scipy():
+    table = pd.DataFrame(np.random.default_rng(0).random((8, 4)), columns=list("abcd"))
+    table.loc[0, "b"] = table.loc[0, "a"]  # a tie
+    for more, sign in ((True, -1), (False, 1)):
+        found = mean_ranks(table, more_is_better=more)
+        expected = stats.rankdata(sign * table.to_numpy(), axis=1).mean(axis=0)
+        assert list(found.ranks.values()) == pytest.approx(expected.tolist())
+        assert found.p_value == pytest.approx(stats.friedmanchisquare(*table.to_numpy().T).pvalue)
+        assert found.critical_difference == critical_difference(4, 8)
+
+
+def test_a_paired_test_is_scipys():
+    first, second = np.random.default_rng(3).random((2, 8))
+    expected = stats.ttest_rel(first, second)
+    found = paired_test(first, second)
+    assert found.p_value == pytest.approx(expected.pvalue)
+    assert (found.interval.low, found.interval.high) == pytest.approx(expected.confidence_interval(0.95))
+    assert paired_test(first, first).p_value == 1.0

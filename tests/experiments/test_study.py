@@ -1,0 +1,269 @@
+"""The study: the rows it draws, the grid it runs, what is chosen by what, and its report on runs of known numbers."""
+
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers.running import run_experiment
+from scipy import stats
+from scipy.special import log_softmax
+from sklearn.metrics import roc_auc_score
+
+from blob_hf import BlobError
+from blob_hf.experiments import study, study_report, study_settings
+from blob_hf.experiments.grid import GridArguments, GridRun, complete_runs
+from blob_hf.experiments.study import Grid, StudyArguments
+from blob_hf.experiments.study_settings import SETTINGS, Setting, write_rows
+
+SEEDS = (1, 2, 3)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ----- rows -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = [{"text": f"{'word ' * (n % 7)}{n}", "label": f"c{n % 5}"} for n in range(400)]
+    jsonl(tmp_path / "data" / "train.jsonl", rows)
+    jsonl(tmp_path / "data" / "test.jsonl", [{**row, "text": f"test {row['text']}"} for row in rows])
+    jsonl(tmp_path / "data" / "ood.jsonl", [{"text": f"else {n}"} for n in range(300)])
+    return tmp_path / "data"
+
+
+OWN = Setting(
+    "own", True, "train.jsonl", "test.jsonl", rows=30, held_out=10, steps=40, learning_rate=1e-3, max_words=5,
+    columns=("text",), classes=("c0", "c2", "c3"), ood="ood.jsonl",
+)  # fmt: skip
+
+
+def test_every_seed_draws_rows_of_its_own_and_all_share_the_test_rows(tmp_path, data):
+    write_rows(OWN, SEEDS, data, tmp_path)
+    test = lines(tmp_path / "test.jsonl")
+    assert all(row["text"].startswith("test ") and row["label"] in OWN.classes for row in test)
+    assert len(lines(tmp_path / "ood.jsonl")) == study_settings.OOD_ROWS
+    drawn = {}
+    for seed in SEEDS:
+        train, held_out = (lines(tmp_path / f"seed{seed}" / f"{name}.jsonl") for name in ("train", "held_out"))
+        texts = [row["text"] for row in train + held_out]
+        assert len(texts) == len(set(texts)) == 40
+        assert pd.Series([row["label"] for row in train]).value_counts().tolist() == [10, 10, 10]
+        assert max(len(text.split()) for text in texts) <= 5
+        drawn[seed] = set(texts)
+    assert drawn[1] != drawn[2] != drawn[3]
+    before = (tmp_path / "seed1" / "train.jsonl").read_bytes()
+    write_rows(OWN, SEEDS, data, tmp_path)
+    assert (tmp_path / "seed1" / "train.jsonl").read_bytes() == before
+
+
+def test_where_the_test_split_is_short_training_rows_fill_it_and_are_never_trained_on(tmp_path, data):
+    own = replace(OWN, classes=(), ood=None)
+    write_rows(own, SEEDS, data, tmp_path)
+    test = {row["text"] for row in lines(tmp_path / "test.jsonl")}
+    assert len(test) == study_settings.TEST_ROWS
+    assert any(text.startswith("test ") for text in test) and not all(text.startswith("test ") for text in test)
+    for seed in SEEDS:
+        assert not test & {row["text"] for row in lines(tmp_path / f"seed{seed}" / "train.jsonl")}
+
+
+def test_too_few_rows_and_missing_files_are_one_line(tmp_path, data):
+    with pytest.raises(BlobError, match="too few short rows for own"):
+        write_rows(replace(OWN, rows=3000), SEEDS, data, tmp_path / "a")
+    with pytest.raises(BlobError, match="--data_dir is the folder"):
+        write_rows(OWN, SEEDS, tmp_path / "nowhere", tmp_path / "b")
+
+
+def test_the_settings_are_what_the_study_asks_for():
+    overfits = [setting for setting in SETTINGS.values() if setting.overfits]
+    assert len(overfits) >= 5 and len(SETTINGS) - len(overfits) >= 3
+    assert all(setting.passes >= 20 and setting.rows <= 1000 for setting in overfits)
+
+
+# ----- the grid ---------------------------------------------------------------------------------------------------
+
+
+def grid(tmp_path, **changes):
+    args = StudyArguments(output_dir=str(tmp_path), settings=["cola-128", "banking-60"], seeds=[1, 2, 3], **changes)
+    return Grid(args, tmp_path, ("--max_length", "32"))
+
+
+def finish(run, nll):
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "report.md").write_text("done")
+    (run.folder / "calibration_results.json").write_text(json.dumps({"calibration_nll": nll}))
+
+
+def test_strengths_are_chosen_by_the_held_out_rows_of_the_first_two_seeds(tmp_path):
+    found = grid(tmp_path)
+    assert found.strengths()["cola-128", "blob"] == 1.0  # until anything is known
+    for seed, nlls in ((1, (0.6, 0.5, 0.1)), (2, (0.6, 0.3, 0.9)), (3, (0.0, 9.0, 9.0))):
+        for value, nll in zip((1.0, 0.5, 2.0), nlls, strict=True):
+            finish(found.run("cola-128", "blob", seed, value), nll)
+    assert found.strengths()["cola-128", "blob"] == 0.5  # means .6, .4, .5 of two seeds; the third plays no part
+    assert found.strengths()["banking-60", "blob"] == 1.0
+
+
+def test_the_commands_have_the_rows_and_the_flags_of_setting_and_method(tmp_path):
+    found = grid(tmp_path)
+    run = found.run("banking-60", "blob", 2, 0.5)
+    line = " ".join(run.arguments)
+    folder = tmp_path / "data" / "banking-60"
+    for part in (
+        f"--train_file {folder}/seed2/train.jsonl", f"--validation_file {folder}/test.jsonl", "--seed 2",
+        "--kl_pull 0.5",
+        f"--calibration_file {folder}/seed2/held_out.jsonl", f"--ood_file oos={folder}/ood.jsonl", "--method blob",
+        "--target_modules query value", "--max_steps 160", "--posterior_scale fit", "--temperature_scaling",
+    ):  # fmt: skip
+        assert part in line, part
+    assert line.endswith("--max_length 32")
+    fitted = found.run("cola-128", "tfb", 1, 0.1)
+    assert f"--adapter_name_or_path {tmp_path}/runs/cola-128/lora/seed1" in " ".join(fitted.arguments)
+
+
+def test_methods_that_need_lora_wait_for_it(tmp_path):
+    found = grid(tmp_path, methods=["lora", "tfb"])
+    assert not found.tuned(needs_lora=True) and not [key for key in found.chosen() if key[1] == "tfb"]
+    finish(found.run("cola-128", "lora", 1), 0.5)
+    assert {run.name for run in found.tuned(needs_lora=True)} == {
+        f"cola-128/tfb-{value}/seed1" for value in ("0.01", "0.1", "1")
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--settings", "mnli"], "--settings must be among mrpc-128, "),
+        (["--methods", "lora", "vogn"], "--methods must be among lora, "),
+        (["--methods", "blob"], "--methods must have lora"),
+        (["--seeds", "1", "1"], "--seeds must be different values"),
+        (["--seed", "3"], "--seed is set by the experiment"),
+        (["--data_dir", "nowhere"], "--data_dir is the folder of the tasks' files"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, flags, message):
+    assert run_experiment("study", "--output_dir", tmp_path / "out", *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_fork_launcher_runs_scripts_like_any_other(tmp_path, monkeypatch):
+    script = tmp_path / "own_script.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "folder = pathlib.Path(sys.argv[sys.argv.index('--output_dir') + 1])\n"
+        "print('hello from', folder.name)\n"
+        "if 'fail' in sys.argv:\n    sys.exit('error: as asked')\n"
+        "(folder / 'report.md').write_text('done')\n"
+        "(folder / 'eval_results.json').write_text('{}')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "own_script", None)
+    monkeypatch.delitem(sys.modules, "own_script")
+    runs = [GridRun(name, tmp_path / name, flags) for name, flags in (("one", ()), ("two", ("fail",)), ("three", ()))]
+    failed = complete_runs(runs, "own_script", GridArguments(launcher="fork", jobs=2))
+    assert [run.name for run in failed] == ["two"]
+    assert "hello from one" in (tmp_path / "one" / "run.log").read_text()
+    assert "error: as asked" in (tmp_path / "two" / "run.log").read_text()
+
+
+# ----- the report -------------------------------------------------------------------------------------------------
+
+
+def predictions(path, seed, count=80, labelled=True, sharpness=1.0):
+    rng = np.random.default_rng(seed)
+    labels = np.random.default_rng(0).integers(0, 3, count)
+    logits = sharpness * (rng.normal(size=(count, 3)) + 1.5 * np.eye(3)[labels])
+    rows = []
+    for logit, label in zip(log_softmax(logits, axis=1), labels, strict=True):
+        row = {"log_probs": logit.tolist(), "mean_log_probs": log_softmax(2 * logit).tolist()}
+        rows.append({**row, "label": int(label)} if labelled else row)
+    jsonl(path, rows)
+
+
+def finished(folder, method, seed):
+    sharpness = {"lora": 3.0, "lora_early_stopping": 1.5}.get(method, 1.0)
+    predictions(folder / "validation_predictions.jsonl", seed, sharpness=sharpness)
+    predictions(folder / "ood_oos_predictions.jsonl", seed + 100, labelled=False)
+    if method == "blob":
+        predictions(folder / "unscaled_validation_predictions.jsonl", seed, sharpness=0.5)
+    (folder / "temperature.json").write_text(json.dumps({"predictive": 2.0, "mean": 4.0}))
+    (folder / "costs.json").write_text(json.dumps({"train_runtime": 10.0, "fit_runtime": 0.0, "networks": 10}))
+    logged = [{"step": s, "eval_nll": s / 9, "eval_ece": 0.1, "eval_accuracy": 0.5} for s in (20, 160)]
+    for entry in logged:
+        entry |= {f"eval_mean_{name}": 0.4 for name in ("nll", "ece", "accuracy")}
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": logged}))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    keys = [
+        (setting, method, seed)
+        for setting in ("cola-128", "banking-60", "clinc-150")
+        for method in ("lora", "lora_early_stopping", "blob")
+        for seed in SEEDS
+    ]
+    folders = {key: tmp_path / "runs" / "-".join(map(str, key)) for key in keys}
+    for (_, method, seed), folder in folders.items():
+        finished(folder, method, seed)
+    return folders
+
+
+def test_the_numbers_of_a_run(runs):
+    rows = {row["method"]: row for row in study_report.read_run(("cola-128", "blob", 1), runs["cola-128", "blob", 1])}
+    assert set(rows) == {"blob", "blob + T", "blob, N=0", "blob, N=0 + T", "blob, unscaled"}
+    found = lines(runs["cola-128", "blob", 1] / "validation_predictions.jsonl")
+    scores, labels = (np.array([row[name] for row in found]) for name in ("log_probs", "label"))
+    assert rows["blob"]["nll"] == pytest.approx(-scores[range(80), labels].mean())
+    tempered = log_softmax(scores / 2.0, axis=1)
+    assert rows["blob + T"]["nll"] == pytest.approx(-tempered[range(80), labels].mean())
+    entropy = stats.entropy(np.exp(scores), axis=1)
+    wrong = scores.argmax(1) != labels
+    assert rows["blob"]["error_auroc"] == pytest.approx(roc_auc_score(wrong, entropy))
+    outside = np.array([row["log_probs"] for row in lines(runs["cola-128", "blob", 1] / "ood_oos_predictions.jsonl")])
+    joint = np.concatenate([entropy, stats.entropy(np.exp(outside), axis=1)])
+    assert rows["blob"]["ood_auroc"] == pytest.approx(roc_auc_score(np.repeat([0, 1], 80), joint))
+
+
+def test_the_report_compares_on_the_same_seeds_and_corrects(tmp_path, runs, capsys):
+    curves = {key: path for key, path in runs.items() if key[1] in ("lora", "blob")}
+    study_report.write(tmp_path, runs, curves, {("cola-128", "blob"): 0.5}, ["--dtype", "bfloat16"])
+    text = (tmp_path / "report.md").read_text()
+    assert text in capsys.readouterr().out
+    results = pd.read_csv(tmp_path / "results.csv")
+    first, second = (
+        results[(results["setting"] == "cola-128") & (results["method"] == name)]["nll"].to_numpy()
+        for name in ("blob", "lora")
+    )
+    interval = stats.ttest_rel(first, second).confidence_interval(0.95)
+    shown = f"{np.mean(first - second):+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+    assert shown in text
+    # three settings with the same numbers: Holm multiplies the smallest of three equal p-values by 3
+    p_value = stats.ttest_rel(first, second).pvalue
+    assert ((shown + " **better**") in text) == (3 * p_value < 0.05)
+    assert "| lora, N=0" not in text and "least -> last" in text and "2.22 at step 20 -> 17.78" in text
+    for name in ("curves", "ranks", "reliability_overfitting", "reliability_other"):
+        assert (tmp_path / "plots" / f"{name}.png").stat().st_size > 5000
+
+
+def test_of_one_setting_there_are_no_ranks(tmp_path, runs):
+    some = {key: path for key, path in runs.items() if key[0] == "cola-128"}
+    study_report.write(tmp_path, some, {}, {}, [])
+    assert "Fewer than two settings." in (tmp_path / "report.md").read_text()
+    study_report.write(tmp_path / "none", {}, {}, {}, [])
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_default_methods_are_those_of_the_scripts_and_the_cheap_cures():
+    assert set(study.METHODS) == {
+        "lora", "lora_early_stopping", "map", "mc_dropout", "ensemble", "laplace", "tfb", "blob",
+    }  # fmt: skip
