@@ -1,11 +1,11 @@
-"""Run an experiment of the report: `python -m blob_hf.experiments {study,glue,sensitivity,mean,sampling} ...`."""
+"""Run an experiment: `python -m blob_hf.experiments {study,glue,sensitivity,mean,sampling,picture} ...`."""
 
 import sys
 
 from accelerate import PartialState
 
 from blob_hf import cli
-from blob_hf.experiments import glue, mean, sampling, sensitivity, study
+from blob_hf.experiments import glue, mean, picture, sampling, sensitivity, study
 from blob_hf.trainer.engines import shutdown
 from blob_hf.utils.errors import BlobError
 
@@ -15,6 +15,7 @@ EXPERIMENTS = {
     "sensitivity": sensitivity.main,
     "mean": mean.main,
     "sampling": sampling.main,
+    "picture": picture.main,
 }
 
 

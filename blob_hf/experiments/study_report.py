@@ -12,7 +12,7 @@ from blob_hf.baselines.temperature import scale
 from blob_hf.cli.costs import COSTS_FILE
 from blob_hf.experiments.statistics import Ranks, holm, mean_ranks, paired_test, spread
 from blob_hf.experiments.study_settings import SETTINGS
-from blob_hf.metrics.calibration import calibration_metrics, reliability_bins
+from blob_hf.metrics.calibration import ReliabilityBins, calibration_metrics, reliability_bins
 from blob_hf.metrics.detection import detection_metrics
 from blob_hf.reporting.classification_plots import plot_reliability
 from blob_hf.reporting.study_plots import plot_curves, plot_ranks
@@ -46,6 +46,9 @@ def write(
         return
     results = pd.DataFrame([row for key, path in runs.items() for row in read_run(key, path)])
     files.write_text(folder / "results.csv", results.to_csv(index=False))
+    index = [[*key, path.relative_to(folder)] for key, path in runs.items()]
+    table = pd.DataFrame(index, columns=["setting", "method", "seed", "folder"])
+    files.write_text(folder / "runs.csv", table.to_csv(index=False))
     watched = pd.DataFrame([row for key, path in curves.items() for row in read_curve(key, path)])
     files.write_text(folder / "curves.csv", watched.to_csv(index=False))
     plots = draw(folder, runs, results, watched)
@@ -315,15 +318,24 @@ def draw(folder: Path, runs: Mapping[Key, Path], results: pd.DataFrame, curves: 
         plot_ranks(ranks, target / "ranks.png")
         plots.append("plots/ranks.png")
     for overfits, name in ((True, "overfitting"), (False, "other")):
-        panels = {}
-        for method in (BASE, CURED, OURS):
-            pooled = _pooled(runs, method, overfits)
-            if pooled is not None:
-                panels[method] = reliability_bins(*pooled)
+        panels = _panels(runs, overfits, (BASE, CURED, OURS))
         if len(panels) > 1:
             plot_reliability(panels, target / f"reliability_{name}.png")
             plots.append(f"plots/reliability_{name}.png")
     return plots
+
+
+def pooled_reliability(folder: Path, overfits: bool, methods: Sequence[str]) -> dict[str, ReliabilityBins]:
+    """Reliability of methods over the complete runs of a study's settings that do, or do not, overfit."""
+    path = folder / "runs.csv"
+    rows = pd.read_csv(path).to_dict("records") if path.is_file() else []
+    runs = {(str(r["setting"]), str(r["method"]), int(r["seed"])): folder / str(r["folder"]) for r in rows}
+    return _panels(runs, overfits, methods)
+
+
+def _panels(runs: Mapping[Key, Path], overfits: bool, methods: Sequence[str]) -> dict[str, ReliabilityBins]:
+    found = {method: _pooled(runs, method, overfits) for method in methods}
+    return {method: reliability_bins(*pooled) for method, pooled in found.items() if pooled is not None}
 
 
 def _pooled(runs: Mapping[Key, Path], method: str, overfits: bool) -> tuple[np.ndarray, np.ndarray] | None:
