@@ -102,8 +102,8 @@ def main() -> None:
     parsed = cli.parse_arguments(types, DEMO, __doc__)
     model_args, data_args, method_args, training_args, search_args = parsed
     check_backend(search_args)
-    training_args = cli.with_kl_rate(training_args, model_args, data_args)
     cli.setup_logging(training_args.should_log)
+    training_args = cli.with_kl_rate(training_args, model_args, data_args)
     route = cli.choose_route(model_args, method_args, training_args)
     route.check_run(method_args, training_args)
     cli.warn_of_ignored(route, method_args, training_args, model_args)

@@ -107,8 +107,8 @@ class TrainingArguments(cli.PublishedDefaults, BlobSeq2SeqTrainingArguments):
 def main() -> None:
     parsed = cli.parse_arguments((ModelArguments, DataArguments, cli.MethodArguments, TrainingArguments), DEMO, __doc__)
     model_args, data_args, method_args, training_args = parsed
-    training_args = cli.with_kl_rate(training_args, model_args, data_args)
     cli.setup_logging(training_args.should_log)
+    training_args = cli.with_kl_rate(training_args, model_args, data_args)
     route = cli.choose_route(model_args, method_args, training_args)
     route.check_run(method_args, training_args)
     cli.check_texts(route, method_args, training_args)

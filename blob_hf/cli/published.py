@@ -1,10 +1,13 @@
 """The published experiments keep the published rate of the KL; other runs get theirs from the pull."""
 
 import dataclasses
+import logging
 from typing import Any
 
 from blob_hf.trainer.kl.rate import PUBLISHED_RATE
 from blob_hf.trainer.training_args import Arguments, changed_arguments
+
+logger = logging.getLogger(__name__)
 
 # A run that changes one of these is not a published one.
 _PUBLISHED = frozenset(
@@ -30,4 +33,5 @@ def with_kl_rate(args: Arguments, *others: Any) -> Arguments:
     ]
     if args.kl_learning_rate != "auto" or changed:
         return args
+    logger.info("a published experiment: its KL rate is %g", PUBLISHED_RATE)
     return changed_arguments(args, kl_learning_rate=PUBLISHED_RATE)

@@ -7,7 +7,6 @@ from typing import TypeVar
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from blob_hf.trainer.engines import join_deepspeed, require_deepspeed
-from blob_hf.trainer.kl.rate import DEFAULT_PULL
 from blob_hf.trainer.kl.schedule import KL_SCHEDULES
 from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.sampling import Sampling
@@ -16,7 +15,7 @@ from blob_hf.utils.numbers import NumberOrWord, number_or_word
 
 SCHEDULES = ("auto", *KL_SCHEDULES, "target")
 # Who changes one of these wants the published machinery, with its rate.
-_OF_THE_KL = ("gamma", "kl_schedule", "kl_cycle_steps", "kl_weight", "kl_target_nats_per_weight")
+_OF_THE_KL = ("kl_schedule", "kl_cycle_steps", "kl_weight", "kl_target_nats_per_weight")
 KL_GRADIENTS = ("decoupled", "loss")
 DECODINGS = ("mean", "samples", "predictive", "mbr")
 
@@ -69,9 +68,9 @@ class BlobArguments:
         kl_weight (`float`): the weight of the `constant` schedule.
         kl_target_nats_per_weight (`float`, *optional*): what the `target` schedule brings the KL down to.
         kl_learning_rate (`float` or `"auto"`): rate of the KL's own SGD step; `"auto"` sets it from the pull, unless
-            another of the KL's arguments is given and the pull is not: then it is the published 0.002.
+            the KL's schedule or cycle is given and the pull is not: then it is the published 0.002.
         kl_pull (`float`, *optional*): the KL's step on a mean one prior std from 0, in units of the optimizer's
-            (`kl/rate.py`); by default `DEFAULT_PULL`.
+            (`kl/rate.py`); by default that of the published runs, carried to n examples by gamma.
         kl_gradient (`str`): `decoupled` (own SGD step after the optimizer's) or `loss` (through the loss).
         train_samples (`int`): posterior samples per training step; their NLLs are averaged.
         base_dropout (`bool`): keep the backbone's own dropout on in training.
@@ -95,7 +94,7 @@ class BlobArguments:
         default=8.0,
         metadata={
             "help": "Sets the period M of the KL re-weighting cycle: M = int(100 * n**(pi/gamma) / global_batch_size) "
-            "steps, n training examples. Larger gamma: shorter cycle, more KL per step."
+            "steps, n training examples, and the default of --kl_pull. Larger gamma: shorter cycle, more KL per step."
         },
     )
     kl_schedule: str = field(
@@ -115,14 +114,14 @@ class BlobArguments:
         default="auto",
         metadata={
             "help": "Rate of the KL's own SGD step, which follows the main schedule in shape. auto sets it from "
-            "--kl_pull; in the published experiments, and where gamma or another of the KL's flags is changed: 0.002."
+            "--kl_pull; in the published experiments, and where the KL's schedule or cycle is given: 0.002."
         },
     )
     kl_pull: float | None = field(
         default=None,
         metadata={
             "help": "The KL's step on a mean one prior std from 0, in units of the learning rate: the same in a run of "
-            f"any length; larger is more KL. Default: {DEFAULT_PULL:g}, where the rate is set from it."
+            "any length; larger is more KL. Default: 6.4 n^(-pi/gamma), the published runs' for n training examples."
         },
     )
     kl_gradient: str = field(
@@ -158,21 +157,18 @@ class BlobArguments:
         return BlobConfig.prior_std if self.beta is None else self.beta
 
     @property
-    def pull(self) -> float | None:
-        """The pull that the KL's rate is set from; None where the rate is given, or the published one."""
+    def rate_from_pull(self) -> bool:
+        """Whether the KL's rate is set from its pull; else it is the given or the published one."""
         if self.kl_learning_rate != "auto":
-            return None
-        if self.kl_pull is not None:
-            return self.kl_pull
-        given = [name for name in _OF_THE_KL if getattr(self, name) != _default(name)]
-        return None if given else DEFAULT_PULL
+            return False
+        return self.kl_pull is not None or all(getattr(self, name) == _default(name) for name in _OF_THE_KL)
 
     @property
     def schedule(self) -> str:
         """The KL's schedule, `auto` settled."""
         if self.kl_schedule != "auto":
             return self.kl_schedule
-        return "geometric" if self.pull is None else "uniform"
+        return "uniform" if self.rate_from_pull else "geometric"
 
     @property
     def sampling(self) -> Sampling:

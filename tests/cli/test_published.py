@@ -7,7 +7,7 @@ from helpers.training import arguments
 
 from blob_hf import cli
 from blob_hf.cli.published import with_kl_rate
-from blob_hf.trainer.kl.rate import DEFAULT_PULL, PUBLISHED_RATE
+from blob_hf.trainer.kl.rate import PUBLISHED_RATE
 
 SCRIPTS = ["run_glue_blob", "run_summarization_blob"]
 
@@ -26,7 +26,7 @@ def settled(script, *flags):
 def test_the_published_command_is_the_published_experiment(script, flags):
     args = settled(script, *flags)
     assert args.kl_learning_rate == PUBLISHED_RATE == 0.002
-    assert args.pull is None and args.schedule == "geometric"
+    assert not args.rate_from_pull and args.schedule == "geometric"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -39,25 +39,25 @@ def test_the_published_command_is_the_published_experiment(script, flags):
 )  # fmt: skip
 def test_another_run_gets_its_rate_from_the_pull(script, flags):
     args = settled(script, *flags)
-    assert args.kl_learning_rate == "auto" and args.pull == DEFAULT_PULL and args.schedule == "uniform"
+    assert args.kl_learning_rate == "auto" and args.rate_from_pull and args.schedule == "uniform"
 
 
 @pytest.mark.parametrize(
-    ("changes", "pull", "schedule"),
+    ("changes", "from_pull", "schedule"),
     [
-        ({}, DEFAULT_PULL, "uniform"),
-        ({"kl_pull": 0.3}, 0.3, "uniform"),
-        ({"gamma": 12.0}, None, "geometric"),
-        ({"kl_cycle_steps": 7}, None, "geometric"),
-        ({"kl_schedule": "elbo"}, None, "elbo"),
-        ({"kl_schedule": "constant", "kl_weight": 0.1}, None, "constant"),
-        ({"kl_schedule": "geometric", "kl_pull": 0.3}, 0.3, "geometric"),
-        ({"kl_learning_rate": 0.01}, None, "geometric"),
+        ({}, True, "uniform"),
+        ({"kl_pull": 0.3}, True, "uniform"),
+        ({"gamma": 12.0}, True, "uniform"),
+        ({"kl_cycle_steps": 7}, False, "geometric"),
+        ({"kl_schedule": "elbo"}, False, "elbo"),
+        ({"kl_schedule": "constant", "kl_weight": 0.1}, False, "constant"),
+        ({"kl_schedule": "geometric", "kl_pull": 0.3}, True, "geometric"),
+        ({"kl_learning_rate": 0.01}, False, "geometric"),
     ],
 )
-def test_who_changes_the_kl_has_the_published_machinery(tmp_path, changes, pull, schedule):
+def test_who_changes_the_kl_has_the_published_machinery(tmp_path, changes, from_pull, schedule):
     args = arguments(tmp_path, **{"kl_cycle_steps": None, **changes})
-    assert (args.pull, args.schedule) == (pull, schedule)
+    assert (args.rate_from_pull, args.schedule) == (from_pull, schedule)
 
 
 def test_a_rate_and_a_pull_contradict_each_other(tmp_path):

@@ -18,7 +18,7 @@ class RateDiagnosis:
     Attributes:
         value: kl_learning_rate at the peak of the learning rate.
         pull: See `kl/rate.py`; NaN for `target`, whose rate is the schedule's.
-        chosen: Whether the value was set from the pull.
+        origin: Where the value is from: "pull", "published" (with nothing said of the rate) or "given".
         std_start: Mean of the stds before training.
         std_by_kl_alone: Where the KL steps alone, without any NLL, would take such a std.
         prior_std: sigma_p.
@@ -26,13 +26,15 @@ class RateDiagnosis:
 
     value: float
     pull: float
-    chosen: bool
+    origin: str
     std_start: float
     std_by_kl_alone: float
     prior_std: float
 
     def __str__(self) -> str:
-        origin = f"from the pull {self.pull:g}" if self.chosen else f"a pull of {self.pull:.2g}"
+        origin = (
+            f"from the pull {self.pull:.3g}" if self.origin == "pull" else f"{self.origin}; a pull of {self.pull:.2g}"
+        )
         return (
             f"KL rate {self.value:.3g} ({origin}): alone it would take a typical std from {self.std_start:.2g} to "
             f"{self.std_by_kl_alone:.2g} (prior {self.prior_std:g})"
@@ -73,7 +75,7 @@ class KLDiagnosis:
                 f"KL schedule target: the KL falls to the target with a time constant of {self.cycle_steps} of "
                 f"{self.total_steps} steps; pi_t follows the posterior"
             )
-        if self.schedule == "uniform" and self.rate is not None and self.rate.chosen:
+        if self.schedule == "uniform" and self.rate is not None and self.rate.origin == "pull":
             return f"KL spread evenly over {self.total_steps} steps; {self.rate}"
         schedule = (
             f"KL schedule {self.schedule}: cycle M = {self.cycle_steps} steps, {self.total_steps} steps in total "

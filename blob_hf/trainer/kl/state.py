@@ -14,7 +14,7 @@ from transformers import get_scheduler
 
 from blob_hf.trainer.kl.diagnosis import KLDiagnosis, RateDiagnosis, diagnose
 from blob_hf.trainer.kl.history import FILE_NAME, KLHistory
-from blob_hf.trainer.kl.rate import PUBLISHED_RATE, pull_of_rate, rate_from_pull
+from blob_hf.trainer.kl.rate import PUBLISHED_RATE, default_pull, pull_of_rate, rate_from_pull
 from blob_hf.trainer.kl.schedule import KLSchedule, kl_cycle_length
 from blob_hf.trainer.kl.step import DecoupledKLStep
 from blob_hf.trainer.kl.target import TargetSchedule
@@ -151,9 +151,9 @@ def plan_kl(
         model: With a posterior; the `target` schedule looks at it.
     """
     schedule: KLSchedule | TargetSchedule
-    rate, pull = PUBLISHED_RATE, math.nan
+    rate, pull, origin = PUBLISHED_RATE, math.nan, "published"
     if isinstance(args.kl_learning_rate, float):
-        rate = args.kl_learning_rate
+        rate, origin = args.kl_learning_rate, "given"
     if args.kl_target_nats_per_weight is not None:
         schedule = TargetSchedule(
             model, config.prior_std, config.std_parameterization, args.kl_target_nats_per_weight,
@@ -163,7 +163,9 @@ def plan_kl(
         cycle = args.kl_cycle_steps or kl_cycle_length(num_examples, args.gamma, batch_size)
         schedule = KLSchedule(args.schedule, cycle, num_examples, total_steps, args.kl_weight)
         sizes = (schedule, args.learning_rate, config.prior_std)
-        rate = rate if args.pull is None else rate_from_pull(args.pull, *sizes)
+        if args.rate_from_pull:
+            wanted = default_pull(num_examples, args.gamma) if args.kl_pull is None else args.kl_pull
+            rate, origin = rate_from_pull(wanted, *sizes), "pull"
         pull = pull_of_rate(rate, *sizes)
     shape = _lr_shape(args, total_steps)
     found = None
@@ -173,7 +175,7 @@ def plan_kl(
         if isinstance(schedule, KLSchedule):
             rates = [rate * schedule(step) * scale for step, scale in enumerate(shape, start=1)]
             alone = std_by_kl_alone(start, config.prior_std, config.std_parameterization, rates)
-        found = RateDiagnosis(rate, pull, args.pull is not None, start, alone, config.prior_std)
+        found = RateDiagnosis(rate, pull, origin, start, alone, config.prior_std)
     gamma = None if args.kl_cycle_steps else args.gamma
     return schedule, diagnose(schedule, batch_size, gamma, shape, found)
 

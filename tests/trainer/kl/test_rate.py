@@ -8,8 +8,8 @@ from helpers.training import blob_bert
 from helpers.training import trainer as make_trainer
 
 from blob_hf import BlobTrainingArguments
-from blob_hf.trainer.kl.rate import PUBLISHED_RATE, pull_of_rate, rate_from_pull
-from blob_hf.trainer.kl.schedule import KL_SCHEDULES, KLSchedule
+from blob_hf.trainer.kl.rate import PUBLISHED_RATE, default_pull, pull_of_rate, rate_from_pull
+from blob_hf.trainer.kl.schedule import KL_SCHEDULES, KLSchedule, kl_cycle_length
 from blob_hf.trainer.kl.step import DecoupledKLStep, descend_mean, descend_rho
 from blob_hf.tuner.kl import gaussian_kl
 from blob_hf.tuner.posterior import gaussian_layers
@@ -29,6 +29,15 @@ def test_at_a_pull_of_1_a_mean_at_one_prior_std_moves_by_the_learning_rate(name)
     # a geometric cycle's weights sum to 1 - 1 / (2^(M+1) - 1)
     assert sum(steps) / len(steps) == pytest.approx(1e-3, rel=2 / 2**CYCLE)
     assert pull_of_rate(rate, schedule, 1e-3, 0.2) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("gamma", [4.0, 8.0, 12.0])
+@pytest.mark.parametrize("num_examples", [60, 2490])
+def test_the_default_pull_is_what_the_published_rate_comes_to_at_the_published_batch(num_examples, gamma):
+    """By the formula of M itself; its int() and its least of one step are the difference."""
+    cycle = kl_cycle_length(num_examples, gamma, 32)
+    published = pull_of_rate(PUBLISHED_RATE, KLSchedule("geometric", cycle), 5e-4, 0.2)
+    assert default_pull(num_examples, gamma) == pytest.approx(published, rel=1 / cycle)
 
 
 def test_a_schedule_without_kl_has_no_rate():
@@ -75,12 +84,18 @@ def test_auto_is_the_rate_of_the_pull_and_the_preflight_says_so(tmp_path, caplog
     assert f"KL rate {expected:.3g} (from the pull 0.5)" in caplog.text
 
 
+def test_without_a_pull_it_is_the_default_for_these_rows(tmp_path):
+    run = make_trainer(tmp_path, kl_cycle_steps=None, learning_rate=1e-2)
+    run.train()
+    assert run.kl.schedule.name == "uniform" and run.kl.diagnosis.rate.pull == pytest.approx(default_pull(24, 8.0))
+
+
 def test_a_given_rate_is_taken_and_its_pull_shown(tmp_path):
     run = make_trainer(tmp_path, kl_learning_rate=PUBLISHED_RATE, kl_cycle_steps=2, learning_rate=1e-2)
     run.train()
     assert run.kl.step.kl_learning_rate == PUBLISHED_RATE
     assert run.kl.diagnosis.rate.pull == pytest.approx(PUBLISHED_RATE / 2 / (0.2 * 1e-2))
-    assert "(a pull of 0.5)" in str(run.kl.diagnosis)
+    assert "(given; a pull of 0.5)" in str(run.kl.diagnosis)
 
 
 def test_the_preflight_foresees_where_the_kl_alone_takes_the_stds(tmp_path):
