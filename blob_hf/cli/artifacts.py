@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +13,7 @@ from blob_hf.cli.comparison import abstentions, comparison_table
 from blob_hf.cli.costs import COSTS_FILE, training_costs
 from blob_hf.cli.held_out import settle_scale
 from blob_hf.cli.routes import Job, Route
-from blob_hf.metrics.agreement import marked
+from blob_hf.metrics.agreement import closest_call, marked
 from blob_hf.metrics.calibration import calibration_metrics, confidence, reliability_bins
 from blob_hf.metrics.classification import rejection_curves
 from blob_hf.metrics.detection import detection_report
@@ -327,7 +328,7 @@ class SummarizerRun(Run):
             self.notes.append(f"prediction-rejection ratios ({split}): {shown}")
 
     def add_examples(self, rows: Sequence[Mapping[str, Any]], texts: Sequence[str], split: str) -> None:
-        """Show the dialogue that the networks agree on most and the one least, with some of their summaries.
+        """Show the dialogue that the networks agree on most, one that divides them over a word, and the one least.
 
         Args:
             texts: The dialogues, in the order of the rows.
@@ -335,18 +336,25 @@ class SummarizerRun(Run):
         if self.num_samples < 2 or len(rows) < 2 or "uncertainty" not in rows[0]:
             return
         doubts = [row["uncertainty"]["dissimilarity"] for row in rows]
-        for title, index in (("agree", int(np.argmin(doubts))), ("disagree", int(np.argmax(doubts)))):
-            row = rows[index]
-            lines = [f"Where the {self.num_samples} networks {title} most ({split}, {row['id']}):", ""]
-            lines += [f"    {line}" for line in texts[index].splitlines()]
-            lines += ["", f"    mean:     {marked(row['mean_summary'], row['samples'])}"]
-            lines += [
-                f"    sample {number}: {text}" for number, text in enumerate(_different(row["samples"], 3), start=1)
-            ]
-            self.examples.append("\n".join(lines))
+        chosen: dict[str, int | None] = {
+            "agree most": int(np.argmin(doubts)),
+            "are divided over a word or two": closest_call(
+                [row["mean_summary"] for row in rows], [row["samples"] for row in rows]
+            ),
+            "disagree most": int(np.argmax(doubts)),
+        }
+        for title, index in chosen.items():
+            if index is not None:
+                lines = [f"Where the {self.num_samples} networks {title} ({split}, {rows[index]['id']}):", ""]
+                lines += [f"    {line}" for line in texts[index].splitlines()]
+                self.examples.append("\n".join([*lines, "", *_summaries(rows[index])]))
 
 
-def _different(texts: Sequence[str], count: int) -> list[str]:
-    """So many of the texts, different ones first."""
-    distinct = list(dict.fromkeys(texts))
-    return (distinct + list(texts))[:count]
+def _summaries(row: Mapping[str, Any]) -> list[str]:
+    """The mean's summary with what divides the samples marked, and three of the samples, different ones first."""
+    samples = list(dict.fromkeys(row["samples"])) + list(row["samples"])
+    lines = [f"    mean:     {marked(row['mean_summary'], row['samples'])}"]
+    return lines + [
+        f"    sample {number}: {shorten(text, 150, placeholder=' ...')}"
+        for number, text in enumerate(samples[:3], start=1)
+    ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from blob_hf import cli
 from blob_hf.data.summarization import group_dialogues, load_summaries
 from blob_hf.experiments.study_report import pooled_reliability
-from blob_hf.metrics.agreement import word_agreement
+from blob_hf.metrics.agreement import closest_call, word_agreement
 from blob_hf.reporting.overview import plot_overview
 from blob_hf.utils.errors import BlobError
 
@@ -58,17 +58,16 @@ def _dialogues(test_file: str | None) -> dict[str, str]:
 
 
 def _choose(rows: list[dict], texts: dict[str, str], wanted: str | None) -> dict:
-    """The dialogue of that id; else the one where fewest words divide the networks, but some do in half of them."""
-    by_id = {row["id"]: row for row in rows if row["id"] in texts}
+    """The dialogue of that id; else the closest call (see `metrics.agreement`)."""
+    known = [row for row in rows if row["id"] in texts]
     if wanted is not None:
-        if wanted not in by_id:
-            raise BlobError(f"there is no dialogue {wanted!r}; there are {', '.join(list(by_id)[:5])} ...")
-        return by_id[wanted]
-    divided = []
-    for row in by_id.values():
-        shares = word_agreement(row["mean_summary"], row["samples"])[1]
-        if 0.3 <= shares.min() <= 0.7:
-            divided.append(((shares < 1).sum(), row["id"]))
-    if not divided:
+        found = [row for row in known if row["id"] == wanted]
+        if not found:
+            raise BlobError(
+                f"there is no dialogue {wanted!r}; there are {', '.join(row['id'] for row in known[:5])} ..."
+            )
+        return found[0]
+    index = closest_call([row["mean_summary"] for row in known], [row["samples"] for row in known])
+    if index is None:
         raise BlobError("the networks agree on every summary; name a dialogue with --dialogue")
-    return by_id[min(divided)[1]]
+    return known[index]

@@ -40,6 +40,7 @@ class StudyArguments(GridArguments):
         default="sentence-transformers/all-MiniLM-L6-v2", metadata={"help": "The encoder that is fine-tuned."}
     )
     curves: bool = field(default=True, metadata={"help": "Also watch LoRA and BLoB while they train."})
+    report_only: bool = field(default=False, metadata={"help": "Start no runs; report on those that are complete."})
     output_dir: str = field(default="runs/study", metadata={"help": "Folder of the runs and the report."})
 
     def __post_init__(self) -> None:
@@ -64,12 +65,11 @@ def main(argv: Sequence[str]) -> None:
     failed: list[GridRun] = []
     for name in args.settings:
         write_rows(SETTINGS[name], args.seeds, Path(args.data_dir), folder / "data" / name)
-    for stage in (grid.first(), grid.tuned(needs_lora=False), grid.tuned(needs_lora=True)):
-        failed += complete_runs(stage, "run_glue_blob", args)
-    rest_of_them = grid.chosen()
-    failed += complete_runs([run for run in rest_of_them.values() if not run.is_complete], "run_glue_blob", args)
-    curves = grid.curves() if args.curves else {}
-    failed += complete_runs(list(curves.values()), "run_glue_blob", args)
+    stages = [grid.first, lambda: grid.tuned(needs_lora=False), lambda: grid.tuned(needs_lora=True)]
+    stages += [lambda: list(grid.chosen().values()), lambda: list(grid.curves().values())]
+    for stage in [] if args.report_only else stages:
+        failed += complete_runs([run for run in stage() if not run.is_complete], "run_glue_blob", args)
+    rest_of_them, curves = grid.chosen(), grid.curves()
     done = {key: run.folder for key, run in rest_of_them.items() if run.is_complete}
     watched = {key: run.folder for key, run in curves.items() if run.is_complete}
     study_report.write(folder, done, watched, grid.strengths(), rest)
@@ -115,7 +115,7 @@ class Grid:
     def curves(self) -> dict[tuple[str, str, int], GridRun]:
         """LoRA and BLoB at their strengths, evaluated on the test rows while they train."""
         strengths, runs = self.strengths(), {}
-        for seed in self.args.seeds[:CURVE_SEEDS]:
+        for seed in self.args.seeds[:CURVE_SEEDS] if self.args.curves else []:
             for name in self.args.settings:
                 for method in CURVES:
                     steps = str(max(1, SETTINGS[name].steps // CURVE_POINTS))

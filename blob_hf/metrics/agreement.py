@@ -42,3 +42,16 @@ def marked(text: str, others: Sequence[str]) -> str:
         if index < len(words):
             out.append(words[index])
     return " ".join(out)
+
+
+def closest_call(texts: Sequence[str], others: Sequence[Sequence[str]]) -> int | None:
+    """Index of the text whose others disagree on the fewest words, but on one of these by half: an open question.
+
+    None where no text has a word that 30 to 70 % of its others have.
+    """
+    divided = []
+    for index, (text, own) in enumerate(zip(texts, others, strict=True)):
+        shares = word_agreement(text, own)[1]
+        if len(shares) and 0.3 <= shares.min() <= 0.7:
+            divided.append((int((shares < 1).sum()), index))
+    return min(divided)[1] if divided else None

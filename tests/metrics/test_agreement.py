@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from blob_hf.metrics.agreement import marked, word_agreement
+from blob_hf.metrics.agreement import closest_call, marked, word_agreement
 
 
 def test_shares_by_hand():
@@ -33,3 +33,11 @@ def test_nothing_in_common():
 )
 def test_what_is_marked(others, expected):
     assert marked("we meet on Monday at six", others) == expected
+
+
+def test_the_closest_call_is_the_text_with_fewest_open_words():
+    texts = ["all agree here", "on Monday at six", "on Monday they left"]
+    half = [["on Friday at six", "on Monday at six"], ["on Friday he left", "on Monday they left"]]
+    assert closest_call(texts, [["all agree here"] * 2, *half]) == 1
+    assert closest_call(texts[:1], [["all agree here"]]) is None
+    assert closest_call(["on Monday"], [["at ten"] * 3]) is None  # no share of others has it: not open, but wrong
