@@ -103,19 +103,20 @@ def main() -> None:
     model_args, data_args, method_args, training_args, search_args = parsed
     check_backend(search_args)
     cli.setup_logging(training_args.should_log)
-    training_args = cli.with_kl_rate(training_args, model_args, data_args)
+    varied = [part.partition("=")[0] for part in search_args.hp_space or []]
+    training_args = cli.with_kl_rate(training_args, model_args, data_args, varied=varied)
     route = cli.choose_route(model_args, method_args, training_args)
     route.check_run(method_args, training_args)
-    cli.warn_of_ignored(route, method_args, training_args, model_args)
+    cli.warn_of_ignored(route, method_args, training_args, model_args, data_args)
     if search_args.hp_search:
         training_args = searchable(training_args)
 
     # ----- data -----
     files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
-    files["calibration"] = data_args.calibration_file
     files = {split: path for split, path in files.items() if path}
     task_name = data_args.task_name or (None if files else "rte")
-    data = load_classification(task_name, files, data_args.text_columns, data_args.label_column)
+    held_out_file = {"calibration": data_args.calibration_file} if data_args.calibration_file else {}
+    data = load_classification(task_name, {**files, **held_out_file}, data_args.text_columns, data_args.label_column)
     if files:
         source = DataSource("demo replies" if data_args.demo else task_name or Path(next(iter(files.values()))).stem)
     else:
@@ -130,8 +131,8 @@ def main() -> None:
         cli.claim_output_dir(training_args, adapter is None, method_args, model_args, data_args)
     for split in data.splits:
         limit = data_args.max_train_samples if split == "train" else data_args.max_eval_samples
-        data.splits[split] = first_rows(data.splits[split], limit)
-    holds_out = training_args.do_train and route.holds_out(method_args)
+        data.splits[split] = first_rows(data.splits[split], None if split == "calibration" else limit)
+    holds_out = route.holds_out(method_args) and (training_args.do_train or bool(held_out_file))
     if holds_out and "calibration" not in data.splits:
         hold_out(data.splits, method_args.calibration_samples)
 
@@ -162,7 +163,7 @@ def main() -> None:
     held_out = tokenized.get("calibration") if holds_out else None
 
     def make_trainer(model, args=training_args, model_init=None, route=route):
-        args, callbacks = cli.early_stopping(args, method_args, len(train_rows or []))
+        args, callbacks = cli.early_stopping(route, args, method_args, len(train_rows or []))
         return BlobTrainer(
             model=None if model_init else model,
             args=route.arguments(args, train_rows),
@@ -217,7 +218,8 @@ def main() -> None:
                 texts = [
                     " | ".join(parts) for parts in zip(*(rows[column] for column in data.text_columns), strict=True)
                 ]
-                run.add_comparison(output, rival.predict(tokenized[split]), texts, data.label_names)
+                rival_output = rival.predict(tokenized[split], metric_key_prefix="lora")
+                run.add_comparison(output, rival_output, texts, data.label_names)
     run.finish()
 
 

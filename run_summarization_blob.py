@@ -161,7 +161,7 @@ def main() -> None:
     scored = {name: scoring_rows(group, tokenizer, prompt, *lengths) for name, group in dialogues.items()}
 
     def make_trainer(model, args=training_args):
-        args, callbacks = cli.early_stopping(args, method_args, len(train_rows or []))
+        args, callbacks = cli.early_stopping(route, args, method_args, len(train_rows or []))
         return BlobSeq2SeqTrainer(
             model=model,
             args=route.arguments(args, train_rows),

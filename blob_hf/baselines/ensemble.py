@@ -202,6 +202,9 @@ def train_members(
     return [_train_member(make_trainer, args, index, folder / str(index + 1)) for index in range(size)]
 
 
+_OF_A_POSTERIOR = {"beta", "gamma", "train_samples", *(name for name in DEFINING if name.startswith("kl_"))}
+
+
 def check_size(size: int) -> None:
     """Refuse an ensemble of fewer than two."""
     if size < 2:
@@ -210,7 +213,7 @@ def check_size(size: int) -> None:
 
 def _train_member(make_trainer: Callable[[Any], Any], args: Any, index: int, folder: Path) -> TrainedMember:
     # a member is plain LoRA, whatever beta is
-    settings = {name: getattr(args, name) for name in DEFINING if name != "beta"}
+    settings = {name: getattr(args, name) for name in DEFINING if name not in _OF_A_POSTERIOR}
     settings = json.loads(json.dumps(settings, default=str))
     if (folder / FINISHED).is_file():
         finished = json.loads((folder / FINISHED).read_text(encoding="utf-8"))

@@ -2,8 +2,7 @@
 
 The samples then lie s times as far from the mean: the temperature of the posterior is s^2 (a cold posterior for s < 1,
 Wenzel et al., ICML 2020). Temperature scaling changes how sure the averaged probabilities are; this changes how far the
-networks are apart, so that rankings change, too: which inputs are uncertain, and what the answer is. At s = 0 all
-samples are the posterior mean, so that what is found is never much worse on the held-out rows than the mean alone.
+networks are apart, so that rankings change, too: which inputs are uncertain, and what the answer is.
 
 A dozen rows that happen to be easy would have the samples be one network, so s has a prior, log s ~ N(0, (log 2)^2):
 what is minimised is the NLL of all held-out rows less the log of that. It is at most some nats, so that from some
@@ -16,8 +15,6 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from torch import nn
 
 from blob_hf.tuner.layer import GaussianA
 from blob_hf.tuner.model import BlobModel
@@ -42,8 +39,8 @@ class PosteriorScale(Companion):
     Attributes:
         scale: s. A Gaussian posterior is saved with its stds multiplied by it already; samples that are made from the
             weights (dropout masks, Laplace's factors) are scaled when they are drawn.
-        held_out: Rows that it was fitted to, 0 if it was given.
-        nll_before, nll_after: Of the predictive of these rows at scale 1 and at s, nats.
+        held_out: Examples or tokens that it was fitted to, 0 if it was given.
+        nll_before, nll_after: Of their predictive before the fit and after it, nats each.
     """
 
     scale: float
@@ -75,11 +72,14 @@ class PosteriorScale(Companion):
         files.write_text(folder / SCALE_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     def settings(self) -> dict[str, object]:
-        return {"posterior scale": f"{self.scale:.3g}" + (f", fitted to {self.held_out} rows" if self.held_out else "")}
+        return {
+            "posterior scale": f"{self.scale:.3g}"
+            + (f", fitted to {self.held_out} examples or tokens" if self.held_out else "")
+        }
 
 
-def scale_posterior(model: nn.Module, scale: float) -> None:
-    """Have the samples of a model lie `scale` times as far from the mean, in place.
+def scale_posterior(model: BlobModel, scale: float) -> None:
+    """Have the samples of a model lie `scale` times as far from the mean as they do, in place.
 
     Raises:
         BlobError: scale <= 0, or the model has no samples or those of an ensemble.
@@ -88,15 +88,17 @@ def scale_posterior(model: nn.Module, scale: float) -> None:
         raise BlobError(f"the scale of a posterior must be > 0, got {scale}; without samples the mean predicts")
     for layer in samplable_layers(model):
         layer.scale_noise(scale)
+    before = model.companion(PosteriorScale.slot)
+    model.set_companion(PosteriorScale(scale * (before.scale if isinstance(before, PosteriorScale) else 1.0)))
 
 
-def fit_posterior_scale(model: BlobModel, nll: Callable[[], float], held_out: int) -> PosteriorScale:
+def fit_posterior_scale(model: BlobModel, nll: Callable[[], tuple[float, int]]) -> PosteriorScale:
     """Scale a posterior such that the predictive of held-out rows has the smallest NLL, given the prior, in place.
 
     Args:
         model: With a trained posterior, or other samples around a mean.
-        nll: Of the predictive of these rows, nats; with the same random numbers at each call, so that it is continuous.
-        held_out: How many there are, for the record.
+        nll: Of the predictive, summed over these rows, nats, and the number of their examples or tokens; with the same
+            random numbers at each call, so that it is continuous.
 
     Returns:
         What was found; the model has it as its companion.
@@ -105,19 +107,22 @@ def fit_posterior_scale(model: BlobModel, nll: Callable[[], float], held_out: in
         BlobError: The model has no samples, or those of an ensemble.
     """
     current = 1.0
-    losses: dict[float, float] = {}
+    totals: dict[float, float] = {}
+    count = 0
 
     def penalised(scale: float) -> float:
-        nonlocal current
+        nonlocal current, count
         scale_posterior(model, scale / current)
-        current, losses[scale] = scale, nll()
-        return held_out * losses[scale] + 0.5 * (math.log(scale) / math.log(PRIOR_FACTOR)) ** 2
+        current, (totals[scale], count) = scale, nll()
+        return totals[scale] + 0.5 * (math.log(scale) / math.log(PRIOR_FACTOR)) ** 2
 
     best = smallest(penalised)
     scale_posterior(model, best / current)
-    found = PosteriorScale(best, held_out, losses[1.0], losses[best])
+    whole = model.companion(PosteriorScale.slot)
+    assert isinstance(whole, PosteriorScale)  # an adapter that was scaled before has the product
+    found = PosteriorScale(whole.scale, count, totals[1.0] / count, totals[best] / count)
     model.set_companion(found)
-    logger.info("posterior scale %.3g: NLL of %d held-out rows %.4f -> %.4f", best, held_out, losses[1.0], losses[best])
+    logger.info("posterior scale %.3g: held-out NLL %.4f -> %.4f", best, found.nll_before, found.nll_after)
     return found
 
 

@@ -1,6 +1,7 @@
 """The artifacts that a run leaves in its folder: metrics, predictions, plots, report and model card."""
 
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -33,7 +34,7 @@ from blob_hf.reporting.model_card import write_model_card
 from blob_hf.reporting.report import write_report
 from blob_hf.reporting.run_summary import DataSource, Results
 from blob_hf.reporting.tables import results_table, to_text
-from blob_hf.trainer.engines import shutdown
+from blob_hf.trainer.engines import require_whole_models, shutdown
 from blob_hf.trainer.kl.history import FILE_NAME
 from blob_hf.trainer.summary import summarize
 from blob_hf.trainer.trainer import BlobTrainer
@@ -83,6 +84,8 @@ class Run:
         self.costs: dict[str, float] = {}
         self._facts: dict[str, Any] = {"base_model": base_model, "task": task, "settings": settings, "license": license}
         trainer.card_from_run = True
+        if job.method_args.posterior_scale is not None:
+            require_whole_models(trainer.accelerator, "posterior_scale")
 
     @property
     def writes(self) -> bool:
@@ -104,16 +107,24 @@ class Run:
         self.trainer.save_state()
         if self.trainer.kl_verdict is not None:
             self.add_plot("kl", lambda path: plot_kl(self.folder / FILE_NAME, path))
-            model = self.trainer.blob_model
-            layers = model.posterior_statistics().layers
-            self.add_plot("posterior_std", lambda path: plot_posterior_std(layers, model.blob_config.prior_std, path))
+            self._draw_stds()
 
     def scale(self) -> None:
         """Scale the posterior, if asked to, and save it if it was trained here."""
-        if self.job.method_args.posterior_scale is not None:
-            settle_scale(self.trainer, self.job.method_args, self.job.calibration_rows)
-            if self.trained:
-                self.trainer.save_model()
+        if self.job.method_args.posterior_scale is None:
+            return
+        start = time.perf_counter()
+        settle_scale(self.trainer, self.job.method_args, self.job.calibration_rows)
+        if self.trained:
+            self.costs["fit_runtime"] = self.costs.get("fit_runtime", 0.0) + time.perf_counter() - start
+            self.trainer.save_model()
+            self._draw_stds()
+
+    def _draw_stds(self) -> None:
+        model = self.trainer.blob_model
+        if model.has_posterior:
+            layers, prior_std = model.posterior_statistics().layers, model.blob_config.prior_std
+            self.add_plot("posterior_std", lambda path: plot_posterior_std(layers, prior_std, path))
 
     def add_results(
         self, prefix: str, metrics: dict[str, float], split: str, rows: str = "", provisional: bool = False
@@ -139,7 +150,8 @@ class Run:
             path = self.folder / "plots" / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             draw(path)
-            self.plots.append(f"plots/{name}.png")
+            if f"plots/{name}.png" not in self.plots:
+                self.plots.append(f"plots/{name}.png")
 
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a JSON Lines file, whole or not at all."""

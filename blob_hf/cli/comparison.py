@@ -21,10 +21,10 @@ Floats = NDArray[np.floating]
 
 def rival_arguments(args: Arguments) -> Arguments:
     """The training arguments of plain LoRA beside a run: the same, in a folder of its own that nobody sees."""
-    folder = os.path.join(str(args.output_dir), FOLDER)
-    return changed_arguments(
-        args, output_dir=folder, push_to_hub=False, save_strategy="no", resume_from_checkpoint=None
-    )
+    changes: dict[str, object] = {"output_dir": os.path.join(str(args.output_dir), FOLDER)}
+    if not args.load_best_model_at_end:  # whose best checkpoint has to be saved
+        changes["save_strategy"] = "no"
+    return changed_arguments(args, push_to_hub=False, resume_from_checkpoint=None, **changes)
 
 
 def comparison_table(ours: Floats, rival: Floats, labels: NDArray[np.integer], title: str) -> pd.DataFrame:

@@ -42,11 +42,13 @@ def claim_output_dir(args: BlobTrainingArguments, fresh: bool, *others: Any) -> 
         BlobError: naming the settings that differ. Nothing in the folder is touched.
     """
     settings = {name: getattr(args, name) for name in DEFINING}
+    settings["kl_schedule"] = args.schedule
     if fresh:
         settings["beta"] = args.prior_std
     for arguments in others:
         settings.update(dataclasses.asdict(arguments))
-    settings.pop("laplace_predictive", None)  # how a fitted adapter predicts, not which one it is
+    for name in ("laplace_predictive", "compare_lora"):  # how it predicts or is shown, not which adapter it is
+        settings.pop(name, None)
     folder = Path(str(args.output_dir))
     known = (folder / SETTINGS_FILE).is_file()
     if not known and (
@@ -68,7 +70,7 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], write: bool = True) 
     path = folder / SETTINGS_FILE
     if path.is_file():
         old = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in settings if old.get(name) != settings[name]]
+        changed = [name for name in settings if name in old and old[name] != settings[name]]
         if changed:
             shown = ", ".join(f"{name} {old.get(name)!r} -> {settings[name]!r}" for name in changed[:5])
             raise BlobError(f"{folder} holds a run of different settings ({shown}); choose another --output_dir")

@@ -7,7 +7,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from blob_hf.baselines import PosteriorScale, fit_posterior_scale, scale_posterior
 from blob_hf.cli.method_arguments import MethodArguments
-from blob_hf.trainer.engines import require_whole_models
+from blob_hf.cli.routes import Route
 from blob_hf.trainer.trainer import BlobTrainer
 from blob_hf.trainer.training_args import Arguments, changed_arguments
 from blob_hf.utils.errors import BlobError
@@ -16,26 +16,22 @@ EVALUATIONS = 20  # of a run that stops early, unless eval_steps says how often
 
 
 def early_stopping(
-    args: Arguments, method_args: MethodArguments, num_rows: int
+    route: Route, args: Arguments, method_args: MethodArguments, num_rows: int
 ) -> tuple[Arguments, list[TrainerCallback]]:
     """Training arguments and callbacks of a run that keeps its best checkpoint; as they were without early stopping.
 
     Args:
         num_rows: Of the training set.
-
-    Raises:
-        BlobError: The arguments keep no checkpoints.
     """
     patience = method_args.early_stopping_patience
-    if patience is None or not args.do_train:
+    if patience is None or not args.do_train or "early_stopping_patience" in route.unread(method_args, args):
         return args, []
-    steps = args.eval_steps
-    if args.eval_strategy != IntervalStrategy.STEPS or not steps:
-        total = args.max_steps
-        if total <= 0:
-            rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            total = int(args.num_train_epochs * max(1, num_rows // rows))
-        steps = max(1, total // EVALUATIONS)
+    total = args.max_steps
+    if total <= 0:
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        total = int(args.num_train_epochs * max(1, num_rows // rows))
+    steps = args.eval_steps or 1 / EVALUATIONS  # below 1 a share of the run, as transformers reads it
+    steps = max(1, int(steps if steps >= 1 else steps * total))
     changed = changed_arguments(
         args, eval_strategy=IntervalStrategy.STEPS, eval_steps=steps, save_strategy=SaveStrategy.STEPS,
         save_steps=steps, load_best_model_at_end=True, metric_for_best_model="nll", greater_is_better=False,
@@ -55,14 +51,12 @@ def settle_scale(trainer: BlobTrainer, method_args: MethodArguments, held_out: A
     wanted, model = method_args.posterior_scale, trainer.blob_model
     if wanted is None:
         return
-    require_whole_models(trainer.accelerator, "posterior_scale")
     if not isinstance(wanted, str):
         scale_posterior(model, wanted)
-        model.set_companion(PosteriorScale(wanted))
     elif held_out is not None:
-        fit_posterior_scale(model, lambda: trainer.predictive_nll(held_out), len(held_out))
+        fit_posterior_scale(model, lambda: trainer.predictive_nll(held_out))
     elif not isinstance(model.companion(PosteriorScale.slot), PosteriorScale):
         raise BlobError(
-            "posterior_scale fit: the adapter was saved without a scale; fit it with --do_train --posterior_scale fit, "
-            "which holds training rows out"
+            "posterior_scale fit: the adapter was saved without a scale, and there are no held-out rows to fit one to; "
+            "give --calibration_file, or train with it"
         )

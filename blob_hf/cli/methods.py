@@ -108,6 +108,8 @@ def warn_of_ignored(route: Route, method_args: MethodArguments, args: BlobTraini
     names = ignored_flags(route, method_args, args, *others)
     if method_args.calibration_samples is not None and not route.holds_out(method_args):
         names.append("calibration_samples")
+    if not route.holds_out(method_args):
+        names += ["calibration_file" for other in others if getattr(other, "calibration_file", None)]
     if names:
         logger.warning("--method %s ignores %s", route.name, ", ".join(f"--{name}" for name in names))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Collection
 from typing import Any
 
 from blob_hf.trainer.kl.rate import PUBLISHED_RATE
@@ -19,11 +20,12 @@ _PUBLISHED = frozenset(
 )  # fmt: skip
 
 
-def with_kl_rate(args: Arguments, *others: Any) -> Arguments:
+def with_kl_rate(args: Arguments, *others: Any, varied: Collection[str] = ()) -> Arguments:
     """The training arguments of a script, with the published KL rate where everything else is published, too.
 
     Args:
         others: Argument dataclasses beside the training arguments.
+        varied: Arguments that a search varies.
     """
     changed = [
         one.name
@@ -31,6 +33,7 @@ def with_kl_rate(args: Arguments, *others: Any) -> Arguments:
         for one in dataclasses.fields(part)
         if one.name in _PUBLISHED and getattr(part, one.name) != one.default
     ]
+    changed += _PUBLISHED.union({"kl_learning_rate"}).intersection(varied)
     if args.kl_learning_rate != "auto" or changed:
         return args
     logger.info("a published experiment: its KL rate is %g", PUBLISHED_RATE)

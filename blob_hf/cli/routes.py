@@ -104,6 +104,8 @@ class Route:
                 raise BlobError(
                     f"posterior_scale scales noise around a mean, which method {self.name} has not; leave it out"
                 )
+            if args.push_to_hub and not args.do_train:
+                raise BlobError("posterior_scale changes the adapter, which is not trained here: leave out push_to_hub")
             if method_args.posterior_scale == "fit" and args.eval_samples == 0:
                 raise BlobError("posterior_scale fit compares predictives of samples: eval_samples must be >= 1, got 0")
 

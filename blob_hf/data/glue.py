@@ -66,11 +66,14 @@ def load_classification(
             f"task_name must be one of {', '.join(TASKS)}, got {task_name!r}; for own data use --train_file"
         )
     task = TASKS[task_name] if task_name is not None else None
-    if files:
+    files = files or {}
+    held_out = {split: path for split, path in files.items() if split == "calibration"}
+    if len(files) > len(held_out):
         data = load_files(files)
     elif task is not None and task_name is not None:
         hub = load_hub(task.dataset, task_name, "--train_file and --validation_file")
         data = DatasetDict({name: hub[name] for name in ("train", "validation")})
+        data.update(load_files(held_out))
     else:
         raise BlobError("nothing to train on: give --task_name, --train_file and --validation_file, or --demo")
     columns = tuple(text_columns) if text_columns else task.text_columns if task else _guess_columns(data, label_column)

@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _run(folder: Path, rest: Sequence[str], beta: float, gamma: float) -> GridRun:
     name = f"beta{beta:g}-gamma{gamma:g}"
-    published = () if "--kl_learning_rate" in rest else ("--kl_learning_rate", f"{PUBLISHED_RATE:g}")
+    published = () if {"--kl_learning_rate", "--kl_pull"} & set(rest) else ("--kl_learning_rate", f"{PUBLISHED_RATE:g}")
     own = ("--beta", f"{beta:g}", "--gamma", f"{gamma:g}", *published)
     return GridRun(name, folder / "runs" / name, (*own, *rest))
 

@@ -117,7 +117,7 @@ class Grid:
         strengths, runs = self.strengths(), {}
         for seed in self.args.seeds[:CURVE_SEEDS] if self.args.curves else []:
             for name in self.args.settings:
-                for method in CURVES:
+                for method in [one for one in CURVES if one in self.args.methods]:
                     steps = str(max(1, SETTINGS[name].steps // CURVE_POINTS))
                     flags = ("--eval_strategy", "steps", "--eval_steps", steps, "--eval_samples", "5")
                     runs[name, method, seed] = self.run(name, method, seed, strengths.get((name, method)), flags)

@@ -34,6 +34,7 @@ SHOWN = {
 }
 TESTED = ("accuracy", "ece", "nll", "ood_auroc")
 BASE, CURED, OURS = "lora", f"lora_early_stopping{TEMPERATURE}", "blob"
+RANKED = (f"lora{TEMPERATURE}", CURED, "blob, N=0")  # beside each method as it is
 SINGLE = ("lora", "lora_early_stopping", "map")  # of one network: their N=0 is all that there is
 
 
@@ -253,7 +254,7 @@ def overall_text(results: pd.DataFrame) -> str:
 
 def ranked(results: pd.DataFrame, metric: str) -> Ranks | None:
     """Mean ranks over the settings of the methods that every setting has; None for fewer than two settings."""
-    shown = [name for name in dict.fromkeys(results["method"]) if "unscaled" not in name]
+    shown = [name for name in dict.fromkeys(results["method"]) if name in RANKED or not set(name) & set(",+")]
     table = results[results["method"].isin(shown)].pivot_table(index="setting", columns="method", values=metric)
     table = table.dropna(axis="index", how="all").dropna(axis="columns")
     if len(table) < 2 or table.shape[1] < 2:
@@ -280,7 +281,8 @@ def ranks_text(results: pd.DataFrame) -> str:
     test = ["Friedman p", *(f"{found.p_value:.2g}" for found in columns.values() if found)]
     head = ("method", *(SHOWN[metric][0] for metric in columns))
     return markdown_table(head, [*rows, last, test]) + (
-        "\n\n1 is best; ranks of the means over seeds, averaged over settings. Two methods differ (Nemenyi, 5 %) where "
+        "\n\nOne row a method, and of LoRA its cheap cures. 1 is best; ranks of the means over seeds, averaged over "
+        "settings (those of one task share test rows). Two methods differ (Nemenyi, 5 %) where "
         "their ranks are further apart than the critical difference (Demsar, 2006)."
     )
 
@@ -292,7 +294,7 @@ def costs_text(results: pd.DataFrame, strengths: Mapping[tuple[str, str], float]
     base = own[own["method"] == BASE].set_index(["setting", "seed"])["train_seconds"]
     for method, part in own.groupby("method", sort=False):
         times = part.set_index(["setting", "seed"])["train_seconds"]
-        ratio = (times / base.loc[times.index]).mean()
+        ratio = (times / base.reindex(times.index)).mean()
         chosen = [f"{value:g}" for (_, name), value in strengths.items() if name == method]
         rows.append([method, f"{ratio:.2f}", f"{part['networks'].max():.0f}", ", ".join(chosen) or "-"])
     return markdown_table(("method", "training or fit / LoRA's", "networks", "strength, setting by setting"), rows) + (

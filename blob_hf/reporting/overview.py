@@ -14,8 +14,9 @@ from numpy.typing import ArrayLike
 from blob_hf.reporting.curves import Reliability
 from blob_hf.reporting.plots import BLUE, GREY, ORANGE, plot_style
 
-_COLUMNS = 62  # characters of a line of text
+_COLUMNS = 66  # characters of a line of text
 _SIZE = 8.5  # points
+_FEWEST = 10  # rows of a bin that is drawn
 
 
 def plot_overview(
@@ -40,7 +41,7 @@ def plot_overview(
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.55))
         left.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1)
         for (name, bins), colour in zip(panels.items(), (ORANGE, BLUE), strict=False):
-            filled = bins.count > 0
+            filled = bins.count >= _FEWEST
             sizes = 120 * bins.count[filled] / bins.count.max() + 12
             label = f"{name}: ECE {100 * bins.ece:.1f} %"
             left.plot(bins.confidence[filled], bins.accuracy[filled], "-", color=colour, linewidth=1.5)
@@ -50,8 +51,13 @@ def plot_overview(
         left.legend(loc="upper left", frameon=False)
         sns.despine(ax=left)
         right.axis("off")
-        right.set(xlim=(0, _COLUMNS), ylim=(1, 0))
+        right.set(ylim=(1, 0))
         right.set_title("What a summarizer is unsure of: the share of sampled networks that agree", loc="left")
+        figure.canvas.draw()  # settles the layout, so that the width of a character is known
+        probe = right.text(0, 0, "M" * 10, family="monospace", size=_SIZE)
+        extent = probe.get_window_extent().transformed(right.transData.inverted())
+        probe.remove()
+        right.set(xlim=(0, 10 / extent.width))  # in characters
         _write(right, dialogue, words, np.asarray(shares, dtype=float))
         figure.savefig(path, dpi=150, format="png")
     return figure

@@ -134,15 +134,15 @@ def sample_gap(
 @torch.no_grad()
 def predictive_nll(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], aligned: Aligned, sampling: Sampling
-) -> float:
-    """NLL of the predictive, nats per example or token."""
+) -> tuple[float, int]:
+    """NLL of the predictive summed over all examples or tokens, nats, and their number."""
     total, count = 0.0, 0
     for batch in batches:
         inputs = dict(batch)
         labels = aligned(inputs)
         total -= _scores(model, inputs, labels, sampling)[0].sum().item()
         count += int((labels != IGNORED_LABEL).sum())
-    return total / count
+    return total, count
 
 
 @torch.no_grad()

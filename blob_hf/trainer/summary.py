@@ -1,5 +1,6 @@
 """What a trainer, or an adapter alone, tells model cards and reports: plain data for `blob_hf.reporting`."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -182,7 +183,8 @@ def _settings(trainer: "BlobTrainer") -> dict[str, object]:
         settings |= {
             "gamma": args.gamma,
             "KL schedule": args.schedule,
-            **({} if rate is None else {"KL learning rate": f"{rate.value:.4g}", "KL pull": f"{rate.pull:.3g}"}),
+            **({} if rate is None else {"KL learning rate": f"{rate.value:.4g}"}),
+            **({} if rate is None or math.isnan(rate.pull) else {"KL pull": f"{rate.pull:.3g}"}),
             "KL gradient": args.kl_gradient,
             "training samples": args.train_samples,
         }

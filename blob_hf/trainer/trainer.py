@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers import (
     DataCollator,
     EvalPrediction,
@@ -51,6 +50,7 @@ from blob_hf.tuner.posterior import gaussian_layers, sampling_of
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError, NonFiniteLossError
+from blob_hf.utils.numbers import number_or_word
 from blob_hf.utils.sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -157,6 +157,7 @@ class BlobTrainerMixin(_Base):
         """transformers' `call_model_init`; sets a trial's arguments first: the prior std is part of the model."""
         if trial is not None:
             self._hp_search_setup(trial)
+            self.args.kl_learning_rate = number_or_word(self.args.kl_learning_rate)  # a trial's number came as a word
         return _adopt(super().call_model_init(trial))
 
     # ----- training ----------------------------------------------------------------------------------------------
@@ -326,12 +327,13 @@ class BlobTrainerMixin(_Base):
         return self.kl.verdict
 
     def _look(self, measure: Callable[..., float | None], *choices: Any) -> float | None:
-        """Measure predictions on the first rows of the first dataset that has a size; None if none has."""
-        rows = next((one for one in choices if has_length(one) and not isinstance(one, dict)), None)
+        """Measure predictions on rows spread over the first dataset that has a size; None if none has."""
+        rows: Any = next((one for one in choices if has_length(one) and not isinstance(one, dict) and len(one)), None)
         if rows is None:
             return None
-        batches = islice(self._batches(rows), max(1, VERDICT_ROWS // self.args.eval_batch_size))
-        labelled = (batch for batch in batches if batch.get("labels") is not None)
+        chosen = list(range(0, len(rows), max(1, len(rows) // VERDICT_ROWS)))[:VERDICT_ROWS]  # of sorted files, too
+        some = rows.select(chosen) if isinstance(rows, Dataset) else Subset(rows, chosen)
+        labelled = (batch for batch in self._batches(some) if batch.get("labels") is not None)
         network: Any = self.model_wrapped if self.is_deepspeed_enabled else self.model  # which gathers its shards
         training = network.training
         network.eval()
@@ -398,8 +400,8 @@ class BlobTrainerMixin(_Base):
         self.model.eval()
         return evaluation.mean_nll(self.model, self._batches(rows), self._aligned_labels, num_samples)
 
-    def predictive_nll(self, rows: Any) -> float:
-        """NLL of the predictive of all rows, nats per example or token; every process finds the same."""
+    def predictive_nll(self, rows: Any) -> tuple[float, int]:
+        """NLL of the predictive summed over all rows, nats, and their examples or tokens; on every process the same."""
         self.model.eval()
         return evaluation.predictive_nll(self.model, self._batches(rows), self._aligned_labels, self.eval_sampling)
 

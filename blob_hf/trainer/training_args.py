@@ -159,7 +159,7 @@ class BlobArguments:
     @property
     def rate_from_pull(self) -> bool:
         """Whether the KL's rate is set from its pull; else it is the given or the published one."""
-        if self.kl_learning_rate != "auto":
+        if self.kl_learning_rate != "auto" or self.kl_gradient == "loss":
             return False
         return self.kl_pull is not None or all(getattr(self, name) == _default(name) for name in _OF_THE_KL)
 
@@ -191,6 +191,10 @@ class BlobArguments:
             raise BlobError(
                 f"kl_pull sets the rate, but kl_learning_rate is given, too ({self.kl_learning_rate}); give one of them"
             )
+        if self.kl_pull is not None and (self.kl_gradient == "loss" or self.kl_target_nats_per_weight is not None):
+            raise BlobError(
+                "kl_pull sets the rate of the decoupled step, which kl_gradient loss and kl_schedule target do not"
+            )
         for name, least in (("eval_samples", 0), ("train_samples", 1), ("kl_weight", 0)):
             value = getattr(self, name)
             if not value >= least:
@@ -219,7 +223,7 @@ class BlobArguments:
             return
         if not target > 0:
             raise BlobError(f"kl_target_nats_per_weight must be > 0, got {target}")
-        if self.kl_gradient != "decoupled" or self.kl_learning_rate == 0 or self.kl_pull == 0:
+        if self.kl_gradient != "decoupled" or self.kl_learning_rate == 0:
             raise BlobError(
                 "kl_schedule target steers the decoupled KL step: it needs kl_gradient decoupled and kl_learning_rate "
                 f"> 0, got {self.kl_gradient} and {self.kl_learning_rate}"

@@ -94,7 +94,7 @@ def test_the_fit_is_the_best_of_a_grid_of_the_predictives_nll_and_the_prior():
         return -log_probs[range(16), labels].mean().item()
 
     model = posterior_bert()
-    found = fit_posterior_scale(model, lambda: nll(model), held_out=16)
+    found = fit_posterior_scale(model, lambda: (16 * nll(model), 16))
     losses = {}
     for step in range(-16, 17):
         scale, fresh = 2 ** (step / 4), posterior_bert()
@@ -109,14 +109,14 @@ def test_the_fit_is_the_best_of_a_grid_of_the_predictives_nll_and_the_prior():
 def test_few_rows_do_not_decide_alone():
     """A dozen rows that each gain 0.03 nats by s = 1/16: 0.36 nats, and the prior costs 8."""
     model, losses = posterior_bert(), iter([0.036] + [0.005] * 50)
-    assert 0.5 < fit_posterior_scale(model, lambda: next(losses), held_out=12).scale < 2
+    assert 0.5 < fit_posterior_scale(model, lambda: (12 * next(losses), 12)).scale < 2
 
 
 @pytest.mark.parametrize("make", [posterior_bert, dropout_bert])
 def test_a_saved_adapter_has_it(tmp_path, make):
     model = make()
-    scale_posterior(model, 2.5)
-    model.set_companion(PosteriorScale(2.5))
+    scale_posterior(model, 5.0)
+    scale_posterior(model, 0.5)
     model.save_pretrained(tmp_path)
     loaded = BlobModel.from_pretrained(tmp_path, model=tiny_bert())
     for a, b in zip(sampled_layers(model), sampled_layers(loaded), strict=True):
@@ -184,4 +184,5 @@ def test_mistakes_are_one_line(monkeypatch, tmp_path, capsys, flags, message):
 def test_the_predictives_nll_of_a_trainer_is_that_of_its_evaluation(tmp_path):
     run = trainer(tmp_path, posterior_bert())
     data = rows(13, seed=1)
-    assert run.predictive_nll(data) == pytest.approx(run.evaluate(data)["eval_nll"], rel=1e-5)
+    total, count = run.predictive_nll(data)
+    assert count == 13 and total / count == pytest.approx(run.evaluate(data)["eval_nll"], rel=1e-5)

@@ -49,4 +49,4 @@ def test_the_rival_is_what_method_lora_trains(monkeypatch, tmp_path, capsys):
     rival = json.loads((tmp_path / "blob" / "lora_results.json").read_text())
     alone = json.loads((tmp_path / "lora" / "eval_results.json").read_text())
     # the head is drawn anew for it from the same seed
-    assert rival["test_mean_nll"] == pytest.approx(alone["eval_mean_nll"], rel=1e-4)
+    assert rival["lora_mean_nll"] == pytest.approx(alone["eval_mean_nll"], rel=1e-4)

@@ -12,6 +12,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_
 from blob_hf import BlobTrainer
 from blob_hf.cli.held_out import EVALUATIONS, early_stopping
 from blob_hf.cli.method_arguments import MethodArguments
+from blob_hf.cli.routes import ROUTES
 from blob_hf.trainer.dropout import no_base_dropout
 from blob_hf.tuner.model import as_blob_model
 
@@ -45,7 +46,7 @@ def test_it_stops_where_transformers_does_and_keeps_what_it_keeps(tmp_path):
         theirs.train()
     method = MethodArguments("lora", early_stopping_patience=3)
     own = arguments(tmp_path / "ours", kl_cycle_steps=None, **settings, do_train=True)
-    args, callbacks = early_stopping(own, method, len(DATA))
+    args, callbacks = early_stopping(ROUTES["lora"], own, method, len(DATA))
     assert args.eval_steps == args.save_steps == 60 // EVALUATIONS and own.eval_strategy == "no"
     ours = BlobTrainer(
         as_blob_model(lora_bert()), args, train_dataset=DATA, eval_dataset=HELD_OUT, callbacks=callbacks,
@@ -62,12 +63,12 @@ def test_it_stops_where_transformers_does_and_keeps_what_it_keeps(tmp_path):
 
 def test_without_patience_nothing_changes(tmp_path):
     args = arguments(tmp_path, do_train=True)
-    assert early_stopping(args, MethodArguments("lora"), 24) == (args, [])
+    assert early_stopping(ROUTES["lora"], args, MethodArguments("lora"), 24) == (args, [])
 
 
 def test_the_steps_of_epochs_are_counted(tmp_path):
     own = arguments(tmp_path, max_steps=-1, num_train_epochs=20, per_device_train_batch_size=8, do_train=True)
-    args, _ = early_stopping(own, MethodArguments("lora", early_stopping_patience=2), 24)
+    args, _ = early_stopping(ROUTES["lora"], own, MethodArguments("lora", early_stopping_patience=2), 24)
     assert args.eval_steps == 20 * 3 // EVALUATIONS
 
 
@@ -88,3 +89,17 @@ def test_a_patience_below_one_is_refused(monkeypatch, tmp_path, capsys):
     flags = ["--early_stopping_patience", "0", "--output_dir", tmp_path]
     assert run_script(monkeypatch, GLUE, *QUICK, *flags) == 2
     assert "early_stopping_patience must be >= 1, got 0" in capsys.readouterr().err
+
+
+def test_a_fitted_method_ignores_it(tmp_path):
+    args = arguments(tmp_path, do_train=True)
+    method = MethodArguments("tfb", early_stopping_patience=3)
+    assert early_stopping(ROUTES["tfb"], args, method, 24) == (args, [])
+
+
+def test_given_eval_steps_are_kept(tmp_path):
+    method = MethodArguments("lora", early_stopping_patience=3)
+    for given, expected in ((7, 7), (0.25, 10), (None, 2)):
+        own = arguments(tmp_path, max_steps=40, eval_steps=given, do_train=True)
+        args, _ = early_stopping(ROUTES["lora"], own, method, 24)
+        assert args.eval_steps == args.save_steps == expected

@@ -66,6 +66,32 @@ def test_three_references_for_every_test_dialogue() -> None:
         assert len({row["summary"] for row in group}) == 3
 
 
+def test_open_facts_are_in_the_dialogue_twice_and_in_a_summary_once() -> None:
+    rows = [row for path in demo.SUMMARIZATION_FILES.values() for row in _rows(path)]
+    undecided = [row for row in rows if row["topic"].endswith(", undecided")]
+    # binomial: a quarter of the dialogues, four standard deviations
+    assert len(undecided) / len(rows) == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / 700))
+    said_once = 0
+    for row in undecided:
+        assert any(closing in row["dialogue"] for closing in text.UNDECIDED)
+        pairs = [
+            (a, b)
+            for name in text.OPEN_SLOTS
+            for a in text.SLOTS[name]
+            for b in text.SLOTS[name]
+            if f"{a} or {b}" in row["dialogue"]
+        ]
+        assert pairs, row["dialogue"]
+        said_once += any((a in row["summary"]) != (b in row["summary"]) for a, b in pairs)
+    # some wordings of a summary leave the open fact out
+    assert said_once / len(undecided) > 0.6
+
+
+def test_pretraining_has_no_open_facts() -> None:
+    stream = text.examples(random.Random(0))
+    assert not any("undecided" in next(stream).topic for _ in range(300))
+
+
 @pytest.mark.parametrize(("split", "count"), [("train", 1000), ("validation", 300)])
 def test_replies(split: str, count: int) -> None:
     rows = _rows(demo.CLASSIFICATION_FILES[split])

@@ -263,6 +263,29 @@ def test_of_one_setting_there_are_no_ranks(tmp_path, runs):
     assert not (tmp_path / "none").exists()
 
 
+def test_the_picture_shows_the_pooled_reliability_and_the_closest_call(tmp_path, runs, capsys):
+    study_report.write(tmp_path, runs, {}, {}, [])
+    rows = [
+        {"id": "test_0", "mean_summary": "They meet on Monday.", "samples": ["They meet on Monday."] * 4},
+        {
+            "id": "test_1",
+            "mean_summary": "They meet at six.",
+            "samples": ["They meet at six.", "They meet at ten."] * 2,
+        },
+    ]
+    jsonl(tmp_path / "demo" / "generated_predictions.jsonl", rows)
+    out = tmp_path / "picture.png"
+    flags = ["picture", "--study", tmp_path, "--summaries", tmp_path / "demo", "--output", out]
+    assert run_experiment(*flags) == 0
+    assert out.stat().st_size > 10_000 and "dialogue test_1" in capsys.readouterr().out
+    assert run_experiment(*flags, "--dialogue", "test_7") == 2
+    assert "there is no dialogue 'test_7'" in capsys.readouterr().err
+    panels = study_report.pooled_reliability(tmp_path, overfits=True, methods=("lora", "blob"))
+    assert set(panels) == {"lora", "blob"}
+    # two overfitting settings of 80 rows and three seeds each
+    assert panels["lora"].count.sum() == 2 * 3 * 80
+
+
 def test_the_default_methods_are_those_of_the_scripts_and_the_cheap_cures():
     assert set(study.METHODS) == {
         "lora", "lora_early_stopping", "map", "mc_dropout", "ensemble", "laplace", "tfb", "blob",

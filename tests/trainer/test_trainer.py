@@ -373,7 +373,7 @@ def test_regression_labels_are_refused(tmp_path):
         ({"gamma": -1}, "gamma must be > 0, got -1"),
         ({"eval_samples": -1}, "eval_samples must be >= 0, got -1"),
         ({"train_samples": 0}, "train_samples must be >= 1"),
-        ({"kl_schedule": "cyclic"}, "kl_schedule must be one of geometric"),
+        ({"kl_schedule": "cyclic"}, "kl_schedule must be one of auto, geometric"),
         ({"kl_gradient": "both"}, "kl_gradient must be one of decoupled, loss"),
         ({"kl_cycle_steps": 0}, "kl_cycle_steps must be >= 1"),
     ],

@@ -70,7 +70,10 @@ class KLState:
         total_steps: int,
     ) -> KLDiagnosis:  # fmt: skip
         """Plan a training, and forget the one before."""
-        self.schedule, self.diagnosis = plan_kl(args, num_examples, batch_size, total_steps, model, config)
+        self.schedule, self.diagnosis = plan_kl(
+            args, num_examples, batch_size, total_steps, model, config,
+            args.learning_rate if self.step is None else self.step.learning_rate,
+        )  # fmt: skip
         if self.step is not None and self.diagnosis.rate is not None:
             self.step.kl_learning_rate = self.diagnosis.rate.value
         self.history, self.verdict, self._now = KLHistory(), None, None
@@ -141,6 +144,7 @@ def plan_kl(
     total_steps: int,
     model: nn.Module,
     config: BlobConfig,
+    learning_rate: float,
 ) -> tuple[KLSchedule | TargetSchedule, KLDiagnosis]:
     """The KL schedule that the arguments ask for, and what it will do.
 
@@ -149,6 +153,7 @@ def plan_kl(
         batch_size: Global batch size.
         total_steps: Optimizer steps of the run.
         model: With a posterior; the `target` schedule looks at it.
+        learning_rate: The optimizer's, at its peak.
     """
     schedule: KLSchedule | TargetSchedule
     rate, pull, origin = PUBLISHED_RATE, math.nan, "published"
@@ -162,7 +167,7 @@ def plan_kl(
     else:
         cycle = args.kl_cycle_steps or kl_cycle_length(num_examples, args.gamma, batch_size)
         schedule = KLSchedule(args.schedule, cycle, num_examples, total_steps, args.kl_weight)
-        sizes = (schedule, args.learning_rate, config.prior_std)
+        sizes = (schedule, learning_rate, config.prior_std)
         if args.rate_from_pull:
             wanted = default_pull(num_examples, args.gamma) if args.kl_pull is None else args.kl_pull
             rate, origin = rate_from_pull(wanted, *sizes), "pull"

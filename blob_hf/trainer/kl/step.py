@@ -51,6 +51,12 @@ class DecoupledKLStep:
         """lr_t / lr_0 of the coming step: the shape of the main schedule, which the KL's rate follows."""
         return _lr_scale(next(group for group in self.optimizer.param_groups if group.get("blob_role")))
 
+    @property
+    def learning_rate(self) -> float:
+        """lr_0, the peak of the main schedule."""
+        group = next(group for group in self.optimizer.param_groups if group.get("blob_role"))
+        return float(group.get("initial_lr", group["lr"]))
+
     def remove(self) -> None:
         """Detach from the optimizer."""
         self._handle.remove()
