@@ -193,7 +193,7 @@ class BlobArguments:
             )
         if self.kl_pull is not None and (self.kl_gradient == "loss" or self.kl_target_nats_per_weight is not None):
             raise BlobError(
-                "kl_pull sets the rate of the decoupled step, which kl_gradient loss and kl_schedule target do not"
+                "kl_pull sets a rate that kl_gradient loss and kl_schedule target do not have; leave it out"
             )
         for name, least in (("eval_samples", 0), ("train_samples", 1), ("kl_weight", 0)):
             value = getattr(self, name)
