@@ -154,7 +154,10 @@ def main() -> None:
     }
     targets = model_args.target_modules or default_target_modules(config.model_type, "classification")
 
-    def make_model(trial=None, route=route):
+    def make_model(trial=None):
+        return adapted_model(route)
+
+    def adapted_model(route):
         with fetching("model", base_name, "--model_name_or_path"):
             base = AutoModelForSequenceClassification.from_pretrained(base_name, config=config, dtype=model_args.dtype)
         return cli.make_model(route, base, model_args, method_args, training_args, targets, "SEQ_CLS", adapter)
@@ -209,10 +212,10 @@ def main() -> None:
             run.add_predictions(prefix, split, output)
             for name, rows in shifted.items() if split == "validation" else ():
                 run.add_shift(name, output, trainer.predict(rows, metric_key_prefix=f"ood_{name}"))
-            if split == "validation" and data_args.compare_lora and training_args.do_train and route.name == "blob":
+            if split == "validation" and data_args.compare_lora and cli.is_comparable(route, trainer):
                 set_seed(training_args.seed)
                 lora = cli.find_route("lora")
-                rival = make_trainer(make_model(route=lora), cli.rival_arguments(training_args), route=lora)
+                rival = make_trainer(adapted_model(lora), cli.rival_arguments(training_args), route=lora)
                 rival.train()
                 rows = data.splits[split]
                 texts = [

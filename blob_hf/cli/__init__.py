@@ -2,7 +2,7 @@
 
 from blob_hf.cli.adapters import AdapterArguments, PublishedDefaults, require_split
 from blob_hf.cli.arguments import parse_arguments
-from blob_hf.cli.comparison import rival_arguments
+from blob_hf.cli.comparison import is_comparable, rival_arguments
 from blob_hf.cli.folders import claim_folder, claim_output_dir, with_output_dir
 from blob_hf.cli.held_out import early_stopping
 from blob_hf.cli.method_arguments import MethodArguments
@@ -22,6 +22,7 @@ __all__ = [
     "claim_output_dir",
     "early_stopping",
     "find_route",
+    "is_comparable",
     "make_model",
     "parse_arguments",
     "require_split",

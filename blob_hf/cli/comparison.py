@@ -1,5 +1,6 @@
 """BLoB against plain LoRA, trained with all else equal: what the posterior pays on a user's own data."""
 
+import logging
 import os
 from collections.abc import Sequence
 
@@ -7,16 +8,30 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from blob_hf.cli.routes import Route
 from blob_hf.metrics.calibration import calibration_metrics
 from blob_hf.metrics.selective import risk_coverage
 from blob_hf.metrics.uncertainty import predictive_entropy
+from blob_hf.trainer.trainer import BlobTrainer
 from blob_hf.trainer.training_args import Arguments, changed_arguments
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "_lora"  # in the run's; pushes leave out names with _
 ANSWERED = 0.8  # share of the inputs that are answered when a classifier may abstain
 SHOWN = 5
 
 Floats = NDArray[np.floating]
+
+
+def is_comparable(route: Route, trainer: BlobTrainer) -> bool:
+    """Whether plain LoRA can be trained beside a run; says so if it cannot."""
+    if route.name != "blob" or not trainer.args.do_train:
+        return False
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        logger.warning("compare_lora is left out: a second model beside the sharded one needs a run of its own")
+        return False
+    return True
 
 
 def rival_arguments(args: Arguments) -> Arguments:

@@ -14,7 +14,9 @@ from blob_hf import BlobModel, cli
 from blob_hf.data import demo
 
 QUICK = ["--demo", "--eval_samples", "2", "--disable_tqdm", "true", "--use_cpu", "true"]
-QUICK_GLUE = [*QUICK, "--max_steps", "6", "--kl_cycle_steps", "3", "--max_eval_samples", "40"]
+QUICK_GLUE = [
+    *QUICK, "--max_steps", "6", "--kl_cycle_steps", "3", "--max_eval_samples", "40", "--compare_lora", "false",
+]  # fmt: skip
 QUICK_SUMMARIZATION = [
     *QUICK, "--max_steps", "4", "--kl_cycle_steps", "2", "--max_train_samples", "64", "--max_eval_samples", "4",
     "--max_predict_samples", "4", "--max_new_tokens", "12", "--compare_base", "false",
@@ -26,7 +28,7 @@ def read(path):
 
 
 def test_classification_leaves_every_artifact(monkeypatch, tmp_path, capsys):
-    assert run(monkeypatch, GLUE, *QUICK_GLUE, "--output_dir", tmp_path) == 0
+    assert run(monkeypatch, GLUE, *QUICK_GLUE, "--compare_base", "true", "--output_dir", tmp_path) == 0
     printed = capsys.readouterr().out
     for shown in (
         "N=0 (posterior mean)",
