@@ -21,6 +21,6 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     def included(match: re.Match[str]) -> str:
         text = section(match[1])
         text = re.sub(r"\]\(docs/", "](", text)
-        return re.sub(r"\[([^\]]*)\]\((?![a-z_]+\.md\)|https?:)[^)]*\)", r"\1", text)  # files outside the site
+        return re.sub(r"(?<!!)\[([^\]]*)\]\((?![a-z_]+\.md\)|https?:)[^)]*\)", r"\1", text)  # files outside the site
 
     return re.sub(r"^\{\{ README(?:: (.+?))? \}\}$", included, markdown, flags=re.MULTILINE)

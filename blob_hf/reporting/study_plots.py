@@ -76,7 +76,7 @@ def plot_ranks(panels: Mapping[str, Ranks], path: str | PathLike[str]) -> Figure
             figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True
         ):
             _ranks(axis, panel)
-            axis.set_title(f"{title}: mean rank (1 is best)", loc="left")
+            axis.set_title(f"{title}: mean rank, 1 is best (grey: not told apart from the best)", loc="left")
         figure.savefig(path, dpi=150, format="png")
     return figure
 
@@ -93,8 +93,4 @@ def _ranks(axis: Axes, panel: Ranks) -> None:
     axis.set_ylim(len(ordered) - 0.4, -0.6)
     axis.set_xlim(1, len(ordered) * 1.25)
     axis.set_yticks([])
-    axis.annotate(
-        "grey: not told apart from the best", (min(limit, len(ordered)), len(ordered) - 0.7), (4, 0),
-        textcoords="offset points", fontsize=7, color=GREY,
-    )  # fmt: skip
     sns.despine(ax=axis, left=True)

@@ -59,6 +59,7 @@ def test_a_small_bart_trains_on_real_dialogsum(monkeypatch, tmp_path, shared_dat
     code = run(
         monkeypatch, SUMMARIZATION, "--config_name", "bart", "--tokenizer_name", demo.BACKBONE_DIR,
         "--config_overrides", f"{overrides},encoder_ffn_dim=64,decoder_ffn_dim=64", "--gamma", 4, "--max_steps", 20,
+        "--kl_schedule", "geometric",
         "--train_file", folder / "train.jsonl.gz", "--test_file", folder / "test.jsonl", "--max_predict_samples", 6,
         "--eval_samples", 2, "--max_new_tokens", 20, "--learning_rate", 5e-3, "--output_dir", tmp_path,
         "--use_cpu", "true", "--disable_tqdm", "true",

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 ZERO3 = ROOT / "ds_configs" / "zero3.json"
 DEMO = [
     "--demo", "--eval_samples", "3", "--max_eval_samples", "30", "--use_cpu", "true", "--disable_tqdm", "true",
-    "--compare_base", "false",
+    "--compare_base", "false", "--max_train_samples", "1000",
 ]  # fmt: skip
 
 
