@@ -217,12 +217,8 @@ def main() -> None:
                 lora = cli.find_route("lora")
                 rival = make_trainer(adapted_model(lora), cli.rival_arguments(training_args), route=lora)
                 rival.train()
-                rows = data.splits[split]
-                texts = [
-                    " | ".join(parts) for parts in zip(*(rows[column] for column in data.text_columns), strict=True)
-                ]
                 rival_output = rival.predict(tokenized[split], metric_key_prefix="lora")
-                run.add_comparison(output, rival_output, texts, data.label_names)
+                run.add_comparison(output, rival_output, data.texts(split), data.label_names)
     run.finish()
 
 

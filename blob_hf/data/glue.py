@@ -44,6 +44,11 @@ class ClassificationData:
     label_names: list[str]
     word_column: str | None = None
 
+    def texts(self, split: str) -> list[str]:
+        """The texts of each row, side by side, to show."""
+        columns = (self.splits[split][column] for column in self.text_columns)
+        return [" | ".join(parts) for parts in zip(*columns, strict=True)]
+
 
 def load_classification(
     task_name: str | None = None,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from blob_hf import cli
+from blob_hf.data import demo
 from blob_hf.data.summarization import group_dialogues, load_summaries
 from blob_hf.experiments.study_report import pooled_reliability
 from blob_hf.metrics.agreement import closest_call, word_agreement
@@ -24,7 +25,7 @@ class PictureArguments:
     summaries: str = field(default="runs/demo", metadata={"help": "Folder of a run of run_summarization_blob.py."})
     test_file: str | None = field(default=None, metadata={"help": "Its test dialogues. Default: those of the demo."})
     dialogue: str | None = field(
-        default=None, metadata={"help": "Id of the dialogue to show. Default: the shortest that divides the networks."}
+        default=None, metadata={"help": "Id of the dialogue to show. Default: the closest call among them."}
     )
     output: str = field(default="docs/figures/overview.png", metadata={"help": "PNG to write."})
 
@@ -51,8 +52,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _dialogues(test_file: str | None) -> dict[str, str]:
-    from blob_hf.data import demo
-
     file = test_file or str(demo.SUMMARIZATION_FILES["test"])
     return {one.id: one.text for one in group_dialogues(load_summaries(None, None, {"test": file})["test"], None)}
 

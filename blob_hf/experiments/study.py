@@ -65,15 +65,16 @@ def main(argv: Sequence[str]) -> None:
     failed: list[GridRun] = []
     for name in args.settings:
         write_rows(SETTINGS[name], args.seeds, Path(args.data_dir), folder / "data" / name)
+    # one after another: each is made of what the ones before it have completed
     stages = [grid.first, lambda: grid.tuned(needs_lora=False), lambda: grid.tuned(needs_lora=True)]
     stages += [lambda: list(grid.chosen().values()), lambda: list(grid.curves().values())]
     for stage in [] if args.report_only else stages:
         failed += complete_runs([run for run in stage() if not run.is_complete], "run_glue_blob", args)
-    rest_of_them, curves = grid.chosen(), grid.curves()
-    done = {key: run.folder for key, run in rest_of_them.items() if run.is_complete}
+    runs, curves = grid.chosen(), grid.curves()
+    done = {key: run.folder for key, run in runs.items() if run.is_complete}
     watched = {key: run.folder for key, run in curves.items() if run.is_complete}
     study_report.write(folder, done, watched, grid.strengths(), rest)
-    refuse_failed(failed, len(rest_of_them))
+    refuse_failed(failed, len(runs))
 
 
 class Grid:

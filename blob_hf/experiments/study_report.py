@@ -328,7 +328,7 @@ def draw(folder: Path, runs: Mapping[Key, Path], results: pd.DataFrame, curves: 
 
 
 def pooled_reliability(folder: Path, overfits: bool, methods: Sequence[str]) -> dict[str, ReliabilityBins]:
-    """Reliability of methods over the complete runs of a study's settings that do, or do not, overfit."""
+    """Reliability of methods where a study's settings do, or do not, overfit, on the seeds that all of them have."""
     path = folder / "runs.csv"
     rows = pd.read_csv(path).to_dict("records") if path.is_file() else []
     runs = {(str(r["setting"]), str(r["method"]), int(r["seed"])): folder / str(r["folder"]) for r in rows}
@@ -336,22 +336,26 @@ def pooled_reliability(folder: Path, overfits: bool, methods: Sequence[str]) -> 
 
 
 def _panels(runs: Mapping[Key, Path], overfits: bool, methods: Sequence[str]) -> dict[str, ReliabilityBins]:
-    found = {method: _pooled(runs, method, overfits) for method in methods}
-    return {method: reliability_bins(*pooled) for method, pooled in found.items() if pooled is not None}
+    """The same of runs; a method of which there is none is left out."""
+    names = {method: method.removesuffix(TEMPERATURE) for method in methods}
+    names = {method: name for method, name in names.items() if any(name == key[1] for key in runs)}
+    group = {(setting, seed) for setting, _, seed in runs if SETTINGS[setting].overfits == overfits}
+    shared = sorted(pair for pair in group if all((pair[0], name, pair[1]) in runs for name in names.values()))
+    return {
+        method: reliability_bins(*_pooled([runs[setting, name, seed] for setting, seed in shared], method != name))
+        for method, name in names.items()
+        if shared
+    }
 
 
-def _pooled(runs: Mapping[Key, Path], method: str, overfits: bool) -> tuple[np.ndarray, np.ndarray] | None:
-    """Predictions for two classes of all seeds and settings of a group, and their labels."""
-    name = method.removesuffix(TEMPERATURE)
+def _pooled(paths: Sequence[Path], tempered: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Predictions of several runs one after another, padded to the most classes, and their labels."""
     found = []
-    for (setting, one, _), path in runs.items():
-        if one == name and SETTINGS[setting].overfits == overfits:
-            labels, log_probs, _ = _predictions(path / "validation_predictions.jsonl")
-            if method != name:
-                log_probs = scale(log_probs, _json(path / "temperature.json")["predictive"])
-            found.append((log_probs, labels))
-    if not found:
-        return None
+    for path in paths:
+        labels, log_probs, _ = _predictions(path / "validation_predictions.jsonl")
+        if tempered:
+            log_probs = scale(log_probs, _json(path / "temperature.json")["predictive"])
+        found.append((log_probs, labels))
     width = max(log_probs.shape[1] for log_probs, _ in found)
     wide = [np.pad(p, ((0, 0), (0, width - p.shape[1])), constant_values=-1e4) for p, _ in found]
     return np.concatenate(wide), np.concatenate([labels for _, labels in found])

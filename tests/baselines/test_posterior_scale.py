@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from helpers.models import TARGETS, random_ids, randomize_b, tiny_bert
-from helpers.running import GLUE, run_script
+from helpers.running import GLUE, SUMMARIZATION, run_script
 from helpers.training import blob_bert, fit, rows, trainer
 from peft import LoraConfig
 
@@ -164,6 +164,24 @@ def test_the_script_fits_saves_and_shows_it(monkeypatch, tmp_path, capsys):
     assert json.loads((tmp_path / "eval_results.json").read_text())["eval_nll"] == pytest.approx(
         after["eval_nll"], rel=1e-4
     )
+
+
+def test_a_summarizer_is_fitted_to_and_stopped_by_held_out_dialogues(monkeypatch, tmp_path):
+    flags = [
+        "--demo", "--max_steps", "6", "--max_train_samples", "40", "--max_eval_samples", "2", "--max_predict_samples",
+        "2", "--max_new_tokens", "4", "--eval_samples", "2", "--compare_base", "false", "--use_cpu", "true",
+        "--disable_tqdm", "true", "--posterior_scale", "fit", "--early_stopping_patience", "2",
+        "--output_dir", tmp_path,
+    ]  # fmt: skip
+    assert run_script(monkeypatch, SUMMARIZATION, *flags) == 0
+    saved = json.loads((tmp_path / "posterior_scale.json").read_text())
+    held_out = 4  # a tenth of 40 dialogues, whose summaries have more than 10 tokens each
+    assert saved["held_out"] > 10 * held_out
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    evaluated = [entry["eval_nll"] for entry in state["log_history"] if "eval_nll" in entry]
+    assert len(evaluated) > 1 and state["best_metric"] == min(evaluated)
+    # before the fit it is the predictive of the checkpoint that was kept, on the same dialogues
+    assert saved["nll_before"] == pytest.approx(min(evaluated), rel=1e-4)
 
 
 @pytest.mark.parametrize(

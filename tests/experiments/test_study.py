@@ -1,7 +1,6 @@
 """The study: the rows it draws, the grid it runs, what is chosen by what, and its report on runs of known numbers."""
 
 import json
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -140,6 +139,28 @@ def test_methods_that_need_lora_wait_for_it(tmp_path):
     }
 
 
+def test_the_stages_go_one_after_another(tmp_path, data, monkeypatch):
+    """What is fitted to LoRA is started, at every strength and then at the chosen one, once LoRA is there."""
+    monkeypatch.setitem(SETTINGS, "own", OWN)
+    started = []
+
+    def complete(runs, script, args):
+        started.append([run.name for run in runs])
+        for run in runs:
+            finish(run, {"0.01": 0.9, "0.1": 0.2, "1": 0.9}.get(run.name.split("/")[1].removeprefix("tfb-"), 0.5))
+        return []
+
+    monkeypatch.setattr(study, "complete_runs", complete)
+    monkeypatch.setattr(study.study_report, "write", lambda folder, runs, *_: started.append(sorted(runs)))
+    flags = ["--settings", "own", "--methods", "lora", "tfb", "--seeds", "1", "2", "3", "--curves", "false"]
+    assert run_experiment("study", *flags, "--data_dir", data, "--output_dir", tmp_path / "out") == 0
+    lora, blob, tuned, chosen, curves, reported = started
+    assert lora == [f"own/lora/seed{seed}" for seed in SEEDS] and blob == curves == []
+    assert sorted(tuned) == sorted(f"own/tfb-{value}/seed{seed}" for value in ("0.01", "0.1", "1") for seed in (1, 2))
+    assert chosen == ["own/tfb-0.1/seed3"]
+    assert reported == sorted(("own", method, seed) for method in ("lora", "tfb") for seed in SEEDS)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -167,8 +188,6 @@ def test_the_fork_launcher_runs_scripts_like_any_other(tmp_path, monkeypatch):
         "(folder / 'eval_results.json').write_text('{}')\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(sys.modules, "own_script", None)
-    monkeypatch.delitem(sys.modules, "own_script")
     runs = [GridRun(name, tmp_path / name, flags) for name, flags in (("one", ()), ("two", ("fail",)), ("three", ()))]
     failed = complete_runs(runs, "own_script", GridArguments(launcher="fork", jobs=2))
     assert [run.name for run in failed] == ["two"]
@@ -284,6 +303,10 @@ def test_the_picture_shows_the_pooled_reliability_and_the_closest_call(tmp_path,
     assert set(panels) == {"lora", "blob"}
     # two overfitting settings of 80 rows and three seeds each
     assert panels["lora"].count.sum() == 2 * 3 * 80
+    some = {key: path for key, path in runs.items() if key != ("cola-128", "blob", 3)}
+    study_report.write(tmp_path, some, {}, {}, [])
+    panels = study_report.pooled_reliability(tmp_path, overfits=True, methods=("lora", "blob"))
+    assert panels["lora"].count.sum() == panels["blob"].count.sum() == 5 * 80  # the seeds that both have
 
 
 def test_the_default_methods_are_those_of_the_scripts_and_the_cheap_cures():

@@ -118,6 +118,7 @@ def diagnose(
         then underflows to 0 in nearly every step and the KL is never applied, whatever its value.
     """
     total = schedule.total_steps
+    from_pull = rate is not None and rate.origin == "pull"  # then the rate makes good for a small weight
     if not isinstance(schedule, KLSchedule):
         return KLDiagnosis(schedule.name, schedule.cycle_steps, total, math.nan, math.nan, rate)
     weights = [schedule(step) for step in range(1, total + 1)]
@@ -132,7 +133,7 @@ def diagnose(
             f"has only {total}, and nearly all the weight falls on the last steps of a cycle "
             f"(sum of pi_t over the run = {diagnosis.total_weight:.1e}). {way_on} kl_cycle_steps <= {total}"
         )
-    elif schedule.name not in ("none", "constant") and exposure < LEAST_EXPOSURE:
+    elif schedule.name not in ("none", "constant") and exposure < LEAST_EXPOSURE and not from_pull:
         late = " (its weight falls where the learning rate is nearly 0)" if diagnosis.total_weight > 0.1 else ""
         diagnosis.warnings.append(
             f"the KL will hardly be applied: sum of pi_t over {total} steps, times the learning rate's shape = "

@@ -8,6 +8,7 @@ from helpers.training import blob_bert
 from helpers.training import trainer as make_trainer
 
 from blob_hf import BlobTrainingArguments
+from blob_hf.trainer.kl.diagnosis import LEAST_EXPOSURE
 from blob_hf.trainer.kl.rate import PUBLISHED_RATE, default_pull, pull_of_rate, rate_from_pull
 from blob_hf.trainer.kl.schedule import KL_SCHEDULES, KLSchedule, kl_cycle_length
 from blob_hf.trainer.kl.step import DecoupledKLStep, descend_mean, descend_rho
@@ -126,6 +127,14 @@ def test_a_run_too_short_to_be_heard_is_warned_of(tmp_path, caplog):
     caplog.clear()
     make_trainer(tmp_path, max_steps=30, learning_rate=3e-2).train()
     assert "little" not in caplog.text
+
+
+def test_a_small_weight_that_the_rate_makes_good_for_is_not_warned_of(tmp_path, caplog):
+    """gamma 2 gives a cycle of thousands of steps: 30 of them apply little of the KL's weight, but all of its pull."""
+    run = make_trainer(tmp_path, max_steps=30, learning_rate=3e-2, kl_cycle_steps=None, gamma=2.0, kl_pull=1.0)
+    run.train()
+    assert run.kl.diagnosis.exposure < LEAST_EXPOSURE and not run.kl.diagnosis.warnings
+    assert run.kl.diagnosis.rate.std_by_kl_alone > 0.1
 
 
 def test_what_is_neither_a_number_nor_auto_is_refused(tmp_path):
