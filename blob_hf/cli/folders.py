@@ -57,11 +57,17 @@ def claim_output_dir(args: BlobTrainingArguments, fresh: bool, *others: Any) -> 
         raise BlobError(
             f"{folder} holds a run whose settings are unknown (no {SETTINGS_FILE}); choose another --output_dir"
         )
-    claim_folder(folder, settings, args.should_save)
+    defaults = {field.name: field.default for part in (args, *others) for field in dataclasses.fields(part)}
+    claim_folder(folder, settings, args.should_save, defaults)
 
 
-def claim_folder(folder: Path, settings: Mapping[str, Any], write: bool = True) -> None:
+def claim_folder(
+    folder: Path, settings: Mapping[str, Any], write: bool = True, defaults: Mapping[str, Any] | None = None
+) -> None:
     """Write settings into a folder, unless it has others.
+
+    Args:
+        defaults: What settings were in a folder that does not name them: those that a later version has added.
 
     Raises:
         BlobError: naming the settings that differ. Nothing in the folder is touched.
@@ -70,7 +76,8 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], write: bool = True) 
     path = folder / SETTINGS_FILE
     if path.is_file():
         old = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in settings if name in old and old[name] != settings[name]]
+        old = {name: default for name, default in (defaults or {}).items() if name in settings} | old
+        changed = [name for name in settings if old.get(name) != settings[name]]
         if changed:
             shown = ", ".join(f"{name} {old.get(name)!r} -> {settings[name]!r}" for name in changed[:5])
             raise BlobError(f"{folder} holds a run of different settings ({shown}); choose another --output_dir")

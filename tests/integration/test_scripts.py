@@ -296,3 +296,15 @@ def test_another_run_in_the_same_folder_is_refused(monkeypatch, tmp_path, capsys
     assert run(monkeypatch, GLUE, *QUICK_GLUE, "--do_train", "--beta", "0.3", "--output_dir", tmp_path) == 2
     assert "holds a run of different settings (beta 0.2 -> 0.3)" in capsys.readouterr().err
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_folder_of_before_a_flag_was_there_has_its_default(monkeypatch, tmp_path, capsys):
+    assert run(monkeypatch, GLUE, *QUICK_GLUE, "--do_train", "--output_dir", tmp_path) == 0
+    file = tmp_path / "run_settings.json"
+    added = {"kl_pull", "posterior_scale", "early_stopping_patience", "calibration_file"}
+    file.write_text(json.dumps({name: value for name, value in read(file).items() if name not in added}))
+    again = [*QUICK_GLUE, "--do_train", "--output_dir", tmp_path]
+    assert run(monkeypatch, GLUE, *again, "--early_stopping_patience", "2") == 2
+    assert "different settings (early_stopping_patience None -> 2)" in capsys.readouterr().err
+    assert not set(read(file)) & added
+    assert run(monkeypatch, GLUE, *again) == 0
