@@ -17,7 +17,7 @@ from typing import Any
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
 
-TEST_ROWS, OOD_ROWS = 300, 150
+TEST_ROWS, OOD_ROWS = 250, 100
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Setting:
         classes: Names of the classes that are taken, each with equally many training rows; none: all rows as they come.
         ood: File of inputs that belong to none of the classes.
         targets: Target modules; none: the model's preset.
+        noise: Share of the rows, of training, held-out and test rows alike, that have another class's label.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Setting:
     classes: tuple[str, ...] = ()
     ood: str | None = None
     targets: tuple[str, ...] = ()
+    noise: float = 0.0
 
     @property
     def passes(self) -> float:
@@ -67,6 +69,17 @@ _TRANSFERS = _names(
     "transfer_fee_charged transfer_into_account transfer_not_received_by_recipient transfer_timing pending_transfer "
     "failed_transfer declined_transfer cancel_transfer beneficiary_not_allowed balance_not_updated_after_bank_transfer"
 )
+_PAYMENTS = _names(
+    "cash_withdrawal_charge cash_withdrawal_not_recognised declined_cash_withdrawal pending_cash_withdrawal "
+    "wrong_amount_of_cash_received wrong_exchange_rate_for_cash_withdrawal card_payment_fee_charged "
+    "card_payment_not_recognised card_payment_wrong_exchange_rate declined_card_payment pending_card_payment "
+    "reverted_card_payment?"
+)
+_TOP_UPS = _names(
+    "automatic_top_up pending_top_up top_up_failed top_up_limits top_up_reverted verify_top_up topping_up_by_card "
+    "top_up_by_bank_transfer_charge top_up_by_card_charge top_up_by_cash_or_cheque verify_my_identity "
+    "why_verify_identity"
+)
 _ACCOUNT = _names(
     "freeze_account routing pin_change bill_due pay_bill account_blocked interest_rate min_payment bill_balance "
     "transfer order_checks balance spending_history transactions report_fraud"
@@ -75,6 +88,8 @@ _BANKING: dict[str, Any] = {
     "train": "intent/banking77/train.jsonl", "test": "intent/banking77/test.jsonl", "columns": ("text",),
     "classes": _TRANSFERS, "ood": "intent/clinc150/oos_test.jsonl", "max_words": 12, "targets": ("query", "value"),
 }  # fmt: skip
+_PAYMENT = {**_BANKING, "classes": _PAYMENTS}
+_TOP_UP = {**_BANKING, "classes": _TOP_UPS}
 _CLINC: dict[str, Any] = {
     "train": "intent/clinc150/train.jsonl", "test": "intent/clinc150/test.jsonl", "columns": ("text",),
     "classes": _ACCOUNT, "ood": "intent/clinc150/oos_test.jsonl", "max_words": 10, "targets": ("query", "value"),
@@ -84,18 +99,16 @@ _COLA: dict[str, Any] = {
     "max_words": 10,
 }  # fmt: skip
 _PAIR: dict[str, Any] = {"columns": ("sentence1", "sentence2")}
-_MRPC = {**_PAIR, "train": "glue/mrpc/train.jsonl", "test": "glue/mrpc/validation.jsonl", "task": "mrpc"}
-_RTE = {**_PAIR, "train": "glue/rte/train.jsonl", "test": "glue/rte/validation.jsonl", "task": "rte"}
 _WIC = {**_PAIR, "train": "super_glue/wic/train.jsonl", "test": "super_glue/wic/validation.jsonl", "task": "wic"}
 
 SETTINGS = {
     setting.name: setting
     for setting in (
-        Setting("mrpc-128", True, rows=128, held_out=32, steps=160, learning_rate=2e-3, max_words=36, **_MRPC),
-        Setting("rte-128", True, rows=128, held_out=32, steps=160, learning_rate=2e-3, max_words=28, **_RTE),
         Setting("wic-128", True, rows=128, held_out=32, steps=160, learning_rate=2e-3, max_words=16, **_WIC),
         Setting("cola-128", True, rows=128, held_out=32, steps=160, learning_rate=2e-3, **_COLA),
         Setting("banking-60", True, rows=60, held_out=30, steps=160, learning_rate=5e-3, **_BANKING),
+        Setting("payments-120", True, rows=120, held_out=36, steps=180, learning_rate=5e-3, noise=0.2, **_PAYMENT),
+        Setting("top-ups-120", True, rows=120, held_out=36, steps=180, learning_rate=5e-3, noise=0.2, **_TOP_UP),
         Setting("banking-200", False, rows=200, held_out=50, steps=150, learning_rate=2e-3, **_BANKING),
         Setting("clinc-150", False, rows=150, held_out=45, steps=150, learning_rate=2e-3, **_CLINC),
         Setting("cola-800", False, rows=800, held_out=80, steps=100, learning_rate=1e-3, **_COLA),
@@ -135,7 +148,15 @@ def write_rows(setting: Setting, seeds: Sequence[int], data_dir: Path, folder: P
 
 def _fitting(setting: Setting, path: Path) -> list[dict[str, Any]]:
     rows = (row for row in _read(path) if not setting.classes or row["label"] in setting.classes)
-    return [row for row in rows if _words(row, setting) <= setting.max_words]
+    return [_mislabelled(row, setting) for row in rows if _words(row, setting) <= setting.max_words]
+
+
+def _mislabelled(row: dict[str, Any], setting: Setting) -> dict[str, Any]:
+    """The row with its label, or with a share `noise` of them that of another class: always the same for one text."""
+    drawn = random.Random("/".join((setting.name, *(row[column] for column in setting.columns))))
+    if drawn.random() >= setting.noise:
+        return row
+    return {**row, "label": drawn.choice([name for name in setting.classes if name != row["label"]])}
 
 
 def _words(row: dict[str, Any], setting: Setting) -> int:

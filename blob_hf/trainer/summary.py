@@ -182,7 +182,7 @@ def _settings(trainer: "BlobTrainer") -> dict[str, object]:
         rate = trainer.kl.diagnosis.rate
         settings |= {
             "gamma": args.gamma,
-            "KL schedule": args.schedule,
+            "KL schedule": trainer.kl.schedule.name,
             **({} if rate is None else {"KL learning rate": f"{rate.value:.4g}"}),
             **({} if rate is None or math.isnan(rate.pull) else {"KL pull": f"{rate.pull:.3g}"}),
             "KL gradient": args.kl_gradient,

@@ -238,7 +238,8 @@ class BlobTrainerMixin(_Base):
     def _weighted_kl(self, kl: KLState, nll: Tensor) -> Tensor:
         """This micro-batch's share of pi_t * KL."""
         prior_std, through_loss = self.blob_model.blob_config.prior_std, self.args.kl_gradient == "loss"
-        weighted = kl.share(self.model, prior_std, nll, self.state.global_step + 1, through_loss)
+        step = self.state.global_step + 1
+        weighted = kl.share(self.model, prior_std, nll, step, through_loss, self._mean_over_processes)
         return weighted / getattr(self, "current_gradient_accumulation_steps", 1)
 
     def _all_finite(self, loss: Tensor) -> bool:
@@ -259,10 +260,10 @@ class BlobTrainerMixin(_Base):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of `LOGGED` over the steps since the last log, evaluation or save."""
-        if self.kl is not None:
-            rows = self.kl.history.drain(self._mean_over_processes)
-            if rows and "loss" in logs:
+        """Add the means of `LOGGED` over the steps since the last log of a loss."""
+        if self.kl is not None and "loss" in logs:
+            self.kl.history.drain(self._mean_over_processes)
+            if rows := self.kl.history.unlogged():
                 logs.update({name: fmean(row[name] for row in rows) for name in LOGGED})
         super().log(logs, start_time)
 
@@ -304,6 +305,8 @@ class BlobTrainerMixin(_Base):
             self._tr_loss += state["loss_since_last_log"]
             self._total_loss_scalar -= state["loss_since_last_log"]  # train_loss is that of this call's steps
             self._globalstep_last_logged = state["last_logged_step"]
+            if self.kl is not None:
+                self.kl.history.last_logged = self._globalstep_last_logged
 
     def save_history(self, folder: Path) -> None:
         """Write kl_history.csv into a folder (called on every process)."""

@@ -13,7 +13,7 @@ from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.numbers import NumberOrWord, number_or_word
 
-SCHEDULES = ("auto", *KL_SCHEDULES, "target")
+SCHEDULES = ("auto", *KL_SCHEDULES, "adaptive", "target")
 # Who changes one of these wants the published machinery, with its rate.
 _OF_THE_KL = ("kl_schedule", "kl_cycle_steps", "kl_weight", "kl_target_nats_per_weight")
 KL_GRADIENTS = ("decoupled", "loss")
@@ -62,8 +62,9 @@ class BlobArguments:
 
         beta (`float`, *optional*): std sigma_p of the prior on A. It is *not* a factor in front of the KL.
         gamma (`float`): sets the period M of the KL re-weighting cycle, int(100 * n**(pi/gamma) / global batch).
-        kl_schedule (`str`): a key of `kl.schedule.KL_SCHEDULES`, `target` (`kl/target.py`) or `auto`: `uniform` where
-            the rate is from the pull, else the paper's `geometric`.
+        kl_schedule (`str`): a key of `kl.schedule.KL_SCHEDULES`, `adaptive` (`kl/adaptive.py`), `target`
+            (`kl/target.py`) or `auto`: where the rate is from the pull `adaptive` for a classifier and `uniform` for a
+            language model, else the paper's `geometric`.
         kl_cycle_steps (`int`, *optional*): M itself, instead of through gamma.
         kl_weight (`float`): the weight of the `constant` schedule.
         kl_target_nats_per_weight (`float`, *optional*): what the `target` schedule brings the KL down to.
@@ -100,7 +101,8 @@ class BlobArguments:
     kl_schedule: str = field(
         default="auto",
         metadata={
-            "help": "How the KL is weighted over steps; auto: uniform where its rate is from the pull, else geometric.",
+            "help": "How the KL is weighted over steps; auto, where its rate is from the pull: adaptive (the more, the "
+            "lower the training NLL) for a classifier and uniform for a language model; else geometric.",
             "choices": list(SCHEDULES),
         },
     )
@@ -161,14 +163,16 @@ class BlobArguments:
         """Whether the KL's rate is set from its pull; else it is the given or the published one."""
         if self.kl_learning_rate != "auto" or self.kl_gradient == "loss":
             return False
-        return self.kl_pull is not None or all(getattr(self, name) == _default(name) for name in _OF_THE_KL)
+        if self.kl_pull is not None or self.kl_schedule == "adaptive":
+            return True
+        return all(getattr(self, name) == _default(name) for name in _OF_THE_KL)
 
     @property
     def schedule(self) -> str:
-        """The KL's schedule, `auto` settled."""
+        """The KL's schedule, `auto` settled as far as the model is not asked (`adaptive` is a classifier's)."""
         if self.kl_schedule != "auto":
             return self.kl_schedule
-        return "uniform" if self.rate_from_pull else "geometric"
+        return "adaptive" if self.rate_from_pull else "geometric"
 
     @property
     def sampling(self) -> Sampling:

@@ -40,20 +40,22 @@ def test_the_published_command_is_the_published_experiment(script, flags):
 )  # fmt: skip
 def test_another_run_gets_its_rate_from_the_pull(script, flags):
     args = settled(script, *flags)
-    assert args.kl_learning_rate == "auto" and args.rate_from_pull and args.schedule == "uniform"
+    assert args.kl_learning_rate == "auto" and args.rate_from_pull and args.schedule == "adaptive"
 
 
 @pytest.mark.parametrize(
     ("changes", "from_pull", "schedule"),
     [
-        ({}, True, "uniform"),
-        ({"kl_pull": 0.3}, True, "uniform"),
-        ({"gamma": 12.0}, True, "uniform"),
+        ({}, True, "adaptive"),
+        ({"kl_pull": 0.3}, True, "adaptive"),
+        ({"gamma": 12.0}, True, "adaptive"),
         ({"kl_cycle_steps": 7}, False, "geometric"),
         ({"kl_schedule": "elbo"}, False, "elbo"),
         ({"kl_schedule": "constant", "kl_weight": 0.1}, False, "constant"),
         ({"kl_schedule": "geometric", "kl_pull": 0.3}, True, "geometric"),
         ({"kl_learning_rate": 0.01}, False, "geometric"),
+        ({"kl_schedule": "adaptive", "kl_cycle_steps": 7}, True, "adaptive"),
+        ({"kl_schedule": "adaptive", "kl_learning_rate": 0.01}, False, "adaptive"),
     ],
 )
 def test_who_changes_the_kl_has_the_published_machinery(tmp_path, changes, from_pull, schedule):

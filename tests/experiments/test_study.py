@@ -76,6 +76,19 @@ def test_where_the_test_split_is_short_training_rows_fill_it_and_are_never_train
         assert not test & {row["text"] for row in lines(tmp_path / f"seed{seed}" / "train.jsonl")}
 
 
+def test_a_share_of_all_rows_has_the_label_of_another_class(tmp_path, data):
+    write_rows(replace(OWN, noise=0.25), (1,), data, tmp_path)
+    rows = [row for name in ("test.jsonl", "seed1/train.jsonl") for row in lines(tmp_path / name)]
+    truth = [f"c{int(row['text'].split()[-1]) % 5}" for row in rows]  # of the fixture
+    wrong = [row["label"] != true for row, true in zip(rows, truth, strict=True)]
+    assert all(row["label"] in OWN.classes for row in rows)
+    assert stats.binomtest(sum(wrong), len(wrong), 0.25).pvalue > 0.01  # rows are drawn once: no chance of a re-run
+    by_text = {row["text"]: row["label"] for row in rows}
+    write_rows(replace(OWN, noise=0.25), (2,), data, tmp_path)
+    again = lines(tmp_path / "seed2/train.jsonl")
+    assert all(by_text.get(row["text"], row["label"]) == row["label"] for row in again)  # an annotator is consistent
+
+
 def test_too_few_rows_and_missing_files_are_one_line(tmp_path, data):
     with pytest.raises(BlobError, match="too few short rows for own"):
         write_rows(replace(OWN, rows=3000), SEEDS, data, tmp_path / "a")
@@ -164,7 +177,7 @@ def test_the_stages_go_one_after_another(tmp_path, data, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--settings", "mnli"], "--settings must be among mrpc-128, "),
+        (["--settings", "mnli"], "--settings must be among wic-128, "),
         (["--methods", "lora", "vogn"], "--methods must be among lora, "),
         (["--methods", "blob"], "--methods must have lora"),
         (["--seeds", "1", "1"], "--seeds must be different values"),

@@ -256,3 +256,11 @@ def test_the_target_schedule_is_the_same_on_two_processes(tmp_path):
     expected = train(tmp_path, "one", 1, 8, **changes)
     assert expected[1]["kl_weight"].iloc[0] > 0
     assert_the_same_training(train(tmp_path, "two", 2, 4, str(ROOT / "ds_configs" / "zero3.json"), **changes), expected)
+
+
+def test_the_adaptive_schedule_is_the_same_on_two_processes(tmp_path):
+    """It follows the NLL of the whole batch, of which each process has seen a part."""
+    changes = {"kl_schedule": "adaptive", "kl_pull": 2.0, "kl_cycle_steps": None}
+    expected = train(tmp_path, "one", 1, 8, **changes)
+    assert expected[1]["kl_weight"].iloc[1] > 0
+    assert_the_same_training(train(tmp_path, "two", 2, 4, **changes), expected)

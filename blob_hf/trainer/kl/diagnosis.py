@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from blob_hf.trainer.kl.adaptive import AT_NLL, PER_FACTOR
 from blob_hf.trainer.kl.schedule import KLSchedule, kl_cycle_length
 
 LEAST_EXPOSURE = 0.01  # below, the KL has been applied less than a hundredth of once
@@ -17,7 +18,7 @@ class RateDiagnosis:
 
     Attributes:
         value: kl_learning_rate at the peak of the learning rate.
-        pull: See `kl/rate.py`; NaN for `target`, whose rate is the schedule's.
+        pull: See `kl/rate.py`; of `adaptive` at its AT_NLL; NaN for `target`, whose rate is the schedule's.
         origin: Where the value is from: "pull", "published" (with nothing said of the rate) or "given".
         std_start: Mean of the stds before training.
         std_by_kl_alone: Where the KL steps alone, without any NLL, would take such a std.
@@ -49,7 +50,8 @@ class KLDiagnosis:
         cycle_steps: M.
         total_steps: Optimizer steps of the run.
         cycles: Cycles completed, total_steps / M.
-        total_weight: Sum of pi_t over the run: how often the whole KL is applied; NaN for `target`, it follows the KL.
+        total_weight: Sum of pi_t over the run: how often the whole KL is applied; NaN for `target` and `adaptive`,
+            which follow the run.
         exposure: Sum of pi_t * lr_t / lr_0: the same for the decoupled KL step, which follows the learning rate. A
             cycle that ends with the run spends its weight where the learning rate is 0.
         rate: Of the decoupled KL step, and what it comes to: its pull (`kl/rate.py`), and where it would take the stds
@@ -74,6 +76,12 @@ class KLDiagnosis:
             return (
                 f"KL schedule target: the KL falls to the target with a time constant of {self.cycle_steps} of "
                 f"{self.total_steps} steps; pi_t follows the posterior"
+            )
+        if self.schedule == "adaptive":
+            rate = "" if self.rate is None else f"; at that NLL {self.rate}"
+            return (
+                f"KL follows the training NLL over {self.total_steps} steps: {math.exp(AT_NLL / PER_FACTOR):.0f} times "
+                f"as strong at 0 nats as at {AT_NLL:g}, next to nothing above 1{rate}"
             )
         if self.schedule == "uniform" and self.rate is not None and self.rate.origin == "pull":
             return f"KL spread evenly over {self.total_steps} steps; {self.rate}"
@@ -107,7 +115,7 @@ def diagnose(
     """Say before training what the KL weight will do over the run.
 
     Args:
-        schedule: The schedule of the run (a `KLSchedule` or `TargetSchedule`), with its total_steps and num_examples.
+        schedule: The schedule of the run, with its total_steps and num_examples.
         batch_size: Global batch size (to name a gamma that fits).
         gamma: The gamma that gave the cycle; None when `kl_cycle_steps` was set by hand.
         lr_scale: lr_t / lr_0 of each step, which the KL's step follows; default 1 throughout.
@@ -120,7 +128,7 @@ def diagnose(
     total = schedule.total_steps
     from_pull = rate is not None and rate.origin == "pull"  # then the rate makes good for a small weight
     if not isinstance(schedule, KLSchedule):
-        return KLDiagnosis(schedule.name, schedule.cycle_steps, total, math.nan, math.nan, rate)
+        return KLDiagnosis(schedule.name, schedule.cycle_steps, total, math.nan, math.nan, rate, _hardly_heard(rate))
     weights = [schedule(step) for step in range(1, total + 1)]
     exposure = math.fsum(w * s for w, s in zip(weights, lr_scale or [1.0] * total, strict=True))
     diagnosis = KLDiagnosis(schedule.name, schedule.cycle_steps, total, math.fsum(weights), exposure, rate)
@@ -140,12 +148,18 @@ def diagnose(
             f"{exposure:.1e}{late}; with kl_schedule {schedule.name} a smaller kl_cycle_steps than "
             f"{schedule.cycle_steps}, or a larger gamma, applies more"
         )
-    elif rate is not None and rate.std_start < rate.std_by_kl_alone < HEARD * rate.prior_std:
-        diagnosis.warnings.append(
-            f"the KL will move the stds little: alone it would take them to {rate.std_by_kl_alone:.2g}, "
-            f"{rate.std_by_kl_alone / rate.prior_std:.0%} of the prior's, so the samples may predict what the mean "
-            "does. More steps, a larger learning_rate or a larger kl_pull widen them"
-        )
+    else:
+        diagnosis.warnings.extend(_hardly_heard(rate))
     if schedule.name == "constant" and schedule.weight == 0:
         diagnosis.warnings.append("kl_schedule constant with kl_weight 0 applies no KL; give kl_weight > 0")
     return diagnosis
+
+
+def _hardly_heard(rate: RateDiagnosis | None) -> list[str]:
+    if rate is None or not rate.std_start < rate.std_by_kl_alone < HEARD * rate.prior_std:
+        return []
+    return [
+        f"the KL will move the stds little: alone it would take them to {rate.std_by_kl_alone:.2g}, "
+        f"{rate.std_by_kl_alone / rate.prior_std:.0%} of the prior's, so the samples may predict what the mean "
+        "does. More steps, a larger learning_rate or a larger kl_pull widen them"
+    ]

@@ -24,6 +24,7 @@ class KLHistory:
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
+        self.last_logged = 0  # step
         self._pending: dict[int, tuple[Tensor, Tensor, float, Tensor, float]] = {}
 
     def add(self, step: int, nll: Tensor, kl: Tensor, weight: float, std: Tensor, lr_scale: float = 1.0) -> None:
@@ -46,6 +47,13 @@ class KLHistory:
         self._pending.clear()
         self.rows += new
         return new
+
+    def unlogged(self) -> list[dict[str, float]]:
+        """The drained rows since the last call."""
+        rows = [row for row in self.rows if row["step"] > self.last_logged]
+        if rows:
+            self.last_logged = int(rows[-1]["step"])
+        return rows
 
     def load(self, path: Path) -> None:
         """Take over the rows of an interrupted run, as its checkpoint has them."""

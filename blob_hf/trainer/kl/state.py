@@ -5,13 +5,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from blob_hf.trainer.kl.adaptive import AdaptiveSchedule
 from blob_hf.trainer.kl.diagnosis import KLDiagnosis, RateDiagnosis, diagnose
 from blob_hf.trainer.kl.history import FILE_NAME, KLHistory
 from blob_hf.trainer.kl.rate import PUBLISHED_RATE, default_pull, pull_of_rate, rate_from_pull
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 INITIAL_STDS = "initial_stds.safetensors"
+Schedule: TypeAlias = KLSchedule | TargetSchedule | AdaptiveSchedule
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class KLState:
         verdict: What the KL did; None until the training is over, and fixed from then on.
     """
 
-    schedule: KLSchedule | TargetSchedule = field(default_factory=lambda: KLSchedule("none"))
+    schedule: Schedule = field(default_factory=lambda: KLSchedule("none"))
     diagnosis: KLDiagnosis | None = None
     step: DecoupledKLStep | None = None
     history: KLHistory = field(default_factory=KLHistory)
@@ -80,14 +82,21 @@ class KLState:
         self.initial_stds = initial_stds(model)
         return self.diagnosis
 
-    def share(self, model: nn.Module, prior_std: float, nll: Tensor, step: int, through_loss: bool) -> Tensor:
+    def share(
+        self, model: nn.Module, prior_std: float, nll: Tensor, step: int, through_loss: bool,
+        average: Callable[[Tensor], Tensor],
+    ) -> Tensor:  # fmt: skip
         """pi_t * KL at a step, for its loss; tells the optimizer's hook its weight and the history what happened.
 
         Args:
             nll: Of one micro-batch, its part of the step's.
             step: The coming optimizer step, 1-based.
             through_loss: Whether the KL's gradient goes through the loss (`kl_gradient="loss"`).
+            average: Mean over the processes.
         """
+        if isinstance(self.schedule, AdaptiveSchedule) and (self._now is None or self._now.step != step):
+            self.history.drain(average)
+            self.schedule.observe(self.history.rows)
         if through_loss or self._now is None or self._now.step != step:
             with torch.set_grad_enabled(through_loss):
                 kl = kl_divergence(model, prior_std)
@@ -135,6 +144,8 @@ class KLState:
         self.history.load(folder / FILE_NAME)
         if isinstance(self.schedule, TargetSchedule) and self.history.rows:
             self.schedule.kl_start = self.history.rows[0]["kl"]
+        if isinstance(self.schedule, AdaptiveSchedule):
+            self.schedule.observe(self.history.rows)
 
 
 def plan_kl(
@@ -145,7 +156,7 @@ def plan_kl(
     model: nn.Module,
     config: BlobConfig,
     learning_rate: float,
-) -> tuple[KLSchedule | TargetSchedule, KLDiagnosis]:
+) -> tuple[Schedule, KLDiagnosis]:
     """The KL schedule that the arguments ask for, and what it will do.
 
     Args:
@@ -155,7 +166,7 @@ def plan_kl(
         model: With a posterior; the `target` schedule looks at it.
         learning_rate: The optimizer's, at its peak.
     """
-    schedule: KLSchedule | TargetSchedule
+    schedule: Schedule
     rate, pull, origin = PUBLISHED_RATE, math.nan, "published"
     if isinstance(args.kl_learning_rate, float):
         rate, origin = args.kl_learning_rate, "given"
@@ -166,8 +177,13 @@ def plan_kl(
         )  # fmt: skip
     else:
         cycle = args.kl_cycle_steps or kl_cycle_length(num_examples, args.gamma, batch_size)
-        schedule = KLSchedule(args.schedule, cycle, num_examples, total_steps, args.kl_weight)
-        sizes = (schedule, learning_rate, config.prior_std)
+        adaptive = args.schedule == "adaptive"
+        name = "uniform" if adaptive else args.schedule
+        even = KLSchedule(name, cycle, num_examples, total_steps, args.kl_weight)
+        # AT_NLL is of labels; a language model seldom knows its tokens that well
+        adaptive = adaptive and not (args.kl_schedule == "auto" and _generates(model))
+        schedule = AdaptiveSchedule(cycle, total_steps) if adaptive else even
+        sizes = (even, learning_rate, config.prior_std)
         if args.rate_from_pull:
             wanted = default_pull(num_examples, args.gamma) if args.kl_pull is None else args.kl_pull
             rate, origin = rate_from_pull(wanted, *sizes), "pull"
@@ -177,12 +193,16 @@ def plan_kl(
     if args.kl_gradient == "decoupled":
         start = mean_posterior_std(model).item()
         alone = math.nan
-        if isinstance(schedule, KLSchedule):
-            rates = [rate * schedule(step) * scale for step, scale in enumerate(shape, start=1)]
+        if not isinstance(schedule, TargetSchedule):
+            rates = [rate * even(step) * scale for step, scale in enumerate(shape, start=1)]
             alone = std_by_kl_alone(start, config.prior_std, config.std_parameterization, rates)
         found = RateDiagnosis(rate, pull, origin, start, alone, config.prior_std)
     gamma = None if args.kl_cycle_steps else args.gamma
     return schedule, diagnose(schedule, batch_size, gamma, shape, found)
+
+
+def _generates(model: nn.Module) -> bool:
+    return bool(getattr(model, "can_generate", lambda: False)())
 
 
 def _lr_shape(args: "BlobTrainingArguments", total_steps: int) -> list[float]:

@@ -88,7 +88,7 @@ def test_auto_is_the_rate_of_the_pull_and_the_preflight_says_so(tmp_path, caplog
 def test_without_a_pull_it_is_the_default_for_these_rows(tmp_path):
     run = make_trainer(tmp_path, kl_cycle_steps=None, learning_rate=1e-2)
     run.train()
-    assert run.kl.schedule.name == "uniform" and run.kl.diagnosis.rate.pull == pytest.approx(default_pull(24, 8.0))
+    assert run.kl.schedule.name == "adaptive" and run.kl.diagnosis.rate.pull == pytest.approx(default_pull(24, 8.0))
 
 
 def test_a_given_rate_is_taken_and_its_pull_shown(tmp_path):
@@ -131,7 +131,9 @@ def test_a_run_too_short_to_be_heard_is_warned_of(tmp_path, caplog):
 
 def test_a_small_weight_that_the_rate_makes_good_for_is_not_warned_of(tmp_path, caplog):
     """gamma 2 gives a cycle of thousands of steps: 30 of them apply little of the KL's weight, but all of its pull."""
-    run = make_trainer(tmp_path, max_steps=30, learning_rate=3e-2, kl_cycle_steps=None, gamma=2.0, kl_pull=1.0)
+    run = make_trainer(
+        tmp_path, max_steps=30, learning_rate=3e-2, kl_cycle_steps=None, gamma=2.0, kl_pull=1.0, kl_schedule="uniform"
+    )
     run.train()
     assert run.kl.diagnosis.exposure < LEAST_EXPOSURE and not run.kl.diagnosis.warnings
     assert run.kl.diagnosis.rate.std_by_kl_alone > 0.1
