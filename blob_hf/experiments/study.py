@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from accelerate import PartialState
 
 from blob_hf import cli
@@ -40,6 +41,12 @@ class StudyArguments(GridArguments):
         default="sentence-transformers/all-MiniLM-L6-v2", metadata={"help": "The encoder that is fine-tuned."}
     )
     curves: bool = field(default=True, metadata={"help": "Also watch LoRA and BLoB while they train."})
+    known_results: str | None = field(
+        default=None,
+        metadata={
+            "help": "results.csv of a study elsewhere: its runs are reported beside those here, and not run again."
+        },
+    )
     report_only: bool = field(default=False, metadata={"help": "Start no runs; report on those that are complete."})
     output_dir: str = field(default="runs/study", metadata={"help": "Folder of the runs and the report."})
 
@@ -59,9 +66,10 @@ def main(argv: Sequence[str]) -> None:
     args, rest = cli.parse_arguments((StudyArguments,), {}, __doc__ or "", argv, pass_on=True)
     cli.setup_logging(PartialState().is_main_process, quiet_libraries=True)
     check_passed_on(rest, ("task_name", "seed", "method", "train_file", "validation_file", "max_steps"))
+    known = read_known(args.known_results)
     folder = Path(args.output_dir)
     cli.claim_folder(folder, {"experiment": "study", "model": args.model_name_or_path, "arguments": rest})
-    grid = Grid(args, folder, tuple(rest))
+    grid = Grid(args, folder, tuple(rest), known)
     failed: list[GridRun] = []
     for name in args.settings:
         write_rows(SETTINGS[name], args.seeds, Path(args.data_dir), folder / "data" / name)
@@ -73,8 +81,26 @@ def main(argv: Sequence[str]) -> None:
     runs, curves = grid.chosen(), grid.curves()
     done = {key: run.folder for key, run in runs.items() if run.is_complete}
     watched = {key: run.folder for key, run in curves.items() if run.is_complete}
-    study_report.write(folder, done, watched, grid.strengths(), rest)
+    study_report.write(folder, done, watched, grid.strengths(), rest, known)
     refuse_failed(failed, len(runs))
+
+
+def read_known(path: str | None) -> pd.DataFrame | None:
+    """The results of a study elsewhere, as its results.csv has them.
+
+    Raises:
+        BlobError: The file is not there, or is no such file.
+    """
+    if path is None:
+        return None
+    needed = {"setting", "method", "seed", "strength", *study_report.SHOWN}
+    try:
+        known = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise BlobError(f"--known_results {path} cannot be read: {error}") from error
+    if missing := sorted(needed - set(known.columns)):
+        raise BlobError(f"--known_results {path} has no column {missing[0]!r}; it must be results.csv of a study")
+    return known
 
 
 class Grid:
@@ -82,14 +108,33 @@ class Grid:
 
     Args:
         rest: Flags that every run gets.
+        known: Results of runs elsewhere, which are not repeated (see `read_known`).
     """
 
-    def __init__(self, args: StudyArguments, folder: Path, rest: tuple[str, ...]) -> None:
+    def __init__(
+        self, args: StudyArguments, folder: Path, rest: tuple[str, ...], known: pd.DataFrame | None = None
+    ) -> None:
         self.args, self.folder, self.rest = args, folder, rest
+        rows = [] if known is None else known.to_dict("records")
+        self.known = {(str(row["setting"]), str(row["method"]), int(row["seed"])) for row in rows}
+        self.known_strengths = {
+            (str(row["setting"]), str(row["method"])): float(row["strength"])
+            for row in rows
+            if np.isfinite(row["strength"])
+        }
 
     def first(self) -> list[GridRun]:
         """LoRA, to which others are fitted, seed by seed."""
-        return [self.run(name, "lora", seed) for seed in self.args.seeds for name in self.args.settings]
+        return [
+            self.run(name, "lora", seed)
+            for seed in self.args.seeds
+            for name in self.args.settings
+            if any(
+                (name, method, seed) not in self.known
+                for method in self.args.methods
+                if method == "lora" or METHODS[method].needs_lora
+            )
+        ]
 
     def tuned(self, needs_lora: bool) -> list[GridRun]:
         """Every strength of every method on the first seeds."""
@@ -99,6 +144,7 @@ class Grid:
             for name in self.args.settings
             for method, entry in self._entries(needs_lora)
             for value in entry.values
+            if (name, method) not in self.known_strengths
             if not needs_lora or self.run(name, "lora", seed).is_complete
         ]
 
@@ -110,6 +156,7 @@ class Grid:
             for seed in self.args.seeds
             for name in self.args.settings
             for method in self.args.methods
+            if (name, method, seed) not in self.known
             if not METHODS[method].needs_lora or self.run(name, "lora", seed).is_complete
         }
 
@@ -130,7 +177,9 @@ class Grid:
         for name in self.args.settings:
             for method in self.args.methods:
                 entry = METHODS[method]
-                if entry.strength:
+                if (name, method) in self.known_strengths:
+                    found[name, method] = self.known_strengths[name, method]
+                elif entry.strength:
                     losses = {value: self._held_out_nll(name, method, value) for value in entry.values}
                     found[name, method] = min(entry.values, key=lambda value: losses[value])
         return found

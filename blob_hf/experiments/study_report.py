@@ -40,12 +40,21 @@ SINGLE = ("lora", "lora_early_stopping", "map")  # of one network: their N=0 is 
 
 def write(
     folder: Path, runs: Mapping[Key, Path], curves: Mapping[Key, Path], strengths: Mapping[tuple[str, str], float],
-    arguments: Sequence[str],
+    arguments: Sequence[str], known: pd.DataFrame | None = None,
 ) -> None:  # fmt: skip
-    """Write report.md, results.csv, curves.csv and the plots of the complete runs, and print the report."""
-    if not runs:
+    """Write report.md, results.csv, curves.csv and the plots of the complete runs, and print the report.
+
+    Args:
+        known: Rows of the results.csv of a study elsewhere.
+    """
+    if not runs and known is None:
         return
     results = pd.DataFrame([row for key, path in runs.items() for row in read_run(key, path)])
+    if runs:
+        pairs = zip(results["setting"], results["method"], strict=True)
+        results["strength"] = [strengths.get(pair, float("nan")) for pair in pairs]
+    if known is not None:
+        results = _in_order(pd.concat([known, results], ignore_index=True))
     files.write_text(folder / "results.csv", results.to_csv(index=False))
     index = [[*key, path.relative_to(folder)] for key, path in runs.items()]
     table = pd.DataFrame(index, columns=["setting", "method", "seed", "folder"])
@@ -55,7 +64,8 @@ def write(
     plots = draw(folder, runs, results, watched)
     parts = [
         "# Where the posterior pays",
-        f"{len(runs)} runs of run_glue_blob.py {' '.join(arguments)}",
+        f"{len(runs)} runs of run_glue_blob.py {' '.join(arguments)}"
+        + ("" if known is None else f", and {len(known)} rows of results of runs elsewhere"),
         "## The settings\n\n" + settings_text(results, watched),
         "## Results, mean +- std over seeds\n\n" + results_text(results),
         "## BLoB against LoRA, on the same seeds\n\n" + comparisons_text(results, BASE),
@@ -69,6 +79,15 @@ def write(
     files.write_text(folder / "report.md", text)
     print(text)
     print(f"Everything is in {folder}")
+
+
+def _in_order(results: pd.DataFrame) -> pd.DataFrame:
+    """Rows by setting, method and seed, settings and methods as they are listed."""
+    methods = list(dict.fromkeys(results["method"]))
+    place = results.assign(
+        setting=results["setting"].map(list(SETTINGS).index), method=results["method"].map(methods.index)
+    )
+    return results.loc[place.sort_values(["setting", "method", "seed"], kind="stable").index].reset_index(drop=True)
 
 
 # ----- reading the runs -------------------------------------------------------------------------------------------

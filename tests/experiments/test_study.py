@@ -152,6 +152,45 @@ def test_methods_that_need_lora_wait_for_it(tmp_path):
     }
 
 
+def known_rows(folder, **changes):
+    row = {name: 0.5 for name in study_report.SHOWN}
+    rows = [
+        {"setting": "cola-128", "method": method, "seed": seed, **row, "train_seconds": 1, "networks": 1, "strength": s}
+        for method, s in (("lora", np.nan), ("blob", 2.0))
+        for seed in (1, 2)
+    ]
+    path = folder / "elsewhere.csv"
+    pd.DataFrame(rows).assign(**changes).to_csv(path, index=False)
+    return path
+
+
+def test_what_is_known_from_elsewhere_is_not_run_again(tmp_path):
+    known = study.read_known(str(known_rows(tmp_path)))
+    args = StudyArguments(output_dir=str(tmp_path), settings=["cola-128"], seeds=[1, 2, 3], methods=["lora", "blob"])
+    found = Grid(args, tmp_path, (), known)
+    assert [run.name for run in found.first()] == ["cola-128/lora/seed3"]
+    assert found.tuned(needs_lora=False) == []
+    assert [run.name for run in found.chosen().values()] == ["cola-128/lora/seed3", "cola-128/blob-2/seed3"]
+    args.methods.append("tfb")  # needs the adapters themselves
+    assert len(Grid(args, tmp_path, (), known).first()) == 3
+
+
+def test_results_from_elsewhere_are_reported_and_can_be_known_again(tmp_path, runs, capsys):
+    some = {key: runs[key] for key in runs if key[2] == 3}
+    known = study.read_known(str(known_rows(tmp_path)))
+    study_report.write(tmp_path, some, {}, {("cola-128", "blob"): 2.0}, [], known)
+    again = study.read_known(str(tmp_path / "results.csv"))
+    part = again[(again["setting"] == "cola-128") & (again["method"] == "blob")]
+    assert part["seed"].tolist() == [1, 2, 3] and part["strength"].tolist() == [2.0] * 3
+    assert part["nll"].tolist()[:2] == [0.5, 0.5] != part["nll"].tolist()[2:]
+    assert "and 4 rows of results of runs elsewhere" in capsys.readouterr().out
+    with pytest.raises(BlobError, match="has no column 'strength'"):
+        pd.read_csv(tmp_path / "results.csv").drop(columns="strength").to_csv(tmp_path / "old.csv")
+        study.read_known(str(tmp_path / "old.csv"))
+    with pytest.raises(BlobError, match="cannot be read"):
+        study.read_known(str(tmp_path / "nowhere.csv"))
+
+
 def test_the_stages_go_one_after_another(tmp_path, data, monkeypatch):
     """What is fitted to LoRA is started, at every strength and then at the chosen one, once LoRA is there."""
     monkeypatch.setitem(SETTINGS, "own", OWN)
