@@ -1,8 +1,8 @@
 """Where the posterior pays: tasks x training sizes x methods x seeds, LoRA with its cheap cures among the methods.
 
-Every seed draws training and held-out rows of its own. Each method chooses its strength from three values by the
-held-out rows of the first two seeds; nothing is chosen by test rows. All runs are run_glue_blob.py; flags that are not
-listed here go to it.
+Every seed draws training and held-out rows of its own. The methods that have a strength choose it from three values by
+the held-out rows of the first two seeds (BLoB runs at its defaults); nothing is chosen by test rows. All runs are
+run_glue_blob.py; flags that are not listed here go to it.
 """
 
 import json

@@ -33,5 +33,5 @@ METHODS = {
         (0.01, 0.1, 1.0),
         needs_lora=True,
     ),
-    "blob": Entry(("--method", "blob", "--posterior_scale", "fit"), "kl_pull", (1.0, 0.5, 2.0)),
+    "blob": Entry(("--method", "blob", "--posterior_scale", "fit")),  # at its default pull: nothing is chosen for it
 }

@@ -118,22 +118,21 @@ def finish(run, nll):
 
 def test_strengths_are_chosen_by_the_held_out_rows_of_the_first_two_seeds(tmp_path):
     found = grid(tmp_path)
-    assert found.strengths()["cola-128", "blob"] == 1.0  # until anything is known
+    assert found.strengths()["cola-128", "map"] == 0.2  # until anything is known
     for seed, nlls in ((1, (0.6, 0.5, 0.1)), (2, (0.6, 0.3, 0.9)), (3, (0.0, 9.0, 9.0))):
-        for value, nll in zip((1.0, 0.5, 2.0), nlls, strict=True):
-            finish(found.run("cola-128", "blob", seed, value), nll)
-    assert found.strengths()["cola-128", "blob"] == 0.5  # means .6, .4, .5 of two seeds; the third plays no part
-    assert found.strengths()["banking-60", "blob"] == 1.0
+        for value, nll in zip((0.2, 0.05, 0.02), nlls, strict=True):
+            finish(found.run("cola-128", "map", seed, value), nll)
+    assert found.strengths()["cola-128", "map"] == 0.05  # means .6, .4, .5 of two seeds; the third plays no part
+    assert found.strengths()["banking-60", "map"] == 0.2 and ("cola-128", "blob") not in found.strengths()
 
 
 def test_the_commands_have_the_rows_and_the_flags_of_setting_and_method(tmp_path):
     found = grid(tmp_path)
-    run = found.run("banking-60", "blob", 2, 0.5)
+    run = found.run("banking-60", "blob", 2)
     line = " ".join(run.arguments)
     folder = tmp_path / "data" / "banking-60"
     for part in (
         f"--train_file {folder}/seed2/train.jsonl", f"--validation_file {folder}/test.jsonl", "--seed 2",
-        "--kl_pull 0.5",
         f"--calibration_file {folder}/seed2/held_out.jsonl", f"--ood_file oos={folder}/ood.jsonl", "--method blob",
         "--target_modules query value", "--max_steps 160", "--posterior_scale fit", "--temperature_scaling",
     ):  # fmt: skip
@@ -152,32 +151,32 @@ def test_methods_that_need_lora_wait_for_it(tmp_path):
     }
 
 
-def known_rows(folder, **changes):
+def known_rows(folder, method="map", strength=0.05):
     row = {name: 0.5 for name in study_report.SHOWN}
     rows = [
-        {"setting": "cola-128", "method": method, "seed": seed, **row, "train_seconds": 1, "networks": 1, "strength": s}
-        for method, s in (("lora", np.nan), ("blob", 2.0))
+        {"setting": "cola-128", "method": name, "seed": seed, **row, "train_seconds": 1, "networks": 1, "strength": s}
+        for name, s in (("lora", np.nan), (method, strength))
         for seed in (1, 2)
     ]
     path = folder / "elsewhere.csv"
-    pd.DataFrame(rows).assign(**changes).to_csv(path, index=False)
+    pd.DataFrame(rows).to_csv(path, index=False)
     return path
 
 
 def test_what_is_known_from_elsewhere_is_not_run_again(tmp_path):
     known = study.read_known(str(known_rows(tmp_path)))
-    args = StudyArguments(output_dir=str(tmp_path), settings=["cola-128"], seeds=[1, 2, 3], methods=["lora", "blob"])
+    args = StudyArguments(output_dir=str(tmp_path), settings=["cola-128"], seeds=[1, 2, 3], methods=["lora", "map"])
     found = Grid(args, tmp_path, (), known)
     assert [run.name for run in found.first()] == ["cola-128/lora/seed3"]
     assert found.tuned(needs_lora=False) == []
-    assert [run.name for run in found.chosen().values()] == ["cola-128/lora/seed3", "cola-128/blob-2/seed3"]
+    assert [run.name for run in found.chosen().values()] == ["cola-128/lora/seed3", "cola-128/map-0.05/seed3"]
     args.methods.append("tfb")  # needs the adapters themselves
     assert len(Grid(args, tmp_path, (), known).first()) == 3
 
 
 def test_results_from_elsewhere_are_reported_and_can_be_known_again(tmp_path, runs, capsys):
     some = {key: runs[key] for key in runs if key[2] == 3}
-    known = study.read_known(str(known_rows(tmp_path)))
+    known = study.read_known(str(known_rows(tmp_path, "blob", 2.0)))
     study_report.write(tmp_path, some, {}, {("cola-128", "blob"): 2.0}, [], known)
     again = study.read_known(str(tmp_path / "results.csv"))
     part = again[(again["setting"] == "cola-128") & (again["method"] == "blob")]
