@@ -18,8 +18,9 @@ from blob_hf.baselines.tfb import TFBConfig, TFBState, anchor_rows, fit_tfb
 from blob_hf.cli.method_arguments import MethodArguments
 from blob_hf.cli.routes import require_plain
 from blob_hf.cli.terminal import user_errors
-from blob_hf.data.glue import TASKS, load_classification, tokenize_classification
+from blob_hf.data.classification import load_classification, tokenize_classification
 from blob_hf.data.summarization import DEFAULT_PROMPT, Prompt, load_summaries, scoring_rows, single_references
+from blob_hf.data.tasks import TASKS
 from blob_hf.trainer import BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments, BlobTrainer, BlobTrainingArguments
 from blob_hf.tuner.adapter_files import read_config, resolve
 from blob_hf.tuner.base_model import has_task_head, load_base_model
