@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import datasets
 import pyarrow
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
@@ -51,7 +52,7 @@ def _load_file(split: str, path: str, delimiter: str | None) -> Dataset:
         raise BlobError(f"{flag} {path} is empty")
     try:
         if suffix == ".parquet":
-            rows = load_dataset("parquet", data_files=path, split="train")
+            rows = _read("parquet", path)
         else:
             content = _content(file)
             text = decode(content, path)
@@ -59,12 +60,24 @@ def _load_file(split: str, path: str, delimiter: str | None) -> Dataset:
                 raise BlobError(f"{flag} {path} is empty")
             if suffix in _DELIMITED:
                 return read_delimited(text, path, delimiter or _DELIMITED[suffix])
-            rows = load_dataset("json", data_files=path, split="train")
+            rows = _read("json", path)
+    except BlobError:
+        raise
     except (DatasetsError, ValueError, OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
         raise BlobError(
             f"cannot read {path} as {suffix[1:]}: {_first_fault(file, suffix) or _reason(error)}"
         ) from error
     return _trimmed(rows, path)
+
+
+def _read(kind: str, path: str) -> Dataset:
+    """The library's reader, without its log of an error that is raised as well."""
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        return load_dataset(kind, data_files=path, split="train")
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 def _suffix(path: str) -> str:
