@@ -92,7 +92,7 @@ def read_delimited(text: str, path: str | Path, delimiter: str | None = None) ->
 
 def _parse(text: str, delimiter: str) -> list[list[str]]:
     """The rows, quotes read as csv has them, or as part of the text where that is the only reading that fits."""
-    lines = [line.split(delimiter) for line in text.splitlines() if line.strip()]
+    lines = [line.split(delimiter) for line in _lines(text) if line.strip()]
     plain_fits = len({len(line) for line in lines}) == 1
     try:
         rows = list(_rows(text, delimiter))
@@ -100,7 +100,13 @@ def _parse(text: str, delimiter: str) -> list[list[str]]:
         if plain_fits and '"' in text:
             return lines
         raise
-    return lines if plain_fits and len(rows) != len(lines) else rows  # a quote that swallowed whole lines
+    swallowed = delimiter == "\t" and plain_fits and len(rows) != len(lines)  # whole lines, by a quote in a tsv file
+    return lines if swallowed else rows
+
+
+def _lines(text: str) -> list[str]:
+    """The lines as csv has them: `str.splitlines` would also break texts at other characters."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def _rows(text: str, delimiter: str) -> Iterator[list[str]]:
@@ -125,7 +131,7 @@ def _rows(text: str, delimiter: str) -> Iterator[list[str]]:
 
 def _sniff(text: str) -> str:
     """The delimiter under which the first rows are all as long as the header; of several the one with most columns."""
-    header = next((line for line in text.splitlines() if line.strip()), "")
+    header = next((line for line in _lines(text) if line.strip()), "")
     found = {}
     for delimiter in DELIMITERS:
         columns = len(next(csv.reader([header], delimiter=delimiter), []))
@@ -140,7 +146,7 @@ def _fits(text: str, delimiter: str) -> bool:
             if number == _SNIFFED:
                 break
     except _Ragged:
-        lengths = {line.count(delimiter) for line in text.splitlines()[:_SNIFFED] if line.strip()}
+        lengths = {line.count(delimiter) for line in _lines(text)[:_SNIFFED] if line.strip()}
         return '"' in text and len(lengths) == 1
     return True
 

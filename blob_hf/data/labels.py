@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -12,6 +13,7 @@ from blob_hf.utils.errors import BlobError
 
 logger = logging.getLogger(__name__)
 
+_WHOLE = re.compile(r"-?(0|[1-9]\d*)\.0+")
 HIDDEN = -1  # the label of a row whose class is not published
 SHOWN = 20
 Names: TypeAlias = list[str | None]
@@ -59,12 +61,8 @@ def _name(value: object, column: str, split: str) -> str | None:
 
 
 def _whole(name: str) -> str:
-    """A number that is written as text, as a number."""
-    try:
-        number = float(name)
-        return str(int(number)) if number.is_integer() and name[-1].isdigit() and "e" not in name.lower() else name
-    except (ValueError, OverflowError):
-        return name
+    """A whole number that is written as 1.0, as 1."""
+    return name.partition(".")[0] if _WHOLE.fullmatch(name) else name
 
 
 def are_numbers(names: Sequence[str]) -> bool:

@@ -17,6 +17,14 @@ def read(tmp_path, name, content, delimiter=None):
     return load_files({"train": str(file)}, delimiter)["train"].to_list()
 
 
+def test_lines_end_where_csv_has_them(tmp_path):
+    odd = "a\u2028b\x0bc\x85d"
+    assert read(tmp_path, "x.csv", f'text\n{odd}\n"two\nlines"\n"raw" quote, here\n')[0]["text"] == odd
+    assert [row["text"] for row in read(tmp_path, "y.csv", f'text\n{odd}\n"two\nlines"\n')] == [odd, "two\nlines"]
+    quoted = read(tmp_path, "z.csv", 'text,label\n"a,1\nb",0\n')
+    assert quoted == [{"text": "a,1\nb", "label": 0}]
+
+
 ROWS = [("Hello, you; there", 1), ('she said "no" | left', 0), ("two\nlines", 1), ("NA", 0), ("a\tb", 1)]
 
 
