@@ -165,13 +165,14 @@ def _with_ids(data: DatasetDict, column: str, classes: Sequence[str] | int | Non
             if any(name is not None for name in names) or split not in _MAY_LACK_LABELS:
                 found[split] = _complete(names, column, split)
     if isinstance(classes, int) or classes is None:
-        if not found:
-            raise BlobError(
-                "the names of the classes are known neither from the adapter nor from labels; give also the file that "
-                "it was trained on as --train_file"
-            )
-        of_data = labels.class_names(data, found, column)
-        classes = of_data if classes is None else labels.settle_names(of_data, classes)
+        if found:
+            of_data = labels.class_names(data, found, column)
+            classes = of_data if classes is None else labels.settle_names(of_data, classes)
+        elif classes is not None:
+            logger.warning("neither the adapter nor the data names the classes: they are called by their ids")
+            classes = labels.unnamed(classes)
+        else:
+            raise BlobError("there are no labels, so nobody knows the classes; give the file with them as --train_file")
     splits = {}
     for split, rows in data.items():
         feature = rows.features.get(column)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers.trainer_utils import has_length
 
 from blob_hf.inference.predict import IGNORED_LABEL
 from blob_hf.utils.errors import BlobError
@@ -28,6 +29,8 @@ def balanced_weights(rows: Any, num_classes: int) -> Tensor:
     """
     column = next((name for name in _COLUMNS if isinstance(rows, Dataset) and name in rows.column_names), None)
     try:
+        if not has_length(rows):
+            raise TypeError
         found = list(rows[column]) if column else [row.get("labels", row.get("label")) for row in rows]
         labels = torch.as_tensor(found)
         if labels.dim() != 1 or labels.is_floating_point():

@@ -238,8 +238,10 @@ def test_an_adapter_that_knows_only_how_many_classes_it_has(tmp_path, caplog):
     assert "does not name its classes" in caplog.text
     with pytest.raises(BlobError, match="3 classes but not their names, and the data has 2: no, yes"):
         load_classification(files=names, classes=3)
-    with pytest.raises(BlobError, match="known neither from the adapter nor from labels"):
-        load_classification(files={"test": jsonl(tmp_path / "u.jsonl", [...])}, classes=2)
+    unlabelled = {"test": jsonl(tmp_path / "u.jsonl", [...])}
+    assert load_classification(files=unlabelled, classes=2).label_names == ["0", "1"]
+    with pytest.raises(BlobError, match="there are no labels"):
+        load_classification(files=unlabelled)
 
 
 def test_a_base_model_that_knows_the_classes(tmp_path):
