@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fine-tune a classifier with BLoB (Bayesian LoRA), or one of its peers, on RTE, MRPC, CoLA, WiC, BoolQ or your files.
+"""Fine-tune a classifier with BLoB (Bayesian LoRA), or one of its peers, on tasks of GLUE and SuperGLUE or your files.
 
 The defaults are the paper's experiment on RoBERTa-base; `--demo` runs everything without network in about a minute.
 beta is the standard deviation of the prior on A. gamma sets the period M of the KL re-weighting cycle,
@@ -22,9 +22,11 @@ from blob_hf.cli.artifacts import CLASSIFICATION_METRICS, ClassifierRun
 from blob_hf.cli.evaluation import classification_metrics
 from blob_hf.cli.search import SearchArguments, check_backend, check_route, search, searchable
 from blob_hf.data import demo
-from blob_hf.data.glue import TASKS, load_classification, load_shifted, tokenize_classification
-from blob_hf.data.loading import first_rows, hold_out
+from blob_hf.data.classification import load_classification, load_shifted, tokenize_classification, with_names
+from blob_hf.data.loading import FORMATS, first_rows, hold_out
+from blob_hf.data.tasks import TASKS, find_task
 from blob_hf.reporting.run_summary import DataSource
+from blob_hf.tuner.base_model import named_classes
 from blob_hf.tuner.config import default_target_modules
 from blob_hf.utils.hub import fetching
 
@@ -55,11 +57,18 @@ class DataArguments:
 
     task_name: str | None = field(
         default=None,
-        metadata={"help": f"A task of the paper: {', '.join(TASKS)}. Default: rte, unless files are given."},
+        metadata={
+            "help": f"One of {', '.join(TASKS)} (the first five the paper's). Default: rte, unless data is given."
+        },
     )
-    train_file: str | None = field(default=None, metadata={"help": "csv, json or jsonl file (or .gz) to train on."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Other data: Hub id, or folder of a data set."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    train_file: str | None = field(default=None, metadata={"help": f"File to train on: {FORMATS}."})
     validation_file: str | None = field(default=None, metadata={"help": "File to evaluate on."})
-    test_file: str | None = field(default=None, metadata={"help": "File (with labels) for --do_predict."})
+    test_file: str | None = field(
+        default=None, metadata={"help": "File for --do_predict; without labels it is predicted, not scored."}
+    )
+    delimiter: str | None = field(default=None, metadata={"help": "Of csv files. Default: found in each file."})
     calibration_file: str | None = field(
         default=None,
         metadata={
@@ -67,8 +76,10 @@ class DataArguments:
             "Default: --calibration_samples of the training rows, which are then not trained on."
         },
     )
-    text_columns: list[str] | None = field(default=None, metadata={"help": "One or two text columns of your files."})
-    label_column: str = field(default="label", metadata={"help": "Label column of your files."})
+    text_columns: list[str] | None = field(
+        default=None, metadata={"help": "One or two text columns. Default: those that can only be meant."}
+    )
+    label_column: str = field(default="label", metadata={"help": "Label column."})
     max_length: int = field(default=256, metadata={"help": "Longest input in tokens."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first rows for training."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first rows for evaluation."})
@@ -114,16 +125,17 @@ def main() -> None:
     # ----- data -----
     files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
     files = {split: path for split, path in files.items() if path}
-    task_name = data_args.task_name or (None if files else "rte")
-    held_out_file = {"calibration": data_args.calibration_file} if data_args.calibration_file else {}
-    data = load_classification(task_name, {**files, **held_out_file}, data_args.text_columns, data_args.label_column)
-    if files:
-        source = DataSource("demo replies" if data_args.demo else task_name or Path(next(iter(files.values()))).stem)
-    else:
-        source = DataSource(task_name, TASKS[task_name].dataset, task_name)
+    dataset = (data_args.dataset_name, data_args.dataset_config_name) if data_args.dataset_name else None
+    task_name = data_args.task_name or (None if files or dataset else "rte")
+    source = data_source(data_args, files, task_name)
     folder = route.folder_name(source.name.replace(" ", "-"), training_args)
     training_args = cli.with_output_dir(training_args, folder, model_args.adapter_name_or_path)
     adapter = cli.starting_adapter(route, model_args, method_args, training_args)
+    held_out_file = {"calibration": data_args.calibration_file} if data_args.calibration_file else {}
+    data = load_classification(
+        task_name, {**files, **held_out_file}, data_args.text_columns, data_args.label_column, dataset=dataset,
+        delimiter=data_args.delimiter, classes=cli.known_classes(adapter), with_test=training_args.asks_to_predict,
+    )  # fmt: skip
     if search_args.hp_search:
         check_route(route, search_args)
     if training_args.do_train:
@@ -136,15 +148,18 @@ def main() -> None:
     if holds_out and "calibration" not in data.splits:
         hold_out(data.splits, method_args.calibration_samples)
 
-    others = [*(data_args.ood_tasks or []), *(data_args.ood_file or [])]
-    shifted = load_shifted(others, data, data_args.label_column)
-
     # ----- model -----
     set_seed(training_args.seed)
     base_name = model_args.model_name_or_path
     with fetching("model", base_name, "--model_name_or_path"):
-        config = AutoConfig.from_pretrained(base_name, num_labels=len(data.label_names))
+        config = AutoConfig.from_pretrained(base_name)
         tokenizer = AutoTokenizer.from_pretrained(base_name)
+    data = with_names(data, named_classes(config.id2label) if adapter is None else None)
+    config.id2label = dict(enumerate(data.label_names))
+    config.label2id = {name: index for index, name in config.id2label.items()}
+    data.log()
+    others = [*(data_args.ood_tasks or []), *(data_args.ood_file or [])]
+    shifted = load_shifted(others, data, data_args.label_column)
     tokenized = tokenize_classification(data, tokenizer, data_args.max_length)
     shifted = {
         name: first_rows(
@@ -209,7 +224,7 @@ def main() -> None:
     ):
         if wanted and split in tokenized:
             output = trainer.predict(tokenized[split], metric_key_prefix=prefix)
-            run.add_predictions(prefix, split, output)
+            run.add_predictions(prefix, split, output, data.inputs(split))
             for name, rows in shifted.items() if split == "validation" else ():
                 run.add_shift(name, output, trainer.predict(rows, metric_key_prefix=f"ood_{name}"))
             if split == "validation" and data_args.compare_lora and cli.is_comparable(route, trainer):
@@ -220,6 +235,16 @@ def main() -> None:
                 rival_output = rival.predict(tokenized[split], metric_key_prefix="lora")
                 run.add_comparison(output, rival_output, data.texts(split), data.label_names)
     run.finish()
+
+
+def data_source(data_args, files, task_name):
+    """What the data is called, and where it is on the Hub."""
+    if files:
+        return DataSource("demo replies" if data_args.demo else task_name or Path(next(iter(files.values()))).stem)
+    if task_name:
+        return DataSource(task_name, find_task(task_name).dataset, task_name)
+    name = data_args.dataset_name
+    return DataSource(Path(name).name, None if Path(name).exists() else name, data_args.dataset_config_name)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from blob_hf.cli.artifacts import SUMMARIZATION_METRICS, SummarizerRun
 from blob_hf.cli.bases import config_from_name, kept_base
 from blob_hf.cli.evaluation import rouge_compute_metrics, summaries_report
 from blob_hf.data import demo
-from blob_hf.data.loading import first_rows, hold_out
+from blob_hf.data.loading import FORMATS, first_rows, hold_out
 from blob_hf.data.summarization import (
     DEFAULT_PROMPT,
     Prompt,
@@ -73,9 +73,10 @@ class DataArguments:
         default="knkarthick/dialogsum", metadata={"help": "Hub dataset (ignored when files are given)."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_file: str | None = field(default=None, metadata={"help": "csv, json or jsonl file (or .gz) to train on."})
+    train_file: str | None = field(default=None, metadata={"help": f"File to train on: {FORMATS}."})
     validation_file: str | None = field(default=None, metadata={"help": "File for --do_eval."})
     test_file: str | None = field(default=None, metadata={"help": "File for --do_predict."})
+    delimiter: str | None = field(default=None, metadata={"help": "Of csv files. Default: found in each file."})
     text_column: str = field(default="dialogue", metadata={"help": "Column of the dialogues."})
     summary_column: str = field(default="summary", metadata={"help": "Column of the reference summaries."})
     prompt: str = field(default=DEFAULT_PROMPT, metadata={"help": "What the model reads; {dialogue} is filled in."})
@@ -119,7 +120,12 @@ def main() -> None:
     files = {split: path for split, path in files.items() if path}
     prompt = Prompt(data_args.prompt)
     splits = load_summaries(
-        data_args.dataset_name, data_args.dataset_config_name, files, data_args.text_column, data_args.summary_column
+        data_args.dataset_name,
+        data_args.dataset_config_name,
+        files,
+        data_args.text_column,
+        data_args.summary_column,
+        data_args.delimiter,
     )
     if files:
         source = DataSource("demo dialogues" if data_args.demo else "own files")

@@ -1,6 +1,6 @@
 """Floor 5, what the scripts share: arguments, output folders, one-line errors, the choice of a method."""
 
-from blob_hf.cli.adapters import AdapterArguments, PublishedDefaults, require_split
+from blob_hf.cli.adapters import AdapterArguments, PublishedDefaults, known_classes, require_split
 from blob_hf.cli.arguments import parse_arguments
 from blob_hf.cli.comparison import is_comparable, rival_arguments
 from blob_hf.cli.folders import claim_folder, claim_output_dir, with_output_dir
@@ -23,6 +23,7 @@ __all__ = [
     "early_stopping",
     "find_route",
     "is_comparable",
+    "known_classes",
     "make_model",
     "parse_arguments",
     "require_split",

@@ -13,6 +13,7 @@ from blob_hf.baselines.base import read_facts
 from blob_hf.baselines.temperature import Temperatures
 from blob_hf.trainer.training_args import BlobTrainingArguments
 from blob_hf.tuner.adapter_files import read_config, resolve
+from blob_hf.tuner.base_model import saved_class_names
 from blob_hf.tuner.config import NOISES, STD_PARAMETERIZATIONS, BlobConfig
 from blob_hf.tuner.model import BlobModel, bayesianize, load_lora
 from blob_hf.tuner.posterior import gaussian_layers
@@ -67,6 +68,7 @@ class PublishedDefaults:
         """With none of --do_train, --do_eval, --do_predict given, do all three."""
         parsed: Any = self  # mixed into training arguments, whose __post_init__ comes next
         asked = parsed.do_train or parsed.do_eval or parsed.do_predict
+        self.asks_to_predict: bool = parsed.do_predict  # by name: a named task's test rows have no labels
         super().__post_init__()  # type: ignore[misc]
         if not asked:
             parsed.do_train = parsed.do_eval = parsed.do_predict = True
@@ -103,6 +105,17 @@ def saved_method(folder: Path) -> str:
     """Name of the method that a saved adapter is of."""
     has_posterior = isinstance(read_config(folder), BlobConfig)
     return read_facts(folder).get("method", "blob" if has_posterior else "lora")
+
+
+def known_classes(adapter: str | None) -> list[str] | int | None:
+    """Names of the classes that a saved adapter tells apart, or their number if it does not name them.
+
+    None if there is no adapter, or if it says neither.
+    """
+    if adapter is None:
+        return None
+    config = read_config(resolve(adapter))
+    return saved_class_names(config) or (config.auto_mapping or {}).get("num_labels")
 
 
 def lora_settings(adapter_args: AdapterArguments, default_dropout: float = 0.0) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from blob_hf.cli.held_out import settle_scale
 from blob_hf.cli.routes import Job, Route
 from blob_hf.metrics.agreement import closest_call, marked
 from blob_hf.metrics.calibration import calibration_metrics, confidence, reliability_bins
-from blob_hf.metrics.classification import rejection_curves
+from blob_hf.metrics.classification import class_report, rejection_curves
 from blob_hf.metrics.detection import detection_report
 from blob_hf.metrics.samples import NLLCurve, nll_curve
 from blob_hf.metrics.summaries import selective_summarization
 from blob_hf.metrics.uncertainty import predictive_entropy
+from blob_hf.reporting.class_tables import class_section
 from blob_hf.reporting.classification_plots import (
     plot_confidence,
     plot_nll_curve,
@@ -42,7 +43,7 @@ from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
 
 VERDICT_FILE = "kl_verdict.json"
-CLASSIFICATION_METRICS = ["accuracy", "ece", "nll", "brier"]
+CLASSIFICATION_METRICS = ["accuracy", "macro_f1", "ece", "nll", "brier"]
 SUMMARIZATION_METRICS = ["rouge1", "rouge2", "rougeL", "nll"]
 
 
@@ -80,6 +81,7 @@ class Run:
         self.results: list[Results] = []
         self.plots: list[str] = []
         self.notes: list[str] = []
+        self.sections: list[str] = []
         self.examples: list[str] = []
         self.costs: dict[str, float] = {}
         self._facts: dict[str, Any] = {"base_model": base_model, "task": task, "settings": settings, "license": license}
@@ -169,7 +171,7 @@ class Run:
                     files.write_text(self.folder / VERDICT_FILE, verdict + "\n")
                 summary = summarize(self.trainer, self.data, **self._facts)
                 summary.results, summary.plots = self.results, self.plots
-                summary.notes, summary.examples = self.notes, self.examples
+                summary.notes, summary.sections, summary.examples = self.notes, self.sections, self.examples
                 write_report(self.folder, summary)
                 write_model_card(self.folder, summary)
             for results in self.results:
@@ -191,6 +193,9 @@ class Run:
             self.notes.append(
                 f"samples ({split}): the NLL of {curve.enough} is within 1 % of that of all {curve.samples[-1]}"
             )
+
+
+Inputs = Sequence[Mapping[str, Any]]
 
 
 class ClassifierRun(Run):
@@ -236,16 +241,31 @@ class ClassifierRun(Run):
         self.trainer.save_metrics(f"{prefix}_temperature", metrics | {f"{prefix}_num_samples": count})
         table = results_table(metrics, prefix, [*self.metric_names, "temperature"], count)
         title = f"{self.data.name}, {split}, temperature-scaled"
-        self.results.append(Results(title, split, table.dropna(how="all", axis="columns"), in_index=False))
+        table = table.dropna(how="all").dropna(how="all", axis="columns")
+        self.results.append(Results(title, split, table, in_index=False))
 
-    def add_predictions(self, prefix: str, split: str, output: Any) -> None:
-        """Save metrics and predictions of a split, and draw what they show.
+    @property
+    def class_names(self) -> list[str]:
+        """Of the classes, in the order of their ids."""
+        config: Any = self.trainer.blob_model.get_base_model().config
+        return [config.id2label[index] for index in range(config.num_labels)]
+
+    def add_predictions(self, prefix: str, split: str, output: Any, inputs: Inputs = ()) -> None:
+        """Save metrics and predictions of a split, and draw what they show; without labels the predictions alone.
 
         Args:
-            output: Of `BlobTrainer.predict` with labels: log_probs, sample_log_probs, mean_log_probs.
+            output: Of `BlobTrainer.predict`: log_probs, sample_log_probs, mean_log_probs.
+            inputs: What tells its rows from one another, to write beside their predictions.
         """
         log_probs, samples, mean = output.predictions
         labels, num_samples = output.label_ids, self.num_samples
+        self._write_predictions(split, log_probs, mean, labels, inputs)
+        if labels is None:
+            self.trainer.save_metrics(prefix, output.metrics | {f"{prefix}_num_samples": num_samples})
+            self.notes.append(
+                f"{split}: {len(mean)} rows without labels were predicted, not scored: {split}_predictions.jsonl"
+            )
+            return
         self.add_results(prefix, output.metrics, split, f"{len(mean)} examples")
         self._add_scaled(prefix, split, output)
         shown = {"posterior mean (N=0)": mean} | ({f"{num_samples} samples": log_probs} if num_samples else {})
@@ -259,7 +279,9 @@ class ClassifierRun(Run):
         if num_samples:
             curve = nll_curve(samples, labels, self.args.antithetic)
             self.add_nll_curve(curve, output.metrics[f"{prefix}_mean_nll"], split, "example")
-        self._write_predictions(split, log_probs, mean, labels)
+        report = class_report(log_probs, labels, self.class_names)
+        title = f"Classes: {self.data.name}, {split}, N={num_samples}"
+        self.sections.append(class_section(title, report.table, report.confusion))
 
     def add_unscaled(self, split: str, output: Any) -> None:
         """Save what a split's predictions were before the posterior is scaled, so that one sees what the scale does."""
@@ -267,13 +289,25 @@ class ClassifierRun(Run):
         self.add_results("unscaled", output.metrics, f"{split}, posterior not scaled", f"{len(mean)} examples", True)
         self._write_predictions(f"unscaled_{split}", log_probs, mean, output.label_ids)
 
-    def _write_predictions(self, name: str, log_probs: Any, mean: Any, labels: Any | None) -> None:
-        columns = {"log_probs": log_probs, "mean_log_probs": mean, **({} if labels is None else {"label": labels})}
-        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-        self.write_rows(
-            f"{name}_predictions.jsonl",
-            ({"index": index, **dict(zip(columns, row, strict=True))} for index, row in enumerate(rows)),
-        )
+    def _write_predictions(self, name: str, log_probs: Any, mean: Any, labels: Any | None, inputs: Inputs = ()) -> None:
+        """A row for each input: the most probable class by its name, and all log-probabilities.
+
+        Args:
+            labels: Class ids, None where they are not known.
+        """
+        names = self.class_names
+
+        def row(index: int) -> dict[str, Any]:
+            scores = log_probs[index]
+            best = int(scores.argmax())
+            found = {"prediction": names[best], "probability": float(np.exp(scores[best]))}
+            if labels is not None:
+                found |= {"label": int(labels[index]), "label_name": names[int(labels[index])]}
+            found |= {"log_probs": scores.tolist(), "mean_log_probs": mean[index].tolist()}
+            return {**(inputs[index] if inputs else {}), **found}
+
+        rows = ({"index": index, **row(index)} for index in range(len(mean)))
+        self.write_rows(f"{name}_predictions.jsonl", rows)
 
     def add_comparison(self, ours: Any, rival: Any, texts: Sequence[str], names: Sequence[str]) -> None:
         """Show this run beside plain LoRA on the same rows, and the inputs that it would abstain from.

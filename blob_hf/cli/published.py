@@ -5,6 +5,7 @@ import logging
 from collections.abc import Collection
 from typing import Any
 
+from blob_hf.data.tasks import PUBLISHED
 from blob_hf.trainer.kl.rate import PUBLISHED_RATE
 from blob_hf.trainer.training_args import Arguments, changed_arguments
 
@@ -33,6 +34,8 @@ def with_kl_rate(args: Arguments, *others: Any, varied: Collection[str] = ()) ->
         for one in dataclasses.fields(part)
         if one.name in _PUBLISHED and getattr(part, one.name) != one.default
     ]
+    tasks = [getattr(part, "task_name", None) for part in others]
+    changed += [f"task_name {task}" for task in tasks if task not in (None, *PUBLISHED)]
     changed += _PUBLISHED.union({"kl_learning_rate"}).intersection(varied)
     if args.kl_learning_rate != "auto" or changed:
         return args

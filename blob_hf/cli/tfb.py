@@ -18,11 +18,12 @@ from blob_hf.baselines.tfb import TFBConfig, TFBState, anchor_rows, fit_tfb
 from blob_hf.cli.method_arguments import MethodArguments
 from blob_hf.cli.routes import require_plain
 from blob_hf.cli.terminal import user_errors
-from blob_hf.data.glue import TASKS, load_classification, tokenize_classification
+from blob_hf.data.classification import load_classification, tokenize_classification
 from blob_hf.data.summarization import DEFAULT_PROMPT, Prompt, load_summaries, scoring_rows, single_references
+from blob_hf.data.tasks import TASKS
 from blob_hf.trainer import BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments, BlobTrainer, BlobTrainingArguments
 from blob_hf.tuner.adapter_files import read_config, resolve
-from blob_hf.tuner.base_model import has_task_head, load_base_model
+from blob_hf.tuner.base_model import class_names, has_task_head, load_base_model
 from blob_hf.tuner.model import load_lora
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.hub import fetching
@@ -70,12 +71,10 @@ def bayesianize_adapter(source: str, destination: str, args: argparse.Namespace)
 
 
 def _classified(args: argparse.Namespace, tokenizer: Any, base: Any) -> Any:
-    data = load_classification(args.task_name, {"train": args.anchor_file}, args.text_columns, args.label_column)
-    if len(data.label_names) != base.config.num_labels:
-        raise BlobError(
-            f"{args.anchor_file} has {len(data.label_names)} classes, the adapter {base.config.num_labels}; "
-            "give examples of the adapter's own task, every class among them"
-        )
+    classes = class_names(base) or base.config.num_labels
+    data = load_classification(
+        args.task_name, {"train": args.anchor_file}, args.text_columns, args.label_column, classes=classes
+    )
     return tokenize_classification(data, tokenizer, args.max_length)["train"]
 
 

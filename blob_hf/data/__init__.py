@@ -1,6 +1,11 @@
 """Beside the floors, rows: classification tasks, dialogue summaries, and the embedded demo."""
 
-from blob_hf.data.glue import TASKS, ClassificationData, load_classification, load_shifted, tokenize_classification
+from blob_hf.data.classification import (
+    ClassificationData,
+    load_classification,
+    load_shifted,
+    tokenize_classification,
+)
 from blob_hf.data.loading import first_rows, hold_out, load_files
 from blob_hf.data.summarization import (
     Dialogue,
@@ -11,6 +16,7 @@ from blob_hf.data.summarization import (
     scoring_rows,
     single_references,
 )
+from blob_hf.data.tasks import TASKS
 
 __all__ = [
     "TASKS",

@@ -1,48 +1,173 @@
 """Datasets from the Hub or from the user's files, with errors a user can act on."""
 
+import gzip
+import json
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset
+import datasets
+import pyarrow
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
+from blob_hf.data.delimited import check_delimiter, decode, read_delimited
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.hub import fetching
 
-_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
+FORMATS = "csv, tsv, json, jsonl (or .gz of these), parquet, or a folder of save_to_disk"
+_DELIMITED = {".csv": None, ".tsv": "\t"}
+_LOADED = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
+_VALIDATION = ("valid", "val", "dev", "eval")  # what else a validation split is called
 
 
-def load_files(files: Mapping[str, str]) -> DatasetDict:
-    """Read csv, json or jsonl files (optionally .gz) into splits.
+def load_files(files: Mapping[str, str], delimiter: str | None = None) -> DatasetDict:
+    """Read files of texts into splits; column names without blanks around them.
 
     Args:
-        files: Path by split name.
+        files: Path by split name: csv, tsv, json, jsonl (or .gz of these), parquet, or a folder of `save_to_disk`.
+        delimiter: Of csv and tsv files; None finds it in a csv file, and is a tab in a tsv file.
 
     Raises:
         BlobError: A file is missing, of another format, unreadable or empty.
     """
-    splits = {}
-    for split, path in files.items():
-        suffixes = [suffix for suffix in Path(path).suffixes if suffix != ".gz"]
-        kind = _FORMATS.get(suffixes[-1]) if suffixes else None
-        if kind is None:
-            raise BlobError(f"--{split}_file must be a .csv, .json or .jsonl file (or .gz of one), got {path}")
-        if not Path(path).is_file():
-            raise BlobError(f"--{split}_file {path} does not exist")
-        if Path(path).stat().st_size == 0:
-            raise BlobError(f"--{split}_file {path} is empty")
+    if delimiter is not None:
+        check_delimiter(delimiter)
+        kinds = {split: _suffix(path) for split, path in files.items()}
+        if not set(_DELIMITED) & set(kinds.values()):
+            raise BlobError(f"--delimiter is of csv and tsv files, got {', '.join(files.values()) or 'no file'}")
+    return DatasetDict({split: _load_file(split, path, delimiter) for split, path in files.items()})
+
+
+def _load_file(split: str, path: str, delimiter: str | None) -> Dataset:
+    flag = "--input" if split == "input" else f"--{split}_file"
+    file, suffix = Path(path), _suffix(path)
+    if file.is_dir():
+        return _trimmed(_saved_split(split, path, flag), path)
+    if suffix not in (*_DELIMITED, *_LOADED):
+        raise BlobError(f"{flag} must be a .csv, .json or .jsonl file, or another of {FORMATS}; got {path}")
+    if not file.is_file():
+        raise BlobError(f"{flag} {path} does not exist")
+    if file.stat().st_size == 0:
+        raise BlobError(f"{flag} {path} is empty")
+    try:
+        if suffix == ".parquet":
+            rows = _read("parquet", path)
+        else:
+            content = _content(file)
+            text = decode(content, path)
+            if not text.strip():
+                raise BlobError(f"{flag} {path} is empty")
+            if suffix in _DELIMITED:
+                return read_delimited(text, path, delimiter or _DELIMITED[suffix])
+            rows = _read("json", path)
+    except BlobError:
+        raise
+    except (DatasetsError, ValueError, OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+        raise BlobError(
+            f"cannot read {path} as {suffix[1:]}: {_first_fault(file, suffix) or _reason(error)}"
+        ) from error
+    return _trimmed(rows, path)
+
+
+def _read(kind: str, path: str) -> Dataset:
+    """The library's reader, without its log of an error that is raised as well."""
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        return load_dataset(kind, data_files=path, split="train")
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+
+
+def _suffix(path: str) -> str:
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes if suffix.lower() != ".gz"]
+    return suffixes[-1] if suffixes else ""
+
+
+def _content(file: Path) -> bytes:
+    if file.suffix.lower() == ".gz":
+        with gzip.open(file) as stream:
+            return stream.read()
+    return file.read_bytes()
+
+
+def _first_fault(file: Path, suffix: str) -> str | None:
+    """The first line of a JSON Lines file that is not an object."""
+    if suffix == ".json" or _LOADED.get(suffix) != "json":
+        return None
+    try:
+        lines = decode(_content(file), file).splitlines()
+    except (OSError, EOFError, zlib.error):
+        return None
+    for number, line in enumerate(lines, start=1):
         try:
-            splits[split] = load_dataset(kind, data_files=path, split="train")
-        except (DatasetsError, ValueError, OSError) as error:
-            cause = error.__cause__ or error
-            raise BlobError(f"cannot read {path} as {kind}: {str(cause).splitlines()[0]}") from error
-    return DatasetDict(splits)
+            if line.strip() and not isinstance(json.loads(line), dict):
+                return f"line {number} is not a JSON object"
+        except ValueError as error:
+            return f"line {number} is not JSON ({error})"
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    return next((line for line in str(error.__cause__ or error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _saved(path: str) -> Dataset | DatasetDict | None:
+    """What `save_to_disk` has put into a folder; None for another folder."""
+    if not any(Path(path, name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return None
+    try:
+        return load_from_disk(path)
+    except (DatasetsError, ValueError, OSError, KeyError, pyarrow.ArrowException) as error:
+        raise BlobError(f"cannot read the data set in {path}: {_reason(error)}; save it again") from error
+
+
+def _saved_split(split: str, path: str, flag: str) -> Dataset:
+    saved = _saved(path)
+    if saved is None:
+        raise BlobError(
+            f"{flag} {path} is a folder, but not of save_to_disk; name a file, or give it to --dataset_name"
+        )
+    if isinstance(saved, Dataset):
+        return saved
+    saved = with_validation(saved)
+    if split not in saved:
+        raise BlobError(
+            f"{flag} {path} has the splits {', '.join(saved)}, but not {split}; name the folder of one split"
+        )
+    return saved[split]
+
+
+def _trimmed(rows: Dataset, path: str) -> Dataset:
+    """Column names without blanks and byte order marks around them."""
+    names = {name: name.strip().strip("\ufeff").strip() for name in rows.column_names}
+    if len(set(names.values())) < len(names):
+        raise BlobError(f"{path} has two columns of one name but for blanks: {', '.join(map(repr, names))}; rename one")
+    changed = {old: new for old, new in names.items() if old != new}
+    return rows.rename_columns(changed) if changed else rows
+
+
+def with_validation(splits: DatasetDict) -> DatasetDict:
+    """Splits in which the one to evaluate on is called validation, if there is just one that can be meant."""
+    others = [name for name in _VALIDATION if name in splits]
+    if "validation" in splits or len(others) != 1:
+        return splits
+    return DatasetDict({"validation" if name == others[0] else name: rows for name, rows in splits.items()})
 
 
 def load_hub(name: str, config: str | None, local_flag: str) -> DatasetDict:
-    """All splits of a Hub dataset (or a local dataset folder)."""
-    with fetching("dataset", name, local_flag):
-        return load_dataset(name, config)
+    """All splits of a Hub data set, of a folder of its files, or of a folder of `save_to_disk`."""
+    saved = _saved(name) if Path(name).is_dir() else None
+    if saved is None:
+        with fetching("dataset", name, local_flag):
+            saved = load_dataset(name, config)
+    elif config is not None:
+        raise BlobError(
+            f"--dataset_config_name is of data sets on the Hub, but {name} is a folder of one; leave it out"
+        )
+    splits = DatasetDict(train=saved) if isinstance(saved, Dataset) else with_validation(saved)
+    return DatasetDict({split: _trimmed(rows, name) for split, rows in splits.items()})
 
 
 def require_columns(data: DatasetDict, columns: Sequence[str], flag: str) -> None:

@@ -52,6 +52,7 @@ def load_summaries(
     files: dict[str, str] | None = None,
     text_column: str = _TEXT,
     summary_column: str = _SUMMARY,
+    delimiter: str | None = None,
 ) -> DatasetDict:
     """Splits with the columns id, dialogue and summary.
 
@@ -59,7 +60,7 @@ def load_summaries(
         BlobError: No data, a missing column, an empty split, a row without text.
     """
     if files:
-        data = load_files(files)
+        data = load_files(files, delimiter)
     elif dataset_name:
         data = load_hub(dataset_name, dataset_config, "--train_file, --validation_file and --test_file")
     else:

@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from blob_hf import cli
 from blob_hf.cli.routes import ROUTES, FittedRoute
-from blob_hf.data.glue import TASKS
+from blob_hf.data.tasks import PUBLISHED, TASKS
 from blob_hf.experiments import glue_report
 from blob_hf.experiments.grid import GridArguments, GridRun, check_passed_on, complete_runs, refuse_failed
 from blob_hf.utils.errors import BlobError
@@ -23,7 +23,7 @@ from blob_hf.utils.errors import BlobError
 class GlueArguments(GridArguments):
     """The grid: tasks x methods x seeds."""
 
-    tasks: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "Tasks."})
+    tasks: list[str] = field(default_factory=lambda: list(PUBLISHED), metadata={"help": "Tasks."})
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Seeds of each task and method."})
     methods: list[str] = field(
         default_factory=lambda: ["blob", "lora"],

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from blob_hf.cli.artifacts import CLASSIFICATION_METRICS, VERDICT_FILE
+from blob_hf.cli.artifacts import VERDICT_FILE
 from blob_hf.cli.costs import COSTS_FILE
 from blob_hf.experiments.statistics import Spread, paired_interval, spread
 from blob_hf.metrics.calibration import reliability_bins
@@ -106,7 +106,7 @@ def read_results(runs: Mapping[Key, Path]) -> pd.DataFrame:
             found = _json(folder / file)
             samples = int(found["eval_num_samples"])
             for count, prefix in [(0, f"eval_{MEAN}"), *([(samples, "eval_")] if samples else [])]:
-                values = {name: found.get(prefix + name) for name in (*CLASSIFICATION_METRICS, "rejection_area")}
+                values = {name: found.get(prefix + name) for name in (*SHOWN, "rejection_area")}
                 rows.append({"task": task, "method": method + suffix, "seed": seed, "N": count, **values})
     return pd.DataFrame(rows)
 

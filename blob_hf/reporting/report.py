@@ -14,6 +14,7 @@ def write_report(folder: Path, run: RunSummary) -> None:
         f"# {run.method} on {data}",
         f"Base model: `{run.base_model}`.",
         *(f"## {results.title}\n\n{results_markdown(results.table)}" for results in run.results),
+        *run.sections,
         *(["## KL\n\n" + "\n".join(f"- {note}" for note in run.kl_notes)] if run.kl_notes else []),
         *(["\n".join(f"- {note}" for note in run.notes)] if run.notes else []),
         *(["## Examples", *run.examples] if run.examples else []),

@@ -65,6 +65,7 @@ class RunSummary:
         kl_notes: The KL diagnosis before training, its warnings, the verdict after it.
         plots: Paths relative to the run folder.
         notes: Further findings, a line each, for the report.
+        sections: Further sections of the report, as Markdown with their headings.
         examples: Inputs and what was predicted for them, some lines each, for the report.
         repo: Hub repo or folder of the adapter, for the examples.
         task: Its tag on the Hub, for example "text-classification".
@@ -83,6 +84,7 @@ class RunSummary:
     kl_notes: list[str] = field(default_factory=list)
     plots: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    sections: list[str] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
     license: str | None = None
     repo: str = "PATH_OR_REPO"

@@ -11,7 +11,7 @@ from blob_hf.reporting.model_card import write_model_card
 from blob_hf.reporting.run_summary import DataSource, MethodCard, Results, RunSummary
 from blob_hf.reporting.tables import results_table
 from blob_hf.trainer.training_args import DEFINING
-from blob_hf.tuner.base_model import peft_loading
+from blob_hf.tuner.base_model import class_names, peft_loading
 from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import sampling_of
@@ -22,6 +22,7 @@ from blob_hf.utils.names import MEAN
 if TYPE_CHECKING:
     from blob_hf.trainer.trainer import BlobTrainer
 
+SHOWN_CLASSES = 100  # adapter_config.json has all
 BLOB_CARD = MethodCard(
     title="BLoB adapter",
     about="LoRA whose A matrices are Gaussian posteriors (BLoB). `adapter_model.safetensors` is the posterior mean, an "
@@ -67,6 +68,8 @@ def method_settings(model: BlobModel) -> dict[str, object]:
     """The adapter's own settings, and those that its method found or chose."""
     made, config = model.companion("method"), model.active_peft_config
     own = adapter_settings(config, with_prior=made is None) if isinstance(config, LoraConfig) else {}
+    if names := class_names(model.get_base_model()):
+        own["classes"] = ", ".join(names[:SHOWN_CLASSES]) + (" ..." if len(names) > SHOWN_CLASSES else "")
     for companion in model.companions.get(str(model.active_adapter), {}).values():
         own |= companion.settings()
     return own

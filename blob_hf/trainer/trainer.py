@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -32,6 +32,7 @@ from blob_hf.reporting.run_summary import DataSource
 from blob_hf.trainer import evaluation
 from blob_hf.trainer.callback import BlobCallback
 from blob_hf.trainer.checkpoints import CheckpointMixin, newest_complete
+from blob_hf.trainer.class_weights import balanced_weights, total_weight
 from blob_hf.trainer.engines import (
     OWN_OPTIMIZER,
     check_deepspeed,
@@ -122,6 +123,9 @@ class BlobTrainerMixin(_Base):
         self.kl: KLState | None = KLState() if gaussian_layers(self.model) else None
         self.add_callback(BlobCallback(self))  # type: ignore[arg-type]
         self._check_model()
+        self.class_weights: Tensor | None = None
+        if self.args.class_weights is not None and train_dataset is not None:
+            self.class_weights = balanced_weights(train_dataset, base.config.num_labels).to(self.args.device)
 
     def _check_model(self) -> None:
         if self.args.n_gpu > 1:
@@ -173,6 +177,19 @@ class BlobTrainerMixin(_Base):
         self.kl.attach(optimizer, self.model, self.blob_model.blob_config)
         return optimizer
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """transformers' batches of an optimizer step and the number of their items; with class weights their sum."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.class_weights is None or count is None:
+            return batches, count
+        total = total_weight(batches, self.class_weights).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum()
+        # like the count, not once for each device that has the same batch
+        return batches, total / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -183,7 +200,8 @@ class BlobTrainerMixin(_Base):
         """NLL + pi_t * KL of one micro-batch, such that the micro-batches of an optimizer step add up to the step's.
 
         The NLL is the mean over the examples (or target tokens) of the whole accumulated batch over all processes,
-        averaged over `train_samples` posterior samples. The KL counts once per optimizer step.
+        averaged over `train_samples` posterior samples; with class weights the weighted mean, as of torch's
+        `CrossEntropyLoss(weight=...)` on that batch. The KL counts once per optimizer step.
 
         Raises:
             NonFiniteLossError: The loss is NaN or infinite; no weight has been changed by it.
@@ -204,15 +222,18 @@ class BlobTrainerMixin(_Base):
         labels = self._aligned_labels(inputs)
         outputs = model(**inputs)
         logits = outputs.logits.float().flatten(0, -2)
+        weights = self.class_weights if model.training else None
         total = F.cross_entropy(
             logits,
             labels.flatten(),
+            weight=weights,
             ignore_index=IGNORED_LABEL,
             label_smoothing=self.args.label_smoothing_factor if model.training else 0.0,
             reduction="sum",
         )
         if num_items is None:
-            return total / (labels != IGNORED_LABEL).sum().clamp(min=1), outputs
+            count = (labels != IGNORED_LABEL).sum().clamp(min=1)
+            return total / (count if weights is None else total_weight([{"labels": labels}], weights)), outputs
         if isinstance(num_items, Tensor):
             num_items = num_items.flatten()[0].to(total.device)
         # num_items counts all processes, over which DDP takes the mean of the gradients

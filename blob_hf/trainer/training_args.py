@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+from blob_hf.trainer.class_weights import CLASS_WEIGHTS
 from blob_hf.trainer.engines import join_deepspeed, require_deepspeed
 from blob_hf.trainer.kl.schedule import KL_SCHEDULES
 from blob_hf.tuner.config import BlobConfig
@@ -32,6 +33,7 @@ DEFINING = [
     "kl_gradient",
     "train_samples",
     "base_dropout",
+    "class_weights",
     "seed",
     "data_seed",
     "learning_rate",
@@ -75,6 +77,8 @@ class BlobArguments:
         kl_gradient (`str`): `decoupled` (own SGD step after the optimizer's) or `loss` (through the loss).
         train_samples (`int`): posterior samples per training step; their NLLs are averaged.
         base_dropout (`bool`): keep the backbone's own dropout on in training.
+        class_weights (`str`, *optional*): `balanced` weighs a classifier's training examples by n / (classes * count of
+            their class); the NLL of a step is the weighted mean over its whole accumulated batch on all processes.
 
         > Evaluation
 
@@ -152,6 +156,13 @@ class BlobArguments:
     base_dropout: bool = field(
         default=False, metadata={"help": "Keep the backbone's own dropout in training (the paper has it off)."}
     )
+    class_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "balanced: a classifier's rare classes count as much in its loss as frequent ones.",
+            "choices": list(CLASS_WEIGHTS),
+        },
+    )
 
     @property
     def prior_std(self) -> float:
@@ -214,6 +225,8 @@ class BlobArguments:
             value = getattr(self, name)
             if value not in allowed:
                 raise BlobError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if self.class_weights not in (None, *CLASS_WEIGHTS):
+            raise BlobError(f"class_weights must be {' or '.join(CLASS_WEIGHTS)}, got {self.class_weights!r}")
         self._validate_target()
 
     def _validate_target(self) -> None:
@@ -269,6 +282,8 @@ class BlobSeq2SeqTrainingArguments(BlobTrainingArguments, Seq2SeqTrainingArgumen
     )
 
     def __post_init__(self) -> None:
+        if self.class_weights is not None:
+            raise BlobError("class_weights weighs the classes of a classifier; texts have none: leave it out")
         if self.decoding not in DECODINGS:
             raise BlobError(f"decoding must be one of {', '.join(DECODINGS)}, got {self.decoding!r}")
         if self.decoding in ("predictive", "mbr") and self.eval_samples == 0:

@@ -3,7 +3,7 @@
 import importlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,37 @@ _HEAD_CLASSES = ("ForSequenceClassification", "ForTokenClassification", "ForQues
 def has_task_head(base: nn.Module) -> bool:
     """Whether this is a classifier or the like, whose head no pretrained checkpoint holds."""
     return type(base).__name__.endswith(_HEAD_CLASSES)
+
+
+def class_names(base: nn.Module) -> list[str] | None:
+    """What a classifier's classes are called, in the order of their ids; None for transformers' own LABEL_0, ..."""
+    names = getattr(getattr(base, "config", None), "id2label", None) if has_task_head(base) else None
+    return named_classes(names)
+
+
+def named_classes(id2label: Mapping[Any, str] | None) -> list[str] | None:
+    """The names in an `id2label`, in the order of the ids; None if there is none, or with transformers' own names."""
+    if not id2label:
+        return None
+    try:
+        names = [str(name) for _, name in sorted((int(key), name) for key, name in id2label.items())]
+    except (ValueError, TypeError):
+        return None
+    return None if names == [f"LABEL_{index}" for index in range(len(names))] else names
+
+
+def saved_class_names(config: LoraConfig) -> list[str] | None:
+    """The names of the classes that an adapter was saved with; earlier versions and plain PEFT save none."""
+    mapping = config.auto_mapping or {}
+    return named_classes(mapping.get("id2label"))
+
+
+def name_classes(base: nn.Module, names: Sequence[str]) -> None:
+    """Put names of classes into the configuration of a classifier that has as many."""
+    config: Any = getattr(base, "config", None)
+    if config is not None and has_task_head(base) and len(names) == config.num_labels:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: index for index, name in enumerate(names)}
 
 
 def in_head(base: nn.Module, name: str) -> bool:
@@ -139,8 +170,14 @@ def load_base_model(
     settings = {key: mapping[key] for key in ("num_labels", "dtype") if key in mapping}
     if config.revision:
         settings["revision"] = config.revision
+    if "id2label" in kwargs:
+        settings.pop("num_labels", None)  # the names say how many there are
+    names = None if "id2label" in kwargs else saved_class_names(config)
     try:
-        return _base_class(folder, config).from_pretrained(name, token=token, **{**settings, **kwargs})
+        base = _base_class(folder, config).from_pretrained(name, token=token, **{**settings, **kwargs})
+        if names is not None:
+            name_classes(base, names)
+        return base
     except OSError as error:
         raise BlobError(
             f"cannot load the base model {name!r} of the adapter in {folder}; pass it as model= "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blob_hf.tuner import adapter_files
 from blob_hf.tuner.adapter_files import SavedAdapter
-from blob_hf.tuner.base_model import has_task_head, head_parameters
+from blob_hf.tuner.base_model import class_names, has_task_head, head_parameters, name_classes, saved_class_names
 from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.layer import std_to_save
 from blob_hf.tuner.posterior import gaussian_layers
@@ -70,14 +70,20 @@ def snapshot_head(model: PeftModel) -> dict[str, Tensor]:
         return {name: value.detach().cpu().clone() for name, value in parameters.items()}
 
 
-def save_config(model: PeftModel, config: LoraConfig, folder: Path) -> None:
-    """adapter_config.json, which also names the class of the base model for `from_pretrained`."""
+def save_config(model: PeftModel, config: LoraConfig, folder: Path, is_active: bool = True) -> None:
+    """adapter_config.json, which also names the class of the base model, and a classifier's classes, for loading.
+
+    Args:
+        is_active: Whether the names that the base model's configuration has are this adapter's.
+    """
     base: Any = model.get_base_model()
     mapping: dict[str, Any] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     # AutoPeftModel ignores the rest; our from_pretrained does not
     mapping["dtype"] = str(base.dtype).removeprefix("torch.")
     if has_task_head(base):
         mapping["num_labels"] = base.config.num_labels
+        if (names := (None if is_active else saved_class_names(config)) or class_names(base)) is not None:
+            mapping["id2label"] = {str(index): name for index, name in enumerate(names)}
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(base, "name_or_path", None)
     inference_mode, config.inference_mode = config.inference_mode, True
@@ -109,6 +115,21 @@ def _shapes(model: PeftModel, adapter: str) -> dict[str, tuple[int, ...]]:
             own[name.replace(f".modules_to_save.{adapter}.", ".")] = parameter
     every = {**own, **head_parameters(model)}
     return {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in every.items()}
+
+
+def restore_class_names(model: PeftModel, saved: SavedAdapter) -> None:
+    """Call the classes of a base model as the adapter was saved with; names that the base model has already stay."""
+    names, base = saved_class_names(saved.config), model.get_base_model()
+    if names is None:
+        return
+    own = class_names(base)
+    if own is None:
+        name_classes(base, names)
+    elif own != names:
+        logger.warning(
+            "%s calls its classes %s, but the base model's configuration %s: that stays (id2label)",
+            saved.folder, ", ".join(names[:10]), ", ".join(own[:10]),
+        )  # fmt: skip
 
 
 def fill(

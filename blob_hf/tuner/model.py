@@ -197,7 +197,7 @@ class BlobModel(PeftModel):
             with files.staged(target) as folder:
                 adapter_files.write(folder, mean, std)
                 config: Any = self.peft_config[adapter]
-                loading.save_config(self, config, folder)
+                loading.save_config(self, config, folder, is_active=adapter in self.active_adapters)
                 for companion in self.companions.get(adapter, {}).values():
                     companion.save(self, folder)
                 written = [file.name for file in folder.iterdir()]
@@ -303,6 +303,8 @@ class BlobModel(PeftModel):
     ) -> Any:
         loading.check_fits(self, saved, adapter)
         result = loading.fill(self, saved, adapter, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage)
+        if adapter == self.active_adapter:
+            loading.restore_class_names(self, saved)
         self.remember_head()
         if not is_trainable:
             self.eval()

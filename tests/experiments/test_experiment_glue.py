@@ -10,7 +10,6 @@ from helpers.running import run_experiment
 from scipy import stats
 from scipy.special import log_softmax
 
-from blob_hf.cli.artifacts import CLASSIFICATION_METRICS
 from blob_hf.experiments import glue_report, grid
 from blob_hf.experiments.glue import method_arguments
 from blob_hf.experiments.grid import GridArguments, GridRun, complete_runs
@@ -79,7 +78,7 @@ def test_the_table_is_numpys_mean_and_std_over_seeds(tmp_path, runs, capsys):
         ("| rte | lora, N=0 ", "lora", "eval_mean_"),
     ):
         task = start.split()[1]
-        for cell, name in zip(cells(text, start)[3:], CLASSIFICATION_METRICS, strict=True):
+        for cell, name in zip(cells(text, start)[3:], glue_report.SHOWN, strict=True):
             values = values_of(runs, (task, method), prefix + name)
             scale, digits = (100, 2) if name in ("accuracy", "ece") else (1, 3)
             assert cell == f"{scale * np.mean(values):.{digits}f} +- {scale * np.std(values, ddof=1):.{digits}f}"

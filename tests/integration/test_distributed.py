@@ -210,9 +210,10 @@ def test_two_processes_train_as_one(tmp_path, single, engine):
     assert history_again.equals(history)
 
 
-def test_accumulation_processes_and_batch_commute(tmp_path):
+@pytest.mark.parametrize("class_weights", [None, "balanced"])
+def test_accumulation_processes_and_batch_commute(tmp_path, class_weights):
     """24 rows a step: 1 x 24, 2 processes x 2 x 6, 2 x 3 x 4; without noise, which accumulated batches draw anew."""
-    quiet = {"quiet": True, "max_steps": 4}
+    quiet = {"quiet": True, "max_steps": 4, "class_weights": class_weights}
     expected = train(tmp_path, "one", 1, 24, **quiet)
     for accumulation, per_device in ((2, 6), (3, 4)):
         name = f"accumulated{accumulation}"

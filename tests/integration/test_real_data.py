@@ -7,7 +7,7 @@ import pytest
 from helpers.data import SHARED_DATA
 from test_scripts import GLUE, SUMMARIZATION, run
 
-from blob_hf.data.glue import load_classification
+from blob_hf.data.classification import load_classification
 from blob_hf.data.summarization import group_dialogues, load_summaries
 
 

@@ -261,7 +261,7 @@ def test_help_explains_beta_and_gamma(monkeypatch, capsys):
         (GLUE, ["--demo", "--kl_schedule", "cyclic"], "invalid choice: 'cyclic'"),
         (GLUE, ["--demo", "--noise", "gauss"], "invalid choice: 'gauss'"),
         (GLUE, ["--demo", "--method", "vogn"], "invalid choice: 'vogn'"),
-        (GLUE, ["--task_name", "sst2"], "task_name must be one of rte, mrpc, cola, wic, boolq"),
+        (GLUE, ["--task_name", "snli"], "task_name must be one of rte, mrpc, cola, wic, boolq"),
         (GLUE, ["--task_name", "rte"], "cannot get the dataset 'nyu-mll/glue'"),
         (GLUE, ["--demo", "--model_name_or_path", "roberta-base"], "cannot get the model 'roberta-base'"),
         (GLUE, ["--demo", "--target_modules", "query"], "match no layer of BartForSequenceClassification"),
