@@ -20,7 +20,8 @@ DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 _SNIFFED = 500  # rows that have to agree on the delimiter
 _NONE = "\x1f"  # a character that no text has: the whole line is one cell
 _NAMED = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "bar": "|", "pipe": "|", "space": " "}
-_INTEGER, _NUMBER = re.compile(r"[+-]?(0|[1-9]\d{0,17})"), re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_INTEGER = re.compile(r"[+-]?(0|[1-9]\d{0,17})")
+_NUMBER = re.compile(r"[+-]?((0|[1-9]\d{0,14})(\.\d*)?|\.\d+)([eE][+-]?\d+)?")  # not 007, nor longer than a float holds
 _BOOLEANS = {"true": True, "false": False}
 
 Cell: TypeAlias = str | int | float | bool | None

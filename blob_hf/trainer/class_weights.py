@@ -28,8 +28,9 @@ def balanced_weights(rows: Any, num_classes: int) -> Tensor:
         BlobError: There are no class ids.
     """
     column = next((name for name in _COLUMNS if isinstance(rows, Dataset) and name in rows.column_names), None)
+    is_stream = not has_length(rows)
     try:
-        if not has_length(rows):
+        if is_stream:
             raise TypeError
         found = list(rows[column]) if column else [row.get("labels", row.get("label")) for row in rows]
         labels = torch.as_tensor(found)

@@ -43,6 +43,12 @@ def test_another_run_gets_its_rate_from_the_pull(script, flags):
     assert args.kl_learning_rate == "auto" and args.rate_from_pull and args.schedule == "adaptive"
 
 
+def test_a_task_that_was_not_published_is_another_run():
+    assert settled("run_glue_blob", "--task_name", "mrpc").kl_learning_rate == PUBLISHED_RATE
+    for flags in (["--task_name", "sst2"], ["--dataset_name", "user/data"]):
+        assert settled("run_glue_blob", *flags).rate_from_pull
+
+
 @pytest.mark.parametrize(
     ("changes", "from_pull", "schedule"),
     [
