@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.hub import fetching
 
+NOT_TEXTS = ("id", "idx", "index", "label", "labels")  # columns that are not what a model reads
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
@@ -59,6 +60,26 @@ def require_columns(data: DatasetDict, columns: Sequence[str], flag: str) -> Non
                 raise BlobError(
                     f"the {split} split has no column {column!r}, only {', '.join(rows.column_names)}; set {flag}"
                 )
+
+
+def text_columns(rows: Dataset) -> list[str]:
+    """The one or two columns that a model reads: sentence1 and sentence2, or the only one with texts.
+
+    Raises:
+        BlobError: It is not clear which.
+    """
+    kinds = (Value("string"), Value("large_string"))
+    return guess_text_columns([name for name, kind in rows.features.items() if kind in kinds], rows.column_names)
+
+
+def guess_text_columns(texts: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """As `text_columns`, from the names of the columns that hold texts and of all columns."""
+    if {"sentence1", "sentence2"} <= set(texts):
+        return ["sentence1", "sentence2"]
+    texts = [name for name in texts if name not in NOT_TEXTS]
+    if len(texts) != 1:
+        raise BlobError(f"which columns are the texts? name them with text_columns; there are {', '.join(columns)}")
+    return list(texts)
 
 
 def check_limit(limit: int | None) -> None:
