@@ -96,8 +96,8 @@ class TextFile:
 
 
 def _holds_texts(name: str, rows: Sequence[Mapping[str, Any]]) -> bool:
-    values = [row.get(name) for row in rows]
-    return all(isinstance(value, str) for value in values) and not all(_is_number(str(value)) for value in values)
+    values = [row[name] for row in rows if row.get(name) is not None]  # what is missing is found when all are read
+    return bool(values) and all(isinstance(value, str) for value in values) and not all(_is_number(str(value)) for value in values)
 
 
 def _is_number(text: str) -> bool:
