@@ -97,7 +97,8 @@ class TextFile:
 
 def _holds_texts(name: str, rows: Sequence[Mapping[str, Any]]) -> bool:
     values = [row[name] for row in rows if row.get(name) is not None]  # what is missing is found when all are read
-    return bool(values) and all(isinstance(value, str) for value in values) and not all(_is_number(str(value)) for value in values)
+    words = [value for value in values if not _is_number(str(value))]
+    return bool(words) and all(isinstance(value, str) for value in values)
 
 
 def _is_number(text: str) -> bool:

@@ -299,7 +299,8 @@ def test_mistakes_are_one_line(tmp_path):
         model.predict("w4", tokenizer, decoding="mbr")
     causal = get_blob_model(tiny_gpt2(), BlobConfig(target_modules=["c_attn"], task_type="CAUSAL_LM"))
     for options, message in (
-        ({"decoding": "samples", "max_new_tokens": 5}, "predictive, mbr, got 'samples'"), ({"do_sample": True, "max_new_tokens": 5}, "greedily or with beams"),
+        ({"decoding": "samples", "max_new_tokens": 5}, "predictive, mbr, got 'samples'"),
+        ({"do_sample": True, "max_new_tokens": 5}, "greedily or with beams"),
         ({"max_new_tokens": 60}, "60 new tokens leave no room for a text: the model takes 40"),
     ):  # fmt: skip
         with pytest.raises(BlobError, match=message):
