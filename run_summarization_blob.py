@@ -164,7 +164,8 @@ def main() -> None:
     held_out = (
         scoring_rows(single_references(splits["calibration"]), tokenizer, prompt, *lengths) if holds_out else None
     )
-    scored = {name: scoring_rows(group, tokenizer, prompt, *lengths) for name, group in dialogues.items()}
+    referenced = {name: group for name, group in dialogues.items() if any(dialogue.references for dialogue in group)}
+    scored = {name: scoring_rows(group, tokenizer, prompt, *lengths) for name, group in referenced.items()}
 
     def make_trainer(model, args=training_args):
         args, callbacks = cli.early_stopping(route, args, method_args, len(train_rows or []))
@@ -192,11 +193,13 @@ def main() -> None:
         decoding["length_penalty"] = data_args.length_penalty
 
     def evaluate(split: str, prefix: str) -> tuple[dict[str, float], list[dict]]:
-        """Scores and ROUGE of one split; the references' NLL is per token, over all references."""
+        """Scores and ROUGE of one split, if it has references; their NLL is per token, over all of them."""
         group = dialogues[split]
         rows = generation_rows(group, tokenizer, prompt, max_source_length)
-        tokens = trainer.predict(rows, metric_key_prefix=prefix, **decoding).predictions
-        metrics, predictions = summaries_report(tokens, group, tokenizer, training_args.decoding, utility)
+        output = trainer.predict(rows, metric_key_prefix=prefix, **decoding)
+        metrics, predictions = summaries_report(output.predictions, group, tokenizer, training_args.decoding, utility)
+        if split not in scored:
+            return output.metrics or {}, predictions
         scores = trainer.score(scored[split], metric_key_prefix=prefix)
         return scores | {f"{prefix}_{name}": value for name, value in metrics.items()}, predictions
 
@@ -209,7 +212,7 @@ def main() -> None:
         route, job, trainer, base_name, source, "summarization", SUMMARIZATION_METRICS, settings, license
     )
     first_split = "validation" if "validation" in dialogues else "test"
-    if data_args.compare_base and training_args.do_train and dialogues:
+    if data_args.compare_base and training_args.do_train and first_split in scored:
         metrics, _ = evaluate(first_split, "base")
         run.add_results("base", metrics, first_split, provisional=True)
     if training_args.do_train:
@@ -221,12 +224,15 @@ def main() -> None:
     ):
         if wanted and split in dialogues:
             metrics, predictions = evaluate(split, prefix)
-            run.add_results(prefix, metrics, split, f"{len(predictions)} dialogues")
+            if split in scored:
+                run.add_results(prefix, metrics, split, f"{len(predictions)} dialogues")
+                run.add_selective(predictions, split)
+                run.add_samples(metrics[f"{prefix}_mean_nll"], split)
+            else:
+                run.add_unreferenced(prefix, metrics, split, len(predictions))
             name = "generated_predictions.jsonl" if prefix == "predict" else "eval_generated_predictions.jsonl"
             run.write_rows(name, predictions)
-            run.add_selective(predictions, split)
             run.add_examples(predictions, [dialogue.text for dialogue in dialogues[split]], split)
-            run.add_samples(metrics[f"{prefix}_mean_nll"], split)
     run.finish()
 
 

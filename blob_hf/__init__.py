@@ -12,7 +12,10 @@ from blob_hf.baselines import (
 )
 from blob_hf.inference import (
     ClassPrediction,
+    Prediction,
+    PredictivePipeline,
     PredictiveText,
+    TextPrediction,
     export_samples,
     generate_mean,
     generate_predictive,
@@ -40,9 +43,12 @@ __all__ = [
     "BlobTrainingArguments",
     "ClassPrediction",
     "LaplaceConfig",
+    "Prediction",
+    "PredictivePipeline",
     "PredictiveText",
     "Sampling",
     "TFBConfig",
+    "TextPrediction",
     "__version__",
     "attach_mc_dropout",
     "bayesianize",

@@ -68,5 +68,9 @@ class Temperatures(Companion):
         except (ValueError, KeyError, TypeError) as error:
             raise BlobError(f"{file} is damaged: it has no temperatures; get it again") from error
 
+    def calibrated(self, log_probs: np.ndarray, sampled: bool) -> np.ndarray:
+        """Scaled by the temperature of the predictive, or of the mean."""
+        return scale(log_probs, self.predictive if sampled else self.mean)
+
     def save(self, model: BlobModel, folder: Path) -> None:
         files.write_text(folder / TEMPERATURE_FILE, json.dumps(asdict(self), indent=2) + "\n")

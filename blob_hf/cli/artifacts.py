@@ -365,6 +365,11 @@ class SummarizerRun(Run):
             curve = NLLCurve(np.arange(1, len(nll) + 1), nll, np.zeros_like(nll))
             self.add_nll_curve(curve, mean_nll, split, "token")
 
+    def add_unreferenced(self, prefix: str, metrics: dict[str, float], split: str, count: int) -> None:
+        """Save {prefix}_results.json of a split without references: how long it took, and no scores."""
+        self.trainer.save_metrics(prefix, metrics | {f"{prefix}_num_samples": self.num_samples})
+        self.notes.append(f"{split}: {count} summaries are written; without references they have no ROUGE and no NLL")
+
     def add_selective(self, rows: Sequence[Mapping[str, Any]], split: str) -> None:
         """Draw risk against coverage for each uncertainty score of generated summaries, and keep the ratios."""
         if self.num_samples and len(rows) > 1 and "uncertainty" in rows[0]:

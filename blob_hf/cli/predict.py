@@ -1,127 +1,208 @@
 """Predict for new texts: `blob predict ADAPTER --input FILE --output FILE`, with what the samples say of its certainty.
 
-The file needs no labels. A classifier's rows have the label, the probabilities and entropies in nats; a summarizer's
-the summary of the posterior predictive, those of the samples, and how unsure its tokens are.
+The file needs no labels and may be of any length: it is read in pieces, and every piece's rows are on the disk before
+the next is read. The same command goes on after a kill. Under `accelerate launch -m blob_hf predict ...` (or torchrun)
+all processes share the work, and the file is that of one process.
 """
 
 import argparse
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset, Value
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from blob_hf.cli.terminal import user_errors
-from blob_hf.data.loading import load_files, require_columns
-from blob_hf.data.summarization import DEFAULT_PROMPT, Prompt
-from blob_hf.inference.generate import generate_mean, generate_predictive, generate_samples
-from blob_hf.inference.predict import predict_classes
-from blob_hf.inference.uncertainty import SEQUENCE_SCORES
-from blob_hf.metrics.uncertainty import mutual_information, predictive_entropy
-from blob_hf.tuner.adapter_files import resolve
-from blob_hf.tuner.base_model import has_task_head
+from blob_hf.cli.row_files import Row, RowFile, TextFile
+from blob_hf.cli.terminal import setup_logging, user_errors
+from blob_hf.data.loading import FORMATS
+from blob_hf.data.summarization import DEFAULT_PROMPT
+from blob_hf.inference.answers import Prediction, TextPrediction
+from blob_hf.inference.predictor import DECODINGS
+from blob_hf.tuner.adapter_files import NAMES, resolve
 from blob_hf.tuner.model import BlobModel
-from blob_hf.tuner.posterior import sampling_of
+from blob_hf.tuner.registry import companion_files
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
-from blob_hf.utils.hub import fetching
 
-Row = dict[str, Any]
+_BATCHES = 4  # that are predicted together: rows of similar length among them share a batch
+_GO_ON = "the same command goes on from the rows that are written"
+_RESULTS = ("id", "label", "probability", "probabilities", "entropy", "generated_text", "samples", "abstain")
+
+
+class Predictor:
+    """A model and the arguments it predicts with."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path, device: torch.device) -> None:
+        self.args = args
+        self.sampling = Sampling(args.num_samples, args.seed, batch_size=args.posterior_batch_size)
+        self.model = BlobModel.from_pretrained(folder).eval().to(device)
+        base: Any = self.model.get_base_model()
+        self.options: dict[str, Any] = {"max_length": args.max_length, "batch_size": args.batch_size}
+        if not type(base).__name__.endswith("ForSequenceClassification"):
+            written = args.prompt or (DEFAULT_PROMPT if base.config.is_encoder_decoder else None)
+            self.options |= {
+                "prompt": written, "decoding": args.decoding, "max_new_tokens": args.max_new_tokens,
+                "num_beams": args.num_beams,
+            }  # fmt: skip
+
+    def __call__(self, rows: Sequence[Row], columns: Sequence[str]) -> Prediction | TextPrediction:
+        """Answers for the texts in these columns."""
+        texts = [tuple(row[name] for name in columns) for row in rows]
+        return self.model.predict(texts, sampling=self.sampling, **self.options)
+
+    def entropies(self, source: TextFile) -> np.ndarray:
+        """Of all rows of a file, nats."""
+        blocks = _blocks(source.rows(), self.args.batch_size * _BATCHES)
+        return np.concatenate([self(block, source.columns).entropy for block in blocks])
 
 
 def predict_file(args: argparse.Namespace) -> int:
-    """Write a JSON line for each row of the input, whole or not at all.
+    """Write a row for each row of the input; go on where the same command has stopped before.
 
     Returns:
-        Number of rows.
+        Number of rows in the output.
 
     Raises:
-        BlobError: The adapter or the file cannot be read, or it is not clear which columns are the texts.
+        BlobError: The adapter or the file cannot be read, it is not clear which columns are the texts, or the output
+            is of another adapter, input or settings.
     """
-    sampling = Sampling(args.num_samples, args.seed, batch_size=args.posterior_batch_size)
-    data = load_files({"input": args.input})
-    columns = args.text_columns or _text_columns(data["input"])
-    require_columns(data, columns, "--text_columns")
+    state = PartialState()
+    ready: list[Any] = [None]
+    if state.is_main_process:  # alone: it changes the output's end
+        try:
+            ready = [_prepare(args)]
+        except BlobError as error:
+            ready = [error]
+    broadcast_object_list(ready)
+    if isinstance(ready[0], BlobError):
+        raise ready[0]
+    folder, source, done = ready[0]
+    if done < source.count:
+        _write_rows(args, state, folder, source, done)
+    state.wait_for_everyone()
+    if state.num_processes > 1:
+        state.destroy_process_group()
+    return source.count
+
+
+def _prepare(args: argparse.Namespace) -> tuple[Path, TextFile, int]:
+    """The adapter's folder, the input, and how many rows of the output are there already."""
+    Sampling(args.num_samples, args.seed, batch_size=args.posterior_batch_size)  # refuses what is out of range
+    if args.batch_size < 1:
+        raise BlobError(f"--batch_size must be >= 1, got {args.batch_size}")
+    if (args.coverage is None) != (args.calibration_file is None):
+        raise BlobError("--coverage needs a --calibration_file to find the threshold for it, and the other way round")
+    if args.coverage is not None and (args.abstain_above is not None or not 0 < args.coverage <= 1):
+        raise BlobError("give --abstain_above, or a --coverage above 0 and at most 1; not both")
+    output = RowFile(args.output)
+    source = TextFile.survey(args.input, args.text_columns, args.delimiter)
+    if output.path.resolve() == Path(source.path).resolve():
+        raise BlobError(f"--output {args.output} is the input itself")
+    if clash := set(source.columns) & set(_RESULTS):
+        raise BlobError(f"the text column {min(clash)!r} has the name of a result; rename it in {args.input}")
     folder = resolve(args.adapter)
-    model = BlobModel.from_pretrained(folder).eval()
-    source = str(folder) if (folder / "tokenizer_config.json").is_file() else str(model.get_base_model().name_or_path)
-    with fetching("tokenizer", source, "the adapter's base model"):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    make = _classes if has_task_head(model.get_base_model()) else _texts
-    sampling = sampling_of(model, sampling)
-    batches = data["input"].select_columns(columns).iter(args.batch_size)
-    rows: list[Row] = []
-    with tqdm(total=len(data["input"]), desc="rows", disable=None) as bar:
-        for batch in batches:
-            texts = list(zip(*(batch[column] for column in columns), strict=True))
-            for text, row in zip(texts, make(model, tokenizer, texts, sampling, args), strict=True):
-                rows.append({"index": len(rows), **dict(zip(columns, text, strict=True)), **row})
-            bar.update(len(texts))
-    files.write_text(args.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return len(rows)
+    settings = {
+        "adapter": _fingerprint(folder), "input": source.fingerprint, "text_columns": list(source.columns),
+        **{name: getattr(args, name) for name in (
+            "num_samples", "seed", "max_length", "prompt", "decoding", "max_new_tokens", "num_beams", "abstain_above",
+            "coverage", "calibration_file",
+        )},
+    }  # fmt: skip
+    return folder, source, _claim(output, settings, args.overwrite_output)
 
 
-def _text_columns(rows: Dataset) -> list[str]:
-    texts = [name for name, kind in rows.features.items() if kind in (Value("string"), Value("large_string"))]
-    pair = ["sentence1", "sentence2"]
-    if set(pair) <= set(texts):
-        return pair
-    if len(texts) != 1:
-        found = ", ".join(rows.column_names)
-        raise BlobError(f"which columns are the texts? name them with --text_columns; the file has {found}")
-    return texts
+def _claim(output: RowFile, settings: Mapping[str, Any], overwrite: bool) -> int:
+    """Have an output for these settings: how many complete rows of them it holds."""
+    record = _record(output.path)
+    if overwrite:
+        output.path.unlink(missing_ok=True)
+    elif output.path.is_file() and output.path.stat().st_size:
+        old = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        changed = [name for name, value in settings.items() if old.get(name) != value]
+        if changed:
+            what = f"of other settings ({', '.join(changed[:5])} changed)" if old else "that blob predict did not write"
+            raise BlobError(f"{output.path} holds rows {what}; choose another --output, or --overwrite_output")
+        return output.go_on()
+    files.write_text(record, json.dumps(settings, indent=2) + "\n")
+    return 0
 
 
-def _classes(
-    model: BlobModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]], sampling: Sampling,
-    args: argparse.Namespace,
-) -> Iterator[Row]:  # fmt: skip
-    encoded = tokenizer(
-        *map(list, zip(*texts, strict=True)), truncation=True, max_length=args.max_length, padding=True,
-        return_tensors="pt",
-    )  # fmt: skip
-    found = predict_classes(model, dict(encoded.to(model.device)), sampling)
-    samples = found.sample_log_probs.cpu().numpy()
-    entropies, epistemic = predictive_entropy(samples), mutual_information(samples)
-    config: Any = model.get_base_model().config
-    for log_probs, total, own in zip(found.log_probs.cpu(), entropies, epistemic, strict=True):
-        probabilities = {config.id2label[index]: value for index, value in enumerate(log_probs.exp().tolist())}
-        yield {
-            "label": config.id2label[int(log_probs.argmax())],
-            "probabilities": probabilities,
-            "entropy": float(total),
-            "mutual_information": float(own),
-        }
+def _record(output: Path) -> Path:
+    """Where it is kept what an output was made of."""
+    return output.with_name(f"{output.name}.settings.json")
 
 
-def _texts(
-    model: BlobModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]], sampling: Sampling,
-    args: argparse.Namespace,
-) -> Iterator[Row]:  # fmt: skip
-    base: Any = model.get_base_model()
-    if not base.config.is_encoder_decoder:
-        raise BlobError(f"blob predict is for classifiers and encoder-decoder models, not for {type(base).__name__}")
-    prompts = Prompt(args.prompt).encode([text for text, *_ in texts], tokenizer, args.max_length)
-    inputs = dict(tokenizer.pad(prompts, return_tensors="pt").to(model.device))
-    options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
+def _fingerprint(folder: Path) -> str:
+    """SHA-256 of all that an adapter consists of."""
+    digest = hashlib.sha256()
+    found = {path for name in (*NAMES, *companion_files()) for path in folder.glob(name)}
+    for path in sorted(found):
+        digest.update(str(path.relative_to(folder)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
-    def decoded(tokens: torch.Tensor) -> list[str]:
-        return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
-    if not sampling.num_samples:
-        for summary in decoded(generate_mean(model, inputs, **options)):
-            yield {"summary": summary}
-        return
-    predictive = generate_predictive(model, inputs, sampling, **options)
-    drawn = generate_samples(model, inputs, sampling, **options)
-    for index, summary in enumerate(decoded(predictive.sequences)):
-        scores = dict(zip(SEQUENCE_SCORES, predictive.scores[index].tolist(), strict=True))
-        yield {"summary": summary, "samples": decoded(drawn[index]), "uncertainty": scores}
+def _write_rows(args: argparse.Namespace, state: PartialState, folder: Path, source: TextFile, done: int) -> None:
+    """Predict in blocks that depend neither on the processes nor on where an earlier run stopped: so do no rounding
+    errors, and the file is the same."""
+    predictor, output = Predictor(args, folder, state.device), RowFile(args.output)
+    threshold = _threshold(args, state, predictor)
+    size = args.batch_size * _BATCHES
+    first = done // size * size
+    blocks = _blocks(source.rows(first), size)
+    with tqdm(total=source.count, initial=done, desc="rows", disable=None if state.is_main_process else True) as bar:
+        while turn := list(islice(blocks, state.num_processes)):  # a block for each process
+            own = turn[state.process_index : state.process_index + 1]
+            rows = [
+                row
+                for block in gather_object([_answered(b, source, predictor, threshold) for b in own])
+                for row in block
+            ]
+            first, rows = first + len(rows), rows[max(0, done - first) :]
+            if state.is_main_process:
+                output.append(rows)
+                bar.update(len(rows))
+
+
+def _answered(block: Sequence[Row], source: TextFile, predictor: Predictor, threshold: float | None) -> list[Row]:
+    found = predictor(block, source.columns)
+    rows = [{**row, **record} for row, record in zip(block, found.records(), strict=True)]
+    if threshold is not None:
+        rows = [{**row, "abstain": bool(value > threshold)} for row, value in zip(rows, found.entropy, strict=True)]
+    return rows
+
+
+def _threshold(args: argparse.Namespace, state: PartialState, predictor: Predictor) -> float | None:
+    """Entropy in nats above which it abstains: given, or that which answers a share of the calibration rows."""
+    if args.coverage is None:
+        return args.abstain_above
+    record = _record(Path(args.output))
+    found: list[Any] = [None]
+    if state.is_main_process:
+        settings = json.loads(record.read_text(encoding="utf-8"))
+        if "threshold" not in settings:
+            source = TextFile.survey(args.calibration_file, args.text_columns, args.delimiter, "calibration")
+            entropies = predictor.entropies(source)
+            settings["threshold"] = float(np.quantile(entropies, args.coverage, method="inverted_cdf"))
+            files.write_text(record, json.dumps(settings, indent=2) + "\n")
+        found = [settings["threshold"]]
+        print(f"abstaining above an entropy of {found[0]:.6g} nats, which answers {args.coverage:.0%} of "
+              f"{args.calibration_file}")  # fmt: skip
+    broadcast_object_list(found)
+    return float(found[0])
+
+
+def _blocks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+    while block := list(islice(rows, size)):
+        yield block
 
 
 def parser() -> argparse.ArgumentParser:
@@ -131,21 +212,38 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     own.add_argument("adapter", help="folder or Hub repo of an adapter, of any method")
-    own.add_argument("--input", required=True, help="csv, json or jsonl file of texts")
-    own.add_argument("--output", required=True, help="JSON Lines file to write")
+    own.add_argument("--input", required=True, help=f"file of texts: {FORMATS}")
+    own.add_argument("--delimiter", help="of csv files; default: found in the file")
+    own.add_argument("--output", required=True, help="jsonl, csv or tsv file to write, or to go on with")
+    own.add_argument("--overwrite_output", action="store_true", help="replace the output instead of going on with it")
     own.add_argument("--text_columns", nargs="+", help="one or two columns; default: the only one with text")
     own.add_argument("--num_samples", type=int, default=Sampling.num_samples, help="posterior samples; 0: the mean")
     own.add_argument("--seed", type=int, default=Sampling.seed, help="names the samples")
     own.add_argument("--posterior_batch_size", type=int, help="samples together, to bound memory")
     own.add_argument("--batch_size", type=int, default=16, help="rows together")
-    own.add_argument("--max_length", type=int, default=256, help="longest input in tokens")
-    own.add_argument("--prompt", default=DEFAULT_PROMPT, help="summarizers: the prompt of the training")
-    own.add_argument("--max_new_tokens", type=int, default=128, help="summarizers: longest summary in tokens")
+    own.add_argument("--max_length", type=int, help="longest input in tokens; default: what the model takes")
+    own.add_argument(
+        "--abstain_above", type=float, help="abstain from rows of a larger entropy in nats (of texts: a token)"
+    )
+    own.add_argument(
+        "--coverage", type=float, help="instead: abstain so that this share of --calibration_file is answered"
+    )
+    own.add_argument("--calibration_file", help="texts like those to come, for --coverage; needs no labels")
+    own.add_argument("--prompt", help=f"summarizers: the prompt of the training (default: {DEFAULT_PROMPT!r})")
+    own.add_argument("--decoding", choices=DECODINGS, default=DECODINGS[0], help="models that write: which text")
+    own.add_argument("--max_new_tokens", type=int, default=128, help="models that write: longest text in tokens")
+    own.add_argument("--num_beams", type=int, default=1, help="models that write: beams")
     return own
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    with user_errors():
+    with user_errors(_GO_ON):
+        setup_logging(PartialState().is_main_process, quiet_libraries=True)
         count = predict_file(args)
-        print(f"{count} predictions are in {args.output}")
+        if PartialState().is_main_process:
+            print(f"{count} predictions are in {args.output}")
+
+
+if __name__ == "__main__":
+    main()

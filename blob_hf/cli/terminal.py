@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -21,10 +21,14 @@ _LOST_PEER = ("onnection closed by peer", "onnection reset by peer", "remote pro
 _GO_ON = "--resume_from_checkpoint true continues from the newest complete checkpoint"
 
 
-def _stopped(signum: int, frame: FrameType | None) -> NoReturn:
+def _stop_with(go_on: str) -> Callable[[int, FrameType | None], NoReturn]:
     """Launchers end the other processes of a run with SIGTERM when one has failed."""
-    _say(f"stopped by the launcher, because another process failed or the job ended; {_GO_ON}")
-    os._exit(128 + signum)  # not through exceptions: the process may be in the middle of a collective
+
+    def stopped(signum: int, frame: FrameType | None) -> NoReturn:
+        _say(f"stopped by the launcher, because another process failed or the job ended; {go_on}")
+        os._exit(128 + signum)  # not through exceptions: the process may be in the middle of a collective
+
+    return stopped
 
 
 def _say(message: str) -> None:
@@ -36,13 +40,16 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
+def user_errors(go_on: str = _GO_ON) -> Iterator[None]:
     """Print a user's mistake as one line on stderr (main process only) and exit with 2.
 
-    The same when another process of the run has died: then this one cannot go on, and its checkpoints can.
+    The same when another process of the run has died: then this one cannot go on.
+
+    Args:
+        go_on: How the run can.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _stopped)
+        signal.signal(signal.SIGTERM, _stop_with(go_on))
     try:
         yield
     except BlobError as error:
@@ -52,7 +59,7 @@ def user_errors() -> Iterator[None]:
     except RuntimeError as error:
         if not any(part in str(error) for part in _LOST_PEER):
             raise
-        _say(f"another process of this run has died ({_first_line(error)}); {_GO_ON}")
+        _say(f"another process of this run has died ({_first_line(error)}); {go_on}")
         sys.exit(2)
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:

@@ -33,9 +33,9 @@ def find_text_columns(rows: Dataset, others: Collection[str] = ()) -> tuple[str,
     if len(texts) == 1:
         return (texts[0],)
     if not texts:
-        raise BlobError(f"no column has texts, only {', '.join(rows.column_names)}; name it with --text_columns")
+        raise BlobError(f"no column has texts, only {', '.join(rows.column_names)}; name it in text_columns")
     raise BlobError(
-        f"several columns could be the texts: {', '.join(texts)}; name the one or two to read with --text_columns"
+        f"several columns could be the texts: {', '.join(texts)}; name the one or two to read in text_columns"
     )
 
 

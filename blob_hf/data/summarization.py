@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from blob_hf.data.loading import check_limit, load_files, load_hub, require_columns
@@ -56,6 +56,8 @@ def load_summaries(
 ) -> DatasetDict:
     """Splits with the columns id, dialogue and summary.
 
+    The split `test` may come without summaries (no such column, or nothing in it): they are None then.
+
     Raises:
         BlobError: No data, a missing column, an empty split, a row without text.
     """
@@ -66,14 +68,35 @@ def load_summaries(
     else:
         raise BlobError("nothing to train on: give --dataset_name, --train_file, or --demo")
     require_columns(data, [text_column], "--text_column")
-    require_columns(data, [summary_column], "--summary_column")
+    unreferenced = "test" in data and _has_none(data["test"], summary_column)
+    referenced = {split: rows for split, rows in data.items() if not (split == "test" and unreferenced)}
+    require_columns(DatasetDict(referenced), [summary_column], "--summary_column")
+    if unreferenced:
+        nothing = Dataset.from_dict({summary_column: [None] * len(data["test"])})
+        rest = data["test"].select_columns([name for name in data["test"].column_names if name != summary_column])
+        data["test"] = concatenate_datasets([rest, nothing], axis=1)
+        logger.info("the test split has no reference summaries: they are written, without ROUGE and NLL")
     return DatasetDict({split: _normalise(rows, split, text_column, summary_column) for split, rows in data.items()})
+
+
+def _has_none(rows: Dataset, column: str) -> bool:
+    """Whether no row has anything in a column, or there is no such column."""
+    return column not in rows.column_names or all(_is_blank(value) for value in rows[column])
+
+
+def _is_blank(value: object) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip()) or value != value  # NaN: an empty cell
 
 
 def _normalise(rows: Dataset, split: str, text_column: str, summary_column: str) -> Dataset:
     texts, summaries = list(rows[text_column]), list(rows[summary_column])
+    referenced = not all(summary is None for summary in summaries)
     pairs = enumerate(zip(texts, summaries, strict=True))
-    bad = [i for i, pair in pairs if not all(isinstance(text, str) for text in pair)]
+    bad = [
+        i
+        for i, (text, summary) in pairs
+        if not isinstance(text, str) or (referenced and (not isinstance(summary, str) or _is_blank(summary)))
+    ]
     if bad:
         raise BlobError(f"row {bad[0]} of {split} has no {text_column} or no {summary_column} ({len(bad)} such rows)")
     ids = [str(value) for value in rows[_ID]] if _ID in rows.column_names else [str(i) for i in range(len(rows))]
@@ -82,7 +105,7 @@ def _normalise(rows: Dataset, split: str, text_column: str, summary_column: str)
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A dialogue with all its reference summaries."""
+    """A dialogue with all its reference summaries; none where a test split comes without."""
 
     id: str
     text: str
@@ -132,7 +155,10 @@ def group_dialogues(rows: Dataset, limit: int | None = None) -> list[Dialogue]:
     """The dialogues of a split in order, the references of one dialogue together; at most `limit` dialogues."""
     check_limit(limit)
     groups = group_references(list(rows[_ID]), list(rows[_TEXT]), list(rows[_SUMMARY]))
-    return [Dialogue(*group) for group in groups[:limit]]
+    return [
+        Dialogue(name, text, [reference for reference in references if reference is not None])
+        for name, text, references in groups[:limit]
+    ]
 
 
 def scoring_rows(

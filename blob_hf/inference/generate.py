@@ -207,7 +207,7 @@ def generate_predictive(
     with posterior_samples(model, drawn):
         output: Any = model.generate(**repeat_rows(inputs, drawn.num_samples), **gen_kwargs)
     sequences = output.sequences[:batch]
-    tokens = _until_end(sequences[:, _prompt_length(model, inputs) :], ends)
+    tokens = generated_tokens(model, inputs, sequences, gen_kwargs)
     rows = output.get("beam_indices")
     rows = torch.arange(batch, device=tokens.device).unsqueeze(1).expand_as(tokens) if rows is None else rows[:batch]
     return PredictiveText(sequences, tokens, processor.uncertainty(tokens, pad_to(rows, tokens.shape[1], 0)))
@@ -221,7 +221,14 @@ def _end_tokens(model: Any, gen_kwargs: dict[str, Any]) -> list[int]:
 
 def _prompt_length(model: Any, inputs: dict[str, Any]) -> int:
     """Tokens at the start of a sequence that were not chosen: the start token of a decoder, or the prompt."""
-    return 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    if model.config.is_encoder_decoder:
+        return 1
+    return inputs["input_ids"].shape[1] if "input_ids" in inputs else 0  # embeddings are not among the ids
+
+
+def generated_tokens(model: BlobModel, inputs: dict[str, Any], sequences: Tensor, gen_kwargs: dict[str, Any]) -> Tensor:
+    """What was written in `sequences` `(batch, length)` of `generate`: `(batch, new tokens)`, -100 behind the end."""
+    return _until_end(sequences[:, _prompt_length(model, inputs) :], _end_tokens(model, gen_kwargs))
 
 
 def _until_end(tokens: Tensor, ends: list[int]) -> Tensor:

@@ -5,12 +5,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import posterior_mean, posterior_samples
+from blob_hf.tuner.registry import Companion
 from blob_hf.tuner.sampling import Sampling
 
 IGNORED_LABEL = -100
@@ -66,6 +69,19 @@ class OwnPredictive(Protocol):
         """Its prediction; None for that of sampled networks after all."""
 
 
+@runtime_checkable
+class Calibration(Protocol):
+    """A companion of an adapter that its class probabilities are corrected by."""
+
+    def calibrated(self, log_probs: NDArray[np.float64], sampled: bool) -> NDArray[np.float64]:
+        """Log-probabilities `(inputs, classes)`, nats, of the samples' predictive or of the posterior mean."""
+
+
+def calibration_of(model: BlobModel) -> Calibration | None:
+    """What the active adapter's probabilities are corrected by, if anything was fitted."""
+    return next((one for one in _companions(model) if isinstance(one, Calibration)), None)
+
+
 def predict_classes(model: nn.Module, inputs: dict[str, Any], sampling: Sampling) -> ClassPrediction:
     """Predict classes with the posterior mean and with posterior samples (num_samples 0: the mean alone)."""
     own = _own_predictive(model) if sampling.num_samples else None
@@ -92,8 +108,11 @@ def sampled_prediction(model: nn.Module, inputs: dict[str, Any], sampling: Sampl
 def _own_predictive(model: Any) -> OwnPredictive | None:
     while hasattr(model, "module"):  # DDP, DeepSpeed
         model = model.module
-    companions = model.companions.get(model.active_adapter, {}) if isinstance(model, BlobModel) else {}
-    return next((one for one in companions.values() if isinstance(one, OwnPredictive)), None)
+    return next((one for one in _companions(model) if isinstance(one, OwnPredictive)), None)
+
+
+def _companions(model: Any) -> list[Companion]:
+    return list(model.companions.get(str(model.active_adapter), {}).values()) if isinstance(model, BlobModel) else []
 
 
 @torch.no_grad()

@@ -1,12 +1,19 @@
 """How sure the posterior predictive is of each token that it chose, and of a whole text."""
 
+import inspect
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from blob_hf.inference.predict import IGNORED_LABEL, log_mean_exp
+from blob_hf.inference.predict import IGNORED_LABEL, log_mean_exp, sample_outputs
+from blob_hf.tuner.model import BlobModel
+from blob_hf.tuner.posterior import posterior_mean
+from blob_hf.tuner.sampling import Sampling
 
 # Of a whole text: its negative length-normalised log predictive, and the means of its tokens' uncertainties.
 SEQUENCE_SCORES = ("token_nll", "token_entropy", "token_aleatoric", "mutual_information")
@@ -97,3 +104,55 @@ class PredictiveText:
         parts = self.uncertainty
         values = (-parts.log_probs, parts.total, parts.aleatoric, parts.epistemic)
         return torch.stack([value.sum(-1) / count for value in values], dim=-1)
+
+
+@torch.no_grad()
+def token_uncertainty(
+    model: BlobModel, inputs: dict[str, Any], sequences: Tensor, tokens: Tensor, sampling: Sampling
+) -> TokenUncertainty:
+    """How sure the predictive is of each token of texts that something else chose, read back by all networks.
+
+    (Of the networks themselves: what `generate` ruled out, or forced, plays no part.)
+
+    Args:
+        inputs: What the texts answer.
+        sequences: `(batch, length)` token ids as `generate` returns them.
+        tokens: The new ones among them, `(batch, new tokens)`, -100 behind the end.
+        sampling: 0 samples: how sure the posterior mean is, which has no epistemic part.
+    """
+    forward, new = _read_back(model, inputs, sequences), tokens.shape[1]
+    kept = tokens != IGNORED_LABEL
+    total, aleatoric, count = None, torch.zeros(tokens.shape, device=tokens.device), 0
+    for logits in _next_logits(model, forward, sampling):
+        for block in logits.split(len(tokens)):
+            log_probs = block[:, -new:].float().log_softmax(-1)
+            total = log_probs if total is None else torch.logaddexp(total, log_probs)
+            aleatoric = aleatoric + torch.special.entr(log_probs.exp()).sum(-1)
+            count += 1
+    assert total is not None  # at least the mean has read them
+    predictive, aleatoric = total - math.log(count), aleatoric / count
+    own = predictive.gather(-1, tokens.masked_fill(~kept, 0).unsqueeze(-1)).squeeze(-1)
+    entropy = torch.special.entr(predictive.exp()).sum(-1)
+    parts = (own, entropy, aleatoric, (entropy - aleatoric).clamp(min=0.0))
+    return TokenUncertainty(*(value.masked_fill(~kept, 0.0) for value in parts))
+
+
+def _read_back(model: Any, inputs: dict[str, Any], sequences: Tensor) -> dict[str, Any]:
+    """Inputs of a forward whose last logits are those that the new tokens were chosen from."""
+    if model.config.is_encoder_decoder:
+        return {**inputs, "decoder_input_ids": sequences[:, :-1]}
+    given = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    mask = torch.nn.functional.pad(given, (0, sequences.shape[1] - 1 - given.shape[1]), value=1)
+    forward = {"input_ids": sequences[:, :-1], "attention_mask": mask}
+    if "position_ids" in inspect.signature(model.get_base_model().forward).parameters:
+        forward["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    return forward
+
+
+def _next_logits(model: BlobModel, forward: dict[str, Any], sampling: Sampling) -> Iterator[Tensor]:
+    if not sampling.num_samples:
+        with posterior_mean(model):
+            yield model(**forward).logits
+        return
+    for output in sample_outputs(model, forward, sampling):
+        yield output.logits

@@ -41,7 +41,7 @@ def summaries_report(
 
     Args:
         ids: A name for each input, `(inputs,)`.
-        references: One or more texts for each input.
+        references: One or more texts for each input; none for all of them: then nothing is scored.
         mean: The posterior mean's texts, `(inputs,)`.
         samples: The texts of each posterior sample, `(samples, inputs)`; not read for decoding "mean".
         decoding: Which text is the answer: "mean", "samples" (the mean's, beside the samples), "mbr" or "predictive".
@@ -53,15 +53,15 @@ def summaries_report(
         `rouge*_sample_std`, the std over samples of the corpus ROUGE, and `{decoding}_rouge*` of the chosen summaries.
         Rows for generated_predictions.jsonl: texts, ROUGE and the uncertainty of each input.
     """
-    mean_scores = rouge_per_example(mean, references)
-    metrics = {MEAN + name: float(mean_scores[name].mean()) for name in ROUGE_TYPES}
+    mean_scores = _scores(mean, references)
+    metrics = {MEAN + name: float(values.mean()) for name, values in mean_scores.items()}
     rows: list[dict[str, Any]] = [
         {
             "id": name,
             "references": texts,
             "summary": summary,  # unless `decoding` makes another choice
             "mean_summary": summary,
-            "mean_scores": {kind: float(mean_scores[kind][i]) for kind in ROUGE_TYPES},
+            **({"mean_scores": _of_row(mean_scores, i)} if mean_scores else {}),
         }
         for i, (name, texts, summary) in enumerate(zip(ids, references, mean, strict=True))
     ]
@@ -72,12 +72,21 @@ def summaries_report(
         for i, (row, text) in enumerate(zip(rows, predictive.texts, strict=True)):
             row["summary"] = text
             row["uncertainty"] |= {name: float(values[i]) for name, values in predictive.scores.items()}
-    if decoding in CHOICES:
-        chosen = rouge_per_example([row["summary"] for row in rows], references)
+    chosen = _scores([row["summary"] for row in rows], references) if decoding in CHOICES else {}
+    if chosen:
         for i, row in enumerate(rows):
-            row["summary_scores"] = {name: float(chosen[name][i]) for name in ROUGE_TYPES}
-        metrics |= {f"{decoding}_{name}": float(chosen[name].mean()) for name in ROUGE_TYPES}
+            row["summary_scores"] = _of_row(chosen, i)
+        metrics |= {f"{decoding}_{name}": float(values.mean()) for name, values in chosen.items()}
     return metrics, rows
+
+
+def _scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, NDArray[np.float64]]:
+    """ROUGE of each text by kind, empty where there are no references."""
+    return dict(rouge_per_example(texts, references)) if any(references) else {}
+
+
+def _of_row(scores: Mapping[str, NDArray[np.float64]], index: int) -> dict[str, float]:
+    return {name: float(values[index]) for name, values in scores.items()}
 
 
 def _add_samples(
@@ -89,8 +98,8 @@ def _add_samples(
     utility: Utility | None,
 ) -> None:
     """Add the texts of each sample `(samples, inputs)`, their scores, how they differ, and the choice among them."""
-    scores = [rouge_per_example(texts, references) for texts in samples]
-    for name in ROUGE_TYPES:
+    scores = [_scores(texts, references) for texts in samples]
+    for name in ROUGE_TYPES if any(references) else ():
         corpus = [float(one[name].mean()) for one in scores]
         metrics[name] = float(np.mean(corpus))
         metrics[name + STD] = float(np.std(corpus))
@@ -99,7 +108,8 @@ def _add_samples(
         similarities = pairwise(texts, rouge_utility())
         choice = minimum_bayes_risk(similarities if utility is None else pairwise(texts, utility))
         row["samples"] = texts
-        row["sample_scores"] = {name: [float(one[name][i]) for one in scores] for name in ROUGE_TYPES}
+        if any(references):
+            row["sample_scores"] = {name: [float(one[name][i]) for one in scores] for name in ROUGE_TYPES}
         row["sample_utilities"] = choice.expected_utility.tolist()
         if decoding == "mbr":
             row["summary"] = texts[choice.index]

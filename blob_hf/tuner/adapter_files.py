@@ -37,6 +37,14 @@ STD_FILE = "posterior_std.safetensors"
 NAMES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, STD_FILE)
 FORMAT_VERSION = 1
 _METADATA = "blob_hf"  # one entry: safetensors writes several in random order, and equal adapters should be equal files
+TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)
 _KEPT_BASE = ("base_model/*.json", "base_model/*.safetensors", "base_model/*.txt", "base_model/*.model")
 
 
@@ -145,7 +153,7 @@ def resolve(
     if os.path.isdir(path):
         folder = Path(path, inside)
     else:
-        wanted = [str(inside / name) for name in (*NAMES, *companion_files(), *_KEPT_BASE)]
+        wanted = [str(inside / name) for name in (*NAMES, *companion_files(), *TOKENIZER_FILES, *_KEPT_BASE)]
         folder = hub.snapshot(path, wanted, revision, token, cache_dir) / inside
     shown = Path(path, inside)
     if not (folder / CONFIG_NAME).is_file():

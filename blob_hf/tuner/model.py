@@ -6,10 +6,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from blob_hf.tuner import adapter_files, loading, posterior
@@ -33,15 +35,19 @@ class BlobModel(PeftModel):
     Attributes:
         companions: What each adapter takes along beside its weights, by adapter and slot.
         adapter_heads: Frozen heads of adapters that do not share the base model's, by adapter and name.
+        folders: Where adapters were loaded from, by adapter.
+        tokenizers: That `predict` has found, by adapter.
     """
 
     companions: dict[str, dict[str, Companion]]
     adapter_heads: dict[str, dict[str, Tensor]]
+    folders: dict[str, Path]
+    tokenizers: dict[str, PreTrainedTokenizerBase]
     _head_snapshot: dict[str, Tensor]
 
     def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any) -> None:
         super().__init__(model, peft_config, adapter_name, **kwargs)
-        self.companions, self.adapter_heads = {}, {}
+        self.companions, self.adapter_heads, self.folders, self.tokenizers = {}, {}, {}, {}
         if isinstance(peft_config, BlobConfig):
             posterior.attach_posterior(self, peft_config, adapter_name)
         self.remember_head()
@@ -89,6 +95,8 @@ class BlobModel(PeftModel):
         super().delete_adapter(adapter_name)
         self.companions.pop(adapter_name, None)
         self.adapter_heads.pop(adapter_name, None)
+        self.folders.pop(adapter_name, None)
+        self.tokenizers.pop(adapter_name, None)
 
     def generate(  # type: ignore[override]
         self, *args: Any, sampling: Sampling | int | None = None, **kwargs: Any
@@ -97,16 +105,59 @@ class BlobModel(PeftModel):
 
         Args:
             sampling: S samples: returns `(batch * S, length)`, all samples of input 0 first, as
-                `num_return_sequences` orders them. None generates with the network as it is (in eval mode the mean).
+                `num_return_sequences` orders them: `tokens.unflatten(0, (-1, S))`. None generates with the network as
+                it is (in eval mode the mean).
 
         Raises:
             BlobError: See `blob_hf.inference.generate_posterior`.
         """
-        if sampling is None or VERBS.generate is None:
+        if sampling is None:
             return super().generate(*args, **kwargs)
         if args:
             kwargs["input_ids"] = args[0]
-        return VERBS.generate(self, sampling, **kwargs)
+        return VERBS.required("generate")(self, sampling, **kwargs)
+
+    def predict(
+        self,
+        inputs: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        sampling: Sampling | int = Sampling(),  # noqa: B008
+        **options: Any,
+    ) -> Any:
+        """Labels or texts for new inputs, with what the posterior samples say of their certainty.
+
+        Args:
+            inputs: A text, a list of texts or of pairs; a tokenized batch; a `datasets.Dataset` of either.
+            tokenizer: Default the one saved with the adapter, else the base model's.
+            sampling: S samples, or their number; 0 is the posterior mean.
+            options: See `blob_hf.inference.predictor.predict`.
+
+        Returns:
+            A `blob_hf.Prediction` of a classifier, a `blob_hf.TextPrediction` of a model that writes.
+
+        Raises:
+            BlobError: The inputs are none of these, there is no tokenizer, or the model has another task.
+        """
+        return VERBS.required("predict")(self, inputs, tokenizer, sampling, **options)
+
+    def predict_proba(
+        self,
+        inputs: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        sampling: Sampling | int = Sampling(),  # noqa: B008
+        **options: Any,
+    ) -> NDArray[np.float64]:
+        """A classifier's probabilities `(inputs, classes)`, as scikit-learn gives them: columns are class ids in order.
+
+        Args: as those of `predict`.
+
+        Raises:
+            BlobError: As `predict`, or not a classifier.
+        """
+        found = self.predict(inputs, tokenizer, sampling, **options)
+        if not hasattr(found, "probabilities"):
+            raise BlobError(f"predict_proba is for classifiers, not for {type(self.get_base_model()).__name__}")
+        return found.probabilities
 
     # ----- merging -----------------------------------------------------------------------------------------------
 
@@ -306,6 +357,8 @@ class BlobModel(PeftModel):
         if adapter == self.active_adapter:
             loading.restore_class_names(self, saved)
         self.remember_head()
+        self.folders[adapter] = saved.folder
+        self.tokenizers.pop(adapter, None)
         if not is_trainable:
             self.eval()
         return result
@@ -375,6 +428,11 @@ def _task_classes() -> dict[type[PeftModel], type[BlobModel]]:
 
 _CLASSES = _task_classes()
 globals().update({kind.__name__: kind for kind in _CLASSES.values()})  # for pickle, which looks them up by name
+
+
+def task_class_names() -> dict[str, str]:
+    """Names of the classes of `BlobModel` by those of PEFT that they stand for."""
+    return {peft_class.__name__: own.__name__ for peft_class, own in _CLASSES.items()}
 
 
 def get_blob_model(model: PreTrainedModel, config: BlobConfig, adapter_name: str = "default") -> BlobModel:
@@ -462,7 +520,7 @@ def as_blob_model(peft_model: PeftModel) -> BlobModel:
     kind = _CLASSES[type(peft_model)]
     model = kind.__new__(kind)
     model.__dict__.update(peft_model.__dict__)  # modules, hooks and settings are shared, nothing is made twice
-    model.companions, model.adapter_heads = {}, {}
+    model.companions, model.adapter_heads, model.folders, model.tokenizers = {}, {}, {}, {}
     peft_model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
     model.remember_head()
     return model

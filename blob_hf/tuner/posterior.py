@@ -107,8 +107,10 @@ def posterior_mean(model: nn.Module) -> Iterator[None]:
 def posterior_samples(model: nn.Module, sampling: Sampling | int, seed: int | None = None) -> Iterator[None]:
     """Inside the block the network is coherent posterior samples: `Sampling(S, ...)`, or S of a seed.
 
-    Inputs must be sample-major: S equal blocks of rows (`tensor.repeat(S, 1)`), block s for sample `first + s`. One
-    sample is one draw of all A matrices, the same for every token, layer and decoding step.
+    Inputs must be sample-major: S equal blocks of rows (`tensor.repeat(S, 1)`), block s for sample `first + s`, and so
+    are outputs: `out.unflatten(0, (S, -1)).transpose(0, 1)` is `(inputs, samples, ...)`, the order of `predict`,
+    `generate_samples` and, flat, of `generate(sampling=...)`. One sample is one draw of all A matrices, the same for
+    every token, layer and decoding step.
 
     Raises:
         BlobError: S < 1, the model has no posterior, or its adapter is merged.

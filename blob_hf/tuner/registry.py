@@ -6,10 +6,12 @@ Like PEFT's registry of tuners: what is registered is found by name, and nothing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
 from transformers.utils import ModelOutput
+
+from blob_hf.utils.errors import BlobError
 
 if TYPE_CHECKING:
     from blob_hf.tuner.model import BlobModel
@@ -75,11 +77,24 @@ class Verbs:
 
     Attributes:
         generate: A text from each posterior sample (`blob_hf.inference`).
+        predict: Labels or texts with their uncertainty, for texts (`blob_hf.inference`).
         write_card: README.md of an adapter of which no run is known, into a folder (`blob_hf.trainer`).
     """
 
     generate: Callable[..., Tensor | ModelOutput] | None = None
+    predict: Callable[..., Any] | None = None
     write_card: Callable[["BlobModel", Path], None] | None = None
+
+    def required(self, name: str) -> Callable[..., Any]:
+        """A verb that a method of `BlobModel` cannot do without.
+
+        Raises:
+            BlobError: Its floor was not imported.
+        """
+        verb: Callable[..., Any] | None = getattr(self, name)
+        if verb is None:
+            raise BlobError(f"BlobModel.{name} is made in another part of blob_hf: import blob_hf")
+        return verb
 
 
 VERBS = Verbs()

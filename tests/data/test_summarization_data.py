@@ -126,3 +126,22 @@ def test_rows_with_plain_ids_stay_on_their_own():
 def test_columns_and_references_that_do_not_fit_together(call, message):
     with pytest.raises(BlobError, match=message):
         call()
+
+
+def test_a_test_split_may_come_without_summaries(tmp_path):
+    def load(name, *values, split="test"):
+        rows = [{"dialogue": f"w{i}", **({} if v == "absent" else {"summary": v})} for i, v in enumerate(values)]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return load_summaries(files={split: str(tmp_path / name)})[split]
+
+    for values in (("absent", "absent"), ("", " "), (None, None)):
+        found = group_dialogues(load("test.jsonl", *values))
+        assert found == [Dialogue("0", "w0", []), Dialogue("1", "w1", [])]
+    (tmp_path / "test.csv").write_text("dialogue,summary\nw0,\nw1,\n")  # empty cells
+    assert load_summaries(files={"test": str(tmp_path / "test.csv")})["test"]["summary"] == [None, None]
+    with pytest.raises(BlobError, match="row 1 of test has no dialogue or no summary"):
+        load("test.jsonl", "a", "")
+    with pytest.raises(BlobError, match="row 0 of validation has no"):
+        load("validation.jsonl", "", "", split="validation")
+    with pytest.raises(BlobError, match="the validation split has no column 'summary'"):
+        load("validation.jsonl", "absent", split="validation")

@@ -1,6 +1,10 @@
 """Tiny models of several families, built from configs: no test needs the network."""
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -8,6 +12,7 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
@@ -69,3 +74,23 @@ def randomize_b(model: torch.nn.Module, scale: float = 0.5) -> None:
 
 def random_ids(rows: int, length: int, vocab: int = 60) -> torch.Tensor:
     return torch.randint(4, vocab, (rows, length))
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Words of the vocabulary w4 ... w58 and a; 0 pads, 1 stands for any other word, 2 ends a text."""
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, "[END]": 2, "[SEP]": 3, **{f"w{i}": i for i in range(4, 59)}, "a": 59}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.post_processor = TemplateProcessing(
+        single="$A [END]", pair="$A [SEP] $B:1 [END]:1", special_tokens=[("[SEP]", 3), ("[END]", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]", sep_token="[SEP]"
+    )
+
+
+def words(rows: int, longest: int = 9, seed: int = 0) -> list[str]:
+    """Texts of that tokenizer, of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, longest, (rows,), generator=generator).tolist()
+    return [" ".join(f"w{i}" for i in torch.randint(4, 59, (n,), generator=generator).tolist()) for n in lengths]

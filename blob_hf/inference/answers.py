@@ -1,0 +1,115 @@
+"""What `BlobModel.predict` answers: labels or texts of new inputs, and how sure the posterior is of them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blob_hf.inference.uncertainty import TokenUncertainty
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Classes of inputs under the posterior predictive, eq. (5) of Wang et al. (NeurIPS 2024).
+
+    Where a temperature was fitted to the adapter, `probabilities` (and so labels, `entropy` and `confidence`) are the
+    predictive's after it, as it was fitted; all else is of the networks themselves. Without one,
+    entropy = aleatoric + epistemic.
+
+    Attributes:
+        class_names: In the order of the class ids, as the model's config has them.
+        probabilities: mean_s p(y | x, A_s), `(inputs, classes)`.
+        sample_probabilities: p(y | x, A_s), `(inputs, samples, classes)`; the posterior mean's alone without samples.
+        entropy: Of `probabilities`, nats, `(inputs,)`: total uncertainty.
+        aleatoric: mean_s H[p(y | x, A_s)], nats, `(inputs,)`: what every network is unsure of.
+        epistemic: Mutual information of label and weights, nats, `(inputs,)`: what the networks disagree about.
+    """
+
+    class_names: list[str]
+    probabilities: Floats
+    sample_probabilities: Floats
+    entropy: Floats
+    aleatoric: Floats
+    epistemic: Floats
+
+    def __len__(self) -> int:
+        return len(self.probabilities)
+
+    @property
+    def label_ids(self) -> NDArray[np.int64]:
+        """Ids of the likeliest classes, `(inputs,)`."""
+        return self.probabilities.argmax(axis=1)
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the likeliest classes, `(inputs,)`."""
+        return [self.class_names[index] for index in self.label_ids]
+
+    @property
+    def confidence(self) -> Floats:
+        """Probability of the likeliest class, `(inputs,)`."""
+        return self.probabilities.max(axis=1)
+
+    @property
+    def std(self) -> Floats:
+        """Standard deviation of the probabilities over the samples, `(inputs, classes)`; 0 for one network."""
+        return self.sample_probabilities.std(axis=1)
+
+    def records(self) -> list[dict[str, Any]]:
+        """A plain dict for each input, for JSON."""
+        return [
+            {
+                "label": label,
+                "probability": float(confidence),
+                "probabilities": dict(zip(self.class_names, probabilities.tolist(), strict=True)),
+                "entropy": float(self.entropy[i]),
+                "aleatoric": float(self.aleatoric[i]),
+                "epistemic": float(self.epistemic[i]),
+            }
+            for i, (label, confidence, probabilities) in enumerate(
+                zip(self.labels, self.confidence, self.probabilities, strict=True)
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class TextPrediction:
+    """A text for each input, those of the sampled networks, and how unsure the posterior predictive is of it.
+
+    Attributes:
+        texts: The answers, `(inputs,)`.
+        samples: A text of each network, `(inputs, samples)`; none where there is only the posterior mean.
+        tokens: Ids of the tokens of `texts`, `(inputs, length)`, -100 behind their end.
+        token_uncertainty: Of each of these tokens, nats.
+        uncertainty: Of each text, `(inputs,)` by name, higher is less certain: token_nll, token_entropy,
+            token_aleatoric and mutual_information are means over its tokens, nats; dissimilarity (1 - ROUGE-L) and
+            cluster_entropy (nats) say how the samples differ, if there are any.
+    """
+
+    texts: list[str]
+    samples: list[list[str]]
+    tokens: NDArray[np.int64]
+    token_uncertainty: TokenUncertainty
+    uncertainty: dict[str, Floats]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def entropy(self) -> Floats:
+        """Mean entropy of the predictive over the next token, nats a token, `(inputs,)`: total uncertainty."""
+        return self.uncertainty["token_entropy"]
+
+    def records(self) -> list[dict[str, Any]]:
+        """A plain dict for each input, for JSON."""
+        return [
+            {
+                "generated_text": text,
+                "samples": samples,
+                "uncertainty": {name: float(values[i]) for name, values in self.uncertainty.items()},
+            }
+            for i, (text, samples) in enumerate(zip(self.texts, self.samples, strict=True))
+        ]
