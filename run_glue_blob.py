@@ -128,7 +128,7 @@ def main() -> None:
         check_route(route, search_args)
     if training_args.do_train:
         cli.require_split(data.splits, "train")
-        cli.claim_output_dir(training_args, adapter is None, method_args, model_args, data_args)
+    claim = cli.claim_output_dir(training_args, adapter is None, method_args, model_args, data_args)
     for split in data.splits:
         limit = data_args.max_train_samples if split == "train" else data_args.max_eval_samples
         data.splits[split] = first_rows(data.splits[split], None if split == "calibration" else limit)
@@ -182,7 +182,9 @@ def main() -> None:
 
     if search_args.hp_search:
         cli.require_split(tokenized, "validation")
-        search(make_trainer(make_model(), model_init=make_model), search_args)
+        trainer = make_trainer(make_model(), model_init=make_model)
+        claim.settle()
+        search(trainer, search_args)
         return
 
     # ----- train, evaluate, report -----
@@ -197,6 +199,7 @@ def main() -> None:
         metrics = trainer.predict(tokenized["validation"], metric_key_prefix="base").metrics
         run.add_results("base", metrics, "validation", provisional=True)
     if training_args.do_train:
+        claim.settle()
         run.train()
         if method_args.posterior_scale is not None and training_args.do_eval and "validation" in tokenized:
             run.add_unscaled("validation", trainer.predict(tokenized["validation"], metric_key_prefix="unscaled"))

@@ -131,7 +131,8 @@ def main() -> None:
     adapter = cli.starting_adapter(route, model_args, method_args, training_args)
     if training_args.do_train:
         cli.require_split(splits, "train")
-        cli.claim_output_dir(training_args, adapter is None, method_args, model_args, data_args)
+    claim = cli.claim_output_dir(training_args, adapter is None, method_args, model_args, data_args)
+    if training_args.do_train:
         splits["train"] = first_rows(splits["train"], data_args.max_train_samples)
     holds_out = training_args.do_train and route.holds_out(method_args)
     if holds_out:
@@ -207,6 +208,7 @@ def main() -> None:
         metrics, _ = evaluate(first_split, "base")
         run.add_results("base", metrics, first_split, provisional=True)
     if training_args.do_train:
+        claim.settle()
         run.train()
     run.scale()
     for prefix, split, wanted in (
