@@ -1,5 +1,6 @@
 """The command line, or a file that stands for it, as dataclasses."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from blob_hf.cli.limits import check_numbers
 from blob_hf.utils.errors import BlobError
 
 
@@ -36,11 +38,13 @@ def parse_arguments(
             argv = _as_argv(_read_config(argv[0]))
         if "--demo" in argv:
             parser.set_defaults(**demo)
-        return parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=pass_on)
+        parsed = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=pass_on)
     except BlobError:
         raise
     except ValueError as error:
         raise BlobError(" ".join(str(error).split())) from error
+    check_numbers(*(part for part in parsed if dataclasses.is_dataclass(part)))
+    return parsed
 
 
 class _Parser(HfArgumentParser):

@@ -14,6 +14,7 @@ from datasets import Dataset, Value
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from blob_hf.cli.limits import check_numbers
 from blob_hf.cli.terminal import user_errors
 from blob_hf.data.loading import load_files, require_columns
 from blob_hf.data.summarization import DEFAULT_PROMPT, Prompt
@@ -42,6 +43,7 @@ def predict_file(args: argparse.Namespace) -> int:
     Raises:
         BlobError: The adapter or the file cannot be read, or it is not clear which columns are the texts.
     """
+    check_numbers(args)
     sampling = Sampling(args.num_samples, args.seed, batch_size=args.posterior_batch_size)
     data = load_files({"input": args.input})
     columns = args.text_columns or _text_columns(data["input"])
