@@ -7,7 +7,6 @@ M = int(100 * n**(pi/gamma) / global batch size): larger gamma, shorter cycle, m
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from transformers import (
     AutoConfig,
@@ -118,7 +117,7 @@ def main() -> None:
     held_out_file = {"calibration": data_args.calibration_file} if data_args.calibration_file else {}
     data = load_classification(task_name, {**files, **held_out_file}, data_args.text_columns, data_args.label_column)
     if files:
-        source = DataSource("demo replies" if data_args.demo else task_name or Path(next(iter(files.values()))).stem)
+        source = DataSource(task_name or cli.name_of_files(files, DEMO, "demo replies"))
     else:
         source = DataSource(task_name, TASKS[task_name].dataset, task_name)
     folder = route.folder_name(source.name.replace(" ", "-"), training_args)

@@ -122,7 +122,7 @@ def main() -> None:
         data_args.dataset_name, data_args.dataset_config_name, files, data_args.text_column, data_args.summary_column
     )
     if files:
-        source = DataSource("demo dialogues" if data_args.demo else "own files")
+        source = DataSource(cli.name_of_files(files, DEMO, "demo dialogues"))
     else:
         name = data_args.dataset_name
         source = DataSource(Path(name).name, None if Path(name).exists() else name, data_args.dataset_config_name)
@@ -219,6 +219,7 @@ def main() -> None:
             metrics, predictions = evaluate(split, prefix)
             run.add_results(prefix, metrics, split, f"{len(predictions)} dialogues")
             name = "generated_predictions.jsonl" if prefix == "predict" else "eval_generated_predictions.jsonl"
+            run.add_sentence(metrics, prefix, predictions, split)
             run.write_rows(name, predictions)
             run.add_selective(predictions, split)
             run.add_examples(predictions, [dialogue.text for dialogue in dialogues[split]], split)

@@ -1,5 +1,6 @@
 """The command line, or a file that stands for it, as dataclasses."""
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -47,11 +48,15 @@ def parse_arguments(
     return parsed
 
 
-class _Parser(HfArgumentParser):
-    """transformers' parser, whose complaints are one line instead of the whole usage."""
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose complaints are one line instead of the whole usage."""
 
     def error(self, message: str) -> NoReturn:
         raise BlobError(f"{message} (--help lists the arguments)")
+
+
+class _Parser(OneLineParser, HfArgumentParser):
+    """The same of transformers' parser."""
 
 
 def _read_config(path: str) -> dict[str, Any]:

@@ -31,6 +31,17 @@ _ELSEWHERE = "choose another --output_dir"
 _held: list[tuple[FileLock, bool]] = []  # by this process, which is one run; and whether it trains there
 
 
+def name_of_files(given: Mapping[str, str], demo: Mapping[str, Any], demo_name: str) -> str:
+    """What the data of files is called: by the first file that is the user's own, or as the demo if none is.
+
+    Args:
+        given: Files by split.
+        demo: The demo's arguments, its files among them.
+    """
+    own = [path for path in given.values() if path not in demo.values()]
+    return Path(own[0]).name.split(".")[0] if own else demo_name
+
+
 def with_output_dir(args: Arguments, name: str, adapter: str | None) -> Arguments:
     """The training arguments with an output folder, if they name none.
 
@@ -199,8 +210,8 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], write: bool = True) 
         BlobError: naming the settings that differ. Nothing in the folder is touched.
     """
     settings, path = _plain(settings), folder / SETTINGS_FILE
-    if path.is_file() and any(entry.name != SETTINGS_FILE for entry in folder.iterdir()):
-        if changed := _changes(folder, settings, None):
-            raise BlobError(f"{folder} holds a run of different settings ({changed}); {_ELSEWHERE}")
+    used = path.is_file() and any(entry.name != SETTINGS_FILE for entry in folder.iterdir())
+    if used and (changed := _changes(folder, settings, None)):
+        raise BlobError(f"{folder} holds a run of different settings ({changed}); {_ELSEWHERE}")
     if write:
         files.write_text(path, json.dumps(settings, indent=2) + "\n")

@@ -25,7 +25,15 @@ _AT_LEAST_1 = {
     "batch_size": None,
     "posterior_batch_size": None,
 }
-_ABOVE_0 = ("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "eval_steps", "init_eps", "adam_epsilon")
+_ABOVE_0 = (
+    "learning_rate",
+    "num_train_epochs",
+    "logging_steps",
+    "save_steps",
+    "eval_steps",
+    "init_eps",
+    "adam_epsilon",
+)
 _AT_LEAST_0 = ("warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers", "label_smoothing_factor")
 _BELOW_1 = ("lora_dropout", "label_smoothing_factor", "adam_beta1", "adam_beta2")
 

@@ -14,6 +14,7 @@ from datasets import Dataset, Value
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from blob_hf.cli.arguments import OneLineParser
 from blob_hf.cli.limits import check_numbers
 from blob_hf.cli.terminal import user_errors
 from blob_hf.data.loading import load_files, require_columns
@@ -128,7 +129,7 @@ def _texts(
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    own = argparse.ArgumentParser(
+    own = OneLineParser(
         prog="blob predict", description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
@@ -147,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parser().parse_args(argv)
     with user_errors():
+        args = parser().parse_args(argv)
         count = predict_file(args)
         print(f"{count} predictions are in {args.output}")

@@ -78,9 +78,9 @@ def require_device(args: TrainingArguments) -> None:
     Raises:
         BlobError: So it is.
     """
-    if args.deepspeed and not (args.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")):
-        if not torch.accelerator.is_available():
-            raise BlobError("deepspeed found no GPU on this machine; to run it on the CPU set use_cpu true")
+    on_cpu = args.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+    if args.deepspeed and not on_cpu and not torch.accelerator.is_available():
+        raise BlobError("deepspeed found no GPU on this machine; to run it on the CPU set use_cpu true")
 
 
 @contextmanager

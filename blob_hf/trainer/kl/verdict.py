@@ -82,15 +82,25 @@ class KLFigures:
         """KL at the end, nats per weight."""
         return self.kl_end / self.num_weights
 
+    def shown(self) -> dict[str, str]:
+        """The figures in words, by what they are."""
+        found = {
+            "sum of the KL weights pi_t": f"{self.total_weight:.3g} over {self.steps / self.cycle_steps:.2f} cycles",
+            "KL per weight": f"{self.kl_start / self.num_weights:.3f} -> {self.kl_per_weight:.3f} nats",
+            "mean std / prior's": f"{self.std_start / self.prior_std:.3f} -> {self.std_end / self.prior_std:.3f}",
+            "stds that moved by more than 5 %": f"{100 * self.share_moved:.0f} %",
+            "median std / |mean|": f"{self.std_to_mean:.3g}",
+        }
+        if self.nll_start is not None and self.nll_end is not None:
+            found["training NLL, first and last tenth"] = f"{self.nll_start:.3g} -> {self.nll_end:.3g} nats"
+        if self.std_by_kl_alone is not None:
+            found["a typical std by the KL alone"] = f"x {self.std_by_kl_alone:.3g}"
+        if self.sample_gap is not None:
+            found["single samples' NLL above their average's"] = f"{100 * self.sample_gap:.2f} %"
+        return found
+
     def __str__(self) -> str:
-        alone = "" if self.std_by_kl_alone is None else f" (x {self.std_by_kl_alone:.3g} by the KL alone)"
-        agree = "" if self.sample_gap is None else f", samples' NLL {100 * self.sample_gap:.2f} % above their average's"
-        return (
-            f"sum of pi_t {self.total_weight:.3g} over {self.steps / self.cycle_steps:.2f} cycles, KL per weight "
-            f"{self.kl_start / self.num_weights:.3f} -> {self.kl_per_weight:.3f} nats, mean std / prior "
-            f"{self.std_start / self.prior_std:.3f} -> {self.std_end / self.prior_std:.3f}{alone}, "
-            f"{100 * self.share_moved:.0f} % of the stds moved, median std / |mean| {self.std_to_mean:.3g}{agree}"
-        )
+        return ", ".join(f"{name} {value}" for name, value in self.shown().items())
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,7 @@ class Verdict:
 
     def __str__(self) -> str:
         advice = ADVICE[self.name]
-        return f"KL verdict: {self.name} ({self.reason}){f'; {advice}' if advice else ''}. {self.figures}"
+        return f"KL verdict: {self.name}. {self.reason[:1].upper()}{self.reason[1:]}{f'; {advice}' if advice else ''}."
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
