@@ -205,9 +205,8 @@ class Run:
         if len(curve.samples) > 1:
             name = "nll_by_samples" if split == "validation" else f"nll_by_samples_{split}"
             self.add_plot(name, lambda path: plot_nll_curve(curve, mean_nll, path, unit))
-            self.notes.append(
-                f"samples ({split}): the NLL of {curve.enough} is within 1 % of that of all {curve.samples[-1]}"
-            )
+            enough = f"their NLL is within 1 % of that of all {curve.samples[-1]}"
+            self.notes.append(f"{curve.enough} samples are enough ({split}): {enough}")
 
 
 class ClassifierRun(Run):
@@ -368,8 +367,10 @@ class SummarizerRun(Run):
             )
             shown = ", ".join(f"{SCORES.get(name, name)} {value:.3f}" for name, value in ratios.items())
             if any(np.isnan(value) for value in ratios.values()):
-                shown = "none, because all summaries are equally good: there is nothing to tell apart"
-            self.notes.append(f"prediction-rejection ratios ({split}; 1 finds the worst summaries, 0 none): {shown}")
+                shown = "undefined, because all summaries are equally good: there is nothing to tell apart"
+            self.notes.append(
+                f"prediction-rejection ratios ({split}): {shown} (1: the worst are rejected first, 0: any)"
+            )
 
     def add_examples(self, rows: Sequence[Mapping[str, Any]], texts: Sequence[str], split: str) -> None:
         """Show the dialogue that the networks agree on most, one that divides them over a word, and the one least.

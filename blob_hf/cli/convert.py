@@ -48,6 +48,8 @@ def convert(
     folder, target = adapter_files.resolve(source), Path(destination)
     if (target / CONFIG_NAME).exists():
         raise BlobError(f"{target} already holds an adapter; choose another folder")
+    if not prior_std > 0:
+        raise BlobError(f"prior_std must be > 0, got {prior_std:g}")
     own = adapter_files.read_config(folder)
     weights, _ = adapter_files.read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)
     mean, rhos = split(weights, source)

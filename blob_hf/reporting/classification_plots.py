@@ -118,8 +118,8 @@ def plot_rejection(curves: Mapping[str, RiskCoverage], path: str | PathLike[str]
             axis.plot(1 - curve.coverage, 1 - curve.risk, label=label, linewidth=1.4, **look)
         axis.set_xlabel("share of the inputs rejected, least certain first")
         axis.set_ylabel("accuracy of the rest")
-        axis.set_xlim(0, 1)
-        # the last few inputs jump between 0 and 1 and would set the scale
+        # the accuracy of the last few inputs jumps between 0 and 1: it says nothing, and would set the scale
+        axis.set_xlim(0, 0.95)
         lowest = min(float((1 - curve.risk)[curve.coverage >= 0.05].min()) for curve in curves.values())
         axis.set_ylim(max(0.0, lowest - 0.05), 1.01)
         legend_below(figure, axis, 2)

@@ -174,14 +174,13 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path, claim):
 
 def test_ctrl_c_names_the_newest_checkpoint_and_how_to_go_on(tmp_path, claim, capsys):
     for make, said in ((None, "no checkpoint is complete yet"), (7, "checkpoint-7 is complete")):
-        claim(training(tmp_path))
+        claim(training(tmp_path)).settle()
         if make:
             checkpoint(tmp_path, make)
         with pytest.raises(SystemExit) as exit_, cli.user_errors():
             raise KeyboardInterrupt
         (line,) = capsys.readouterr().err.splitlines()
         assert exit_.value.code == 130 and line.startswith("error: interrupted; ") and said in line
-        (tmp_path / SETTINGS_FILE).write_text(json.dumps({}))
 
 
 def test_a_full_disk_is_one_line(capsys):

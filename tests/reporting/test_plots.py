@@ -184,10 +184,8 @@ def test_a_map_of_equal_cells_is_a_sentence(tmp_path):
     layers = {f"layer.{i}.query": LayerStatistics(8, 0.1 + 0.001 * i, 0, 1, 1, 1) for i in range(5)}
     figure = plot_posterior_std(layers, 0.2, tmp_path / "std.png")
     assert not figure.axes and is_png(tmp_path / "std.png")
-    assert (
-        "All 5 layers have nearly the same" in figure.texts[0].get_text()
-        and "0.500 to 0.520" in figure.texts[0].get_text()
-    )
+    said = figure.texts[0].get_text()
+    assert "All 5 layers have nearly the same" in said and "0.500 to 0.520" in said
 
 
 def test_no_legend_is_cut_off(tmp_path):

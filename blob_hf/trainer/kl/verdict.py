@@ -89,7 +89,7 @@ class KLFigures:
             "KL per weight": f"{self.kl_start / self.num_weights:.3f} -> {self.kl_per_weight:.3f} nats",
             "mean std / prior's": f"{self.std_start / self.prior_std:.3f} -> {self.std_end / self.prior_std:.3f}",
             "stds that moved by more than 5 %": f"{100 * self.share_moved:.0f} %",
-            "median std / |mean|": f"{self.std_to_mean:.3g}",
+            "median std / size of the mean": f"{self.std_to_mean:.3g}",
         }
         if self.nll_start is not None and self.nll_end is not None:
             found["training NLL, first and last tenth"] = f"{self.nll_start:.3g} -> {self.nll_end:.3g} nats"
