@@ -240,10 +240,23 @@ def test_a_fault_of_one_process_ends_all_and_the_run_resumes(tmp_path, single, f
 def test_deepspeed_evaluates_before_training_and_a_saved_adapter(tmp_path, stage):
     """As one process does, that knows no DeepSpeed."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    arguments = (
-        "--demo --use_cpu true --max_steps 2 --eval_samples 2 --max_eval_samples 20 --compare_lora false "
-        "--compare_base true --disable_tqdm true"
-    ).split()
+    arguments = [
+        "--demo",
+        "--use_cpu",
+        "true",
+        "--max_steps",
+        "2",
+        "--eval_samples",
+        "2",
+        "--max_eval_samples",
+        "20",
+        "--compare_lora",
+        "false",
+        "--compare_base",
+        "true",
+        "--disable_tqdm",
+        "true",
+    ]
     code = "import runpy, sys\nsys.argv.insert(1, '--output_dir')\n"
     code += f"runpy.run_path({str(ROOT / 'run_glue_blob.py')!r}, run_name='__main__')"
     engine = ["--deepspeed", ROOT / "ds_configs" / f"zero{stage}.json"]
