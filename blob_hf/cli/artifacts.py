@@ -205,8 +205,9 @@ class Run:
         if len(curve.samples) > 1:
             name = "nll_by_samples" if split == "validation" else f"nll_by_samples_{split}"
             self.add_plot(name, lambda path: plot_nll_curve(curve, mean_nll, path, unit))
-            enough = f"their NLL is within 1 % of that of all {curve.samples[-1]}"
-            self.notes.append(f"{curve.enough} samples are enough ({split}): {enough}")
+            self.notes.append(
+                f"{curve.enough} samples are as good as all {curve.samples[-1]} ({split}): their NLL is within 1 % of it"
+            )
 
 
 class ClassifierRun(Run):
