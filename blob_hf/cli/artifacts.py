@@ -205,11 +205,9 @@ class Run:
         if len(curve.samples) > 1:
             name = "nll_by_samples" if split == "validation" else f"nll_by_samples_{split}"
             self.add_plot(name, lambda path: plot_nll_curve(curve, mean_nll, path, unit))
-            self.notes.append(
-                count, everything = curve.enough, curve.samples[-1]
-                said = f"{count} samples are as good as all {everything} ({split}): their NLL is within 1 % of theirs"
-                self.notes.append(said)
-            )
+            count, everything = curve.enough, curve.samples[-1]
+            said = f"{count} samples are as good as all {everything} ({split}): their NLL is within 1 % of theirs"
+            self.notes.append(said)
 
 
 class ClassifierRun(Run):
