@@ -45,6 +45,8 @@ def abstention_sentence(log_probs: NDArray[np.floating], labels: NDArray[np.inte
         return ""
     wrong = (log_probs.argmax(axis=1) != labels).astype(float)
     accuracy = 1 - wrong.mean()
+    if len(wrong) < FEWEST:
+        return f"Its accuracy is {accuracy:.1%} on these {len(wrong)} rows, too few to say more."
     if accuracy >= WANTED:
         return f"It answers all inputs with {accuracy:.1%} accuracy."
     curve = risk_coverage(predictive_entropy(log_probs[:, None]), wrong)

@@ -35,6 +35,7 @@ def test_how_many_inputs_are_to_be_left_open():
     assert abstention_sentence(*classifier([0] * 97 + [1] * 3)) == "It answers all inputs with 97.0% accuracy."
     assert "no help" in abstention_sentence(*classifier([1] * 12 + [0] * 88))
     scores, labels = classifier([0, 1])
+    assert abstention_sentence(scores, labels) == "Its accuracy is 50.0% on these 2 rows, too few to say more."
     assert abstention_sentence(np.full_like(scores, np.nan), labels) == ""
 
 
