@@ -191,10 +191,10 @@ class Run:
                 print(f"{example}\n")
             for note in self.notes:
                 print(note)
-            verdict = self.trainer.kl_verdict if self.trained else None
-            if verdict is not None:
-                print(f"\n{verdict}")
-                print("".join(f"  {name:<42} {value}\n" for name, value in verdict.figures.shown().items()))
+            judged = self.trainer.kl_verdict if self.trained else None
+            if judged is not None:
+                print(f"\n{judged}")
+                print("".join(f"  {name:<42} {value}\n" for name, value in judged.figures.shown().items()))
             print(f"Everything is in {self.folder}")
         if self.args.push_to_hub:
             self.trainer.push_to_hub()

@@ -88,7 +88,8 @@ def user_errors() -> Iterator[None]:
 def _reason(error: Exception) -> str | None:
     """One line for an error that is the machine's, not the program's; None for others."""
     if is_full_disk(error) or (isinstance(error, OSError) and error.errno in _CANNOT_WRITE):
-        where = f" to {error.filename}" if getattr(error, "filename", None) else ""
+        file = getattr(error, "filename", None)
+        where = f" to {file}" if file else ""
         why = getattr(error, "strerror", None) or _first_line(error)
         return f"cannot write{where} ({why}); make room or choose another --output_dir{_way_on()}"
     if isinstance(error, RuntimeError) and any(part in str(error) for part in _LOST_PEER):
