@@ -7,7 +7,6 @@ M = int(100 * n**(pi/gamma) / global batch size): larger gamma, shorter cycle, m
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from transformers import (
     AutoConfig,
@@ -140,7 +139,7 @@ def main() -> None:
         check_route(route, search_args)
     if training_args.do_train:
         cli.require_split(data.splits, "train")
-        cli.claim_output_dir(training_args, adapter is None, method_args, model_args, data_args)
+    claim = cli.claim_output_dir(training_args, adapter is None, method_args, model_args, data_args)
     for split in data.splits:
         limit = data_args.max_train_samples if split == "train" else data_args.max_eval_samples
         data.splits[split] = first_rows(data.splits[split], None if split == "calibration" else limit)
@@ -197,7 +196,9 @@ def main() -> None:
 
     if search_args.hp_search:
         cli.require_split(tokenized, "validation")
-        search(make_trainer(make_model(), model_init=make_model), search_args)
+        trainer = make_trainer(make_model(), model_init=make_model)
+        claim.settle()
+        search(trainer, search_args)
         return
 
     # ----- train, evaluate, report -----
@@ -212,6 +213,7 @@ def main() -> None:
         metrics = trainer.predict(tokenized["validation"], metric_key_prefix="base").metrics
         run.add_results("base", metrics, "validation", provisional=True)
     if training_args.do_train:
+        claim.settle()
         run.train()
         if method_args.posterior_scale is not None and training_args.do_eval and "validation" in tokenized:
             run.add_unscaled("validation", trainer.predict(tokenized["validation"], metric_key_prefix="unscaled"))
@@ -240,7 +242,7 @@ def main() -> None:
 def data_source(data_args, files, task_name):
     """What the data is called, and where it is on the Hub."""
     if files:
-        return DataSource("demo replies" if data_args.demo else task_name or Path(next(iter(files.values()))).stem)
+        return DataSource(task_name or cli.name_of_files(files, DEMO, "demo replies"))
     if task_name:
         return DataSource(task_name, find_task(task_name).dataset, task_name)
     name = data_args.dataset_name

@@ -128,7 +128,7 @@ def main() -> None:
         data_args.delimiter,
     )
     if files:
-        source = DataSource("demo dialogues" if data_args.demo else "own files")
+        source = DataSource(cli.name_of_files(files, DEMO, "demo dialogues"))
     else:
         name = data_args.dataset_name
         source = DataSource(Path(name).name, None if Path(name).exists() else name, data_args.dataset_config_name)
@@ -137,7 +137,8 @@ def main() -> None:
     adapter = cli.starting_adapter(route, model_args, method_args, training_args)
     if training_args.do_train:
         cli.require_split(splits, "train")
-        cli.claim_output_dir(training_args, adapter is None, method_args, model_args, data_args)
+    claim = cli.claim_output_dir(training_args, adapter is None, method_args, model_args, data_args)
+    if training_args.do_train:
         splits["train"] = first_rows(splits["train"], data_args.max_train_samples)
     holds_out = training_args.do_train and route.holds_out(method_args)
     if holds_out:
@@ -216,6 +217,7 @@ def main() -> None:
         metrics, _ = evaluate(first_split, "base")
         run.add_results("base", metrics, first_split, provisional=True)
     if training_args.do_train:
+        claim.settle()
         run.train()
     run.scale()
     for prefix, split, wanted in (
@@ -231,6 +233,7 @@ def main() -> None:
             else:
                 run.add_unreferenced(prefix, metrics, split, len(predictions))
             name = "generated_predictions.jsonl" if prefix == "predict" else "eval_generated_predictions.jsonl"
+            run.add_sentence(metrics, prefix, predictions, split)
             run.write_rows(name, predictions)
             run.add_examples(predictions, [dialogue.text for dialogue in dialogues[split]], split)
     run.finish()

@@ -3,7 +3,7 @@
 from blob_hf.cli.adapters import AdapterArguments, PublishedDefaults, known_classes, require_split
 from blob_hf.cli.arguments import parse_arguments
 from blob_hf.cli.comparison import is_comparable, rival_arguments
-from blob_hf.cli.folders import claim_folder, claim_output_dir, with_output_dir
+from blob_hf.cli.folders import claim_folder, claim_output_dir, name_of_files, with_output_dir
 from blob_hf.cli.held_out import early_stopping
 from blob_hf.cli.method_arguments import MethodArguments
 from blob_hf.cli.methods import check_texts, choose_route, make_model, starting_adapter, warn_of_ignored
@@ -25,6 +25,7 @@ __all__ = [
     "is_comparable",
     "known_classes",
     "make_model",
+    "name_of_files",
     "parse_arguments",
     "require_split",
     "rival_arguments",

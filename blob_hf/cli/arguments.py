@@ -1,5 +1,7 @@
 """The command line, or a file that stands for it, as dataclasses."""
 
+import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,6 +11,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from blob_hf.cli.limits import check_numbers
 from blob_hf.utils.errors import BlobError
 
 
@@ -36,18 +39,24 @@ def parse_arguments(
             argv = _as_argv(_read_config(argv[0]))
         if "--demo" in argv:
             parser.set_defaults(**demo)
-        return parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=pass_on)
+        parsed = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=pass_on)
     except BlobError:
         raise
     except ValueError as error:
         raise BlobError(" ".join(str(error).split())) from error
+    check_numbers(*(part for part in parsed if dataclasses.is_dataclass(part)))
+    return parsed
 
 
-class _Parser(HfArgumentParser):
-    """transformers' parser, whose complaints are one line instead of the whole usage."""
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose complaints are one line instead of the whole usage."""
 
     def error(self, message: str) -> NoReturn:
         raise BlobError(f"{message} (--help lists the arguments)")
+
+
+class _Parser(OneLineParser, HfArgumentParser):
+    """The same of transformers' parser."""
 
 
 def _read_config(path: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from blob_hf.cli.comparison import abstentions, comparison_table
 from blob_hf.cli.costs import COSTS_FILE, training_costs
 from blob_hf.cli.held_out import settle_scale
 from blob_hf.cli.routes import Job, Route
+from blob_hf.cli.sentences import abstention_sentence, agreement_sentence, samples_sentence
 from blob_hf.metrics.agreement import closest_call, marked
 from blob_hf.metrics.calibration import calibration_metrics, confidence, reliability_bins
 from blob_hf.metrics.classification import class_report, rejection_curves
@@ -29,10 +30,10 @@ from blob_hf.reporting.classification_plots import (
     plot_reliability,
     plot_shift,
 )
-from blob_hf.reporting.generation_plots import plot_risk_coverage
+from blob_hf.reporting.generation_plots import SCORES, plot_risk_coverage
 from blob_hf.reporting.kl_plots import plot_kl, plot_posterior_std
 from blob_hf.reporting.model_card import write_model_card
-from blob_hf.reporting.report import write_report
+from blob_hf.reporting.report import REPORT, write_report
 from blob_hf.reporting.run_summary import DataSource, Results
 from blob_hf.reporting.tables import results_table, to_text
 from blob_hf.trainer.engines import require_whole_models, shutdown
@@ -43,6 +44,8 @@ from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
 
 VERDICT_FILE = "kl_verdict.json"
+TRAINED = "train_results.json"  # of a folder whose report is that of its training
+EVALUATION = "evaluation_report.md"
 CLASSIFICATION_METRICS = ["accuracy", "macro_f1", "ece", "nll", "brier"]
 SUMMARIZATION_METRICS = ["rouge1", "rouge2", "rougeL", "nll"]
 
@@ -83,6 +86,7 @@ class Run:
         self.notes: list[str] = []
         self.sections: list[str] = []
         self.examples: list[str] = []
+        self.sentences: dict[str, str] = {}  # by split
         self.costs: dict[str, float] = {}
         self._facts: dict[str, Any] = {"base_model": base_model, "task": task, "settings": settings, "license": license}
         trainer.card_from_run = True
@@ -93,6 +97,11 @@ class Run:
     def writes(self) -> bool:
         """Whether this process writes files."""
         return self.args.should_save
+
+    @property
+    def sentence(self) -> str:
+        """What the run came to in plain words: of its first evaluation."""
+        return next((f"On {self.data.name} ({split}): {said}" for split, said in self.sentences.items()), "")
 
     @property
     def num_samples(self) -> int:
@@ -165,21 +174,30 @@ class Run:
         if self.writes:
             if self.costs:
                 files.write_text(self.folder / COSTS_FILE, json.dumps(self.costs, indent=2) + "\n")
-            if self.trained:  # an evaluation does not know how the adapter was trained
+            summary = summarize(self.trainer, self.data, **self._facts)
+            summary.results, summary.plots = self.results, self.plots
+            summary.notes, summary.examples, summary.sentence = self.notes, self.examples, self.sentence
+            summary.sections = self.sections
+            if not self.trained:  # an evaluation does not know how the adapter was trained: the card stays
+                write_report(self.folder, summary, EVALUATION if (self.folder / TRAINED).is_file() else REPORT)
+            else:
                 if self.trainer.kl_verdict is not None:
                     verdict = json.dumps(self.trainer.kl_verdict.to_dict(), indent=2)
                     files.write_text(self.folder / VERDICT_FILE, verdict + "\n")
-                summary = summarize(self.trainer, self.data, **self._facts)
-                summary.results, summary.plots = self.results, self.plots
-                summary.notes, summary.sections, summary.examples = self.notes, self.sections, self.examples
                 write_report(self.folder, summary)
                 write_model_card(self.folder, summary)
+            if self.sentence:
+                print(f"\n{self.sentence}")
             for results in self.results:
                 print(to_text(results.table, f"{self.route.name}: {results.title}"))
             for example in self.examples:
                 print(f"{example}\n")
-            for note in [*self.notes, *([self.trainer.kl_verdict] if self.trained and self.trainer.kl_verdict else [])]:
+            for note in self.notes:
                 print(note)
+            judged = self.trainer.kl_verdict if self.trained else None
+            if judged is not None:
+                print(f"\n{judged}")
+                print("".join(f"  {name:<42} {value}\n" for name, value in judged.figures.shown().items()))
             print(f"Everything is in {self.folder}")
         if self.args.push_to_hub:
             self.trainer.push_to_hub()
@@ -190,9 +208,9 @@ class Run:
         if len(curve.samples) > 1:
             name = "nll_by_samples" if split == "validation" else f"nll_by_samples_{split}"
             self.add_plot(name, lambda path: plot_nll_curve(curve, mean_nll, path, unit))
-            self.notes.append(
-                f"samples ({split}): the NLL of {curve.enough} is within 1 % of that of all {curve.samples[-1]}"
-            )
+            count, everything = curve.enough, curve.samples[-1]
+            said = f"{count} samples are as good as all {everything} ({split}): their NLL is within 1 % of theirs"
+            self.notes.append(said)
 
 
 Inputs = Sequence[Mapping[str, Any]]
@@ -268,6 +286,9 @@ class ClassifierRun(Run):
             return
         self.add_results(prefix, output.metrics, split, f"{len(mean)} examples")
         self._add_scaled(prefix, split, output)
+        nlls = output.metrics[f"{prefix}_nll"], output.metrics[f"{prefix}_mean_nll"]
+        said = samples_sentence(*nlls, num_samples, "example"), abstention_sentence(log_probs, labels)
+        self.sentences[split] = " ".join(filter(None, said))
         shown = {"posterior mean (N=0)": mean} | ({f"{num_samples} samples": log_probs} if num_samples else {})
         suffix = "" if split == "validation" else f"_{split}"
         bins = {title: reliability_bins(scores, labels) for title, scores in shown.items()}
@@ -358,6 +379,14 @@ class ClassifierRun(Run):
 class SummarizerRun(Run):
     """A `Run` of a summarizer."""
 
+    def add_sentence(
+        self, metrics: Mapping[str, float], prefix: str, rows: Sequence[Mapping[str, Any]], split: str
+    ) -> None:
+        """Say in plain words what an evaluation came to."""
+        nlls = metrics[f"{prefix}_nll"], metrics[f"{prefix}_mean_nll"]
+        said = samples_sentence(*nlls, self.num_samples, "token"), agreement_sentence(rows)
+        self.sentences[split] = " ".join(filter(None, said))
+
     def add_samples(self, mean_nll: float, split: str) -> None:
         """Draw the NLL of the references by the number of samples, from the last scoring of a split."""
         if self.num_samples and self.trainer.nll_by_samples is not None:
@@ -374,9 +403,15 @@ class SummarizerRun(Run):
         """Draw risk against coverage for each uncertainty score of generated summaries, and keep the ratios."""
         if self.num_samples and len(rows) > 1 and "uncertainty" in rows[0]:
             curves, ratios = selective_summarization(rows)
-            self.add_plot(f"risk_coverage_{split}", lambda path: plot_risk_coverage(curves, "1 - ROUGE-L", path))
-            shown = ", ".join(f"{name} {value:.3f}" for name, value in ratios.items())
-            self.notes.append(f"prediction-rejection ratios ({split}): {shown}")
+            self.add_plot(
+                f"risk_coverage_{split}", lambda path: plot_risk_coverage(curves, "error: 1 - ROUGE-L of those", path)
+            )
+            shown = ", ".join(f"{SCORES.get(name, name)} {value:.3f}" for name, value in ratios.items())
+            if any(np.isnan(value) for value in ratios.values()):
+                shown = "undefined, because all summaries are equally good: there is nothing to tell apart"
+            self.notes.append(
+                f"prediction-rejection ratios ({split}): {shown} (1: the worst are rejected first, 0: any)"
+            )
 
     def add_examples(self, rows: Sequence[Mapping[str, Any]], texts: Sequence[str], split: str) -> None:
         """Show the dialogue that the networks agree on most, one that divides them over a word, and the one least.

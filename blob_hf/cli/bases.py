@@ -14,6 +14,8 @@ from transformers import (
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.hub import fetching
 
+BASE_FOLDER = "base_model"
+
 
 def config_from_name(name: str, overrides: str | None, tokenizer: Any) -> PreTrainedConfig:
     """The config of an untrained model for a tokenizer: vocabulary size and special tokens are the tokenizer's.
@@ -51,7 +53,7 @@ def kept_base(config: PreTrainedConfig, tokenizer: Any, training_args: Any) -> A
 
     Made once; resumed runs and evaluations read it back.
     """
-    folder = os.path.join(training_args.output_dir, "base_model")
+    folder = os.path.join(training_args.output_dir, BASE_FOLDER)
     with training_args.main_process_first(desc="keeping the base model"):
         if not os.path.isfile(os.path.join(folder, "config.json")):
             base = AutoModelForSeq2SeqLM.from_config(config)

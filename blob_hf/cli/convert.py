@@ -5,7 +5,6 @@ Their checkpoints (github.com/Wang-ML-Lab/bayesian-peft) are PEFT folders whose 
 prior is not in the files.
 """
 
-import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
+from blob_hf.cli.arguments import OneLineParser
 from blob_hf.cli.terminal import user_errors
 from blob_hf.reporting.model_card import write_model_card
 from blob_hf.reporting.run_summary import RunSummary
@@ -48,6 +48,8 @@ def convert(
     folder, target = adapter_files.resolve(source), Path(destination)
     if (target / CONFIG_NAME).exists():
         raise BlobError(f"{target} already holds an adapter; choose another folder")
+    if not prior_std > 0:
+        raise BlobError(f"prior_std must be > 0, got {prior_std:g}")
     own = adapter_files.read_config(folder)
     weights, _ = adapter_files.read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)
     mean, rhos = split(weights, source)
@@ -88,7 +90,7 @@ def split(weights: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], d
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="blob convert", description=__doc__.split("\n\n")[0])
+    parser = OneLineParser(prog="blob convert", description=__doc__.split("\n\n")[0])
     parser.add_argument("source", help="folder or Hub repo of the authors' checkpoint")
     parser.add_argument("destination", help="new folder for the adapter")
     parser.add_argument(
@@ -97,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--std_parameterization", choices=STD_PARAMETERIZATIONS, help="default: found by the sign of most rhos"
     )
-    args = parser.parse_args(argv)
     with user_errors():
+        args = parser.parse_args(argv)
         config = convert(args.source, args.destination, args.prior_std, args.std_parameterization)
         print(
             f"{args.destination}: BLoB adapter of {config.base_model_name_or_path}, r={config.r}, std = "

@@ -19,6 +19,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
+from blob_hf.cli.arguments import OneLineParser
+from blob_hf.cli.limits import check_numbers
 from blob_hf.cli.row_files import Row, RowFile, TextFile
 from blob_hf.cli.terminal import setup_logging, user_errors
 from blob_hf.data.loading import FORMATS
@@ -95,9 +97,8 @@ def predict_file(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> tuple[Path, TextFile, int]:
     """The adapter's folder, the input, and how many rows of the output are there already."""
+    check_numbers(args)
     Sampling(args.num_samples, args.seed, batch_size=args.posterior_batch_size)  # refuses what is out of range
-    if args.batch_size < 1:
-        raise BlobError(f"--batch_size must be >= 1, got {args.batch_size}")
     if (args.coverage is None) != (args.calibration_file is None):
         raise BlobError("--coverage needs a --calibration_file to find the threshold for it, and the other way round")
     if args.coverage is not None and (args.abstain_above is not None or not 0 < args.coverage <= 1):
@@ -207,7 +208,7 @@ def _blocks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    own = argparse.ArgumentParser(
+    own = OneLineParser(
         prog="blob predict", description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
@@ -237,8 +238,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parser().parse_args(argv)
     with user_errors(_GO_ON):
+        args = parser().parse_args(argv)
         setup_logging(PartialState().is_main_process, quiet_libraries=True)
         count = predict_file(args)
         if PartialState().is_main_process:

@@ -13,8 +13,10 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from blob_hf.reporting.curves import Confidence, NLLCurve, Reliability, RiskCoverage
-from blob_hf.reporting.plots import BLUE, GREY, ORANGE, legend_below, plot_style
+from blob_hf.reporting.plots import BLUE, GREY, ORANGE, least_span, legend_below, plot_style
 from blob_hf.utils.errors import BlobError
+
+LEAST_NATS, LEAST_SHARE = 0.02, 0.05  # differences of an NLL, in nats and of its size, that fill a plot at the least
 
 
 def plot_reliability(panels: Mapping[str, Reliability], path: str | PathLike[str]) -> Figure:
@@ -111,12 +113,13 @@ def plot_rejection(curves: Mapping[str, RiskCoverage], path: str | PathLike[str]
         axis = figure.subplots()
         for (name, curve), colour in zip(curves.items(), sns.color_palette("colorblind", len(curves)), strict=True):
             look = {"color": GREY, "linestyle": ":"} if name == "oracle" else {"color": colour}
-            label = f"{name} (area {1 - curve.area:.3f})"
+            shown = "best possible: the wrong ones first" if name == "oracle" else name
+            label = f"{shown} (area {1 - curve.area:.3f})"
             axis.plot(1 - curve.coverage, 1 - curve.risk, label=label, linewidth=1.4, **look)
         axis.set_xlabel("share of the inputs rejected, least certain first")
         axis.set_ylabel("accuracy of the rest")
-        axis.set_xlim(0, 1)
-        # the last few inputs jump between 0 and 1 and would set the scale
+        # the accuracy of the last few inputs jumps between 0 and 1: it says nothing, and would set the scale
+        axis.set_xlim(0, 0.95)
         lowest = min(float((1 - curve.risk)[curve.coverage >= 0.05].min()) for curve in curves.values())
         axis.set_ylim(max(0.0, lowest - 0.05), 1.01)
         legend_below(figure, axis, 2)
@@ -145,8 +148,9 @@ def plot_nll_curve(curve: NLLCurve, mean_nll: float, path: str | PathLike[str], 
         axis.axvline(
             curve.enough, color=GREY, linestyle=":", linewidth=1.2, label=f"within 1 % from n = {curve.enough}"
         )
-        axis.set_xlabel("posterior samples n")
-        axis.set_ylabel(f"NLL [nats per {unit}]")
+        least_span(axis, max(LEAST_NATS, LEAST_SHARE * abs(mean_nll)))
+        axis.set_xlabel("number n of posterior samples that are averaged")
+        axis.set_ylabel(f"NLL [nats per {unit}], lower is better")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.legend(frameon=False, fontsize=9)
         sns.despine(ax=axis)

@@ -12,12 +12,20 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from blob_hf.reporting.curves import RiskCoverage
-from blob_hf.reporting.plots import plot_style
+from blob_hf.reporting.plots import least_span, legend_below, plot_style
 from blob_hf.utils.errors import BlobError
 
 # Colour says whose weights and whether they are sampled, the dash says how tokens are chosen.
 _FAMILIES = ("blob-mean", "blob-sample", "lora", "mc_dropout-sample", "ensemble-sample", "tfb-sample")
 _COLOURS = dict(zip(_FAMILIES, sns.color_palette("colorblind")[: len(_FAMILIES)], strict=True))
+
+# In words: what an uncertainty of a generated text says
+SCORES = {
+    "dissimilarity": "how much the sampled texts differ",
+    "cluster_entropy": "entropy over groups of like texts",
+    "random": "answered in random order",
+    "oracle": "best possible: the best ones first",
+}
 
 
 def _look(arm: str) -> dict[str, Any]:
@@ -90,9 +98,11 @@ def plot_risk_coverage(curves: Mapping[str, RiskCoverage], risk_label: str, path
         for name, curve in curves.items():
             look: dict[str, Any] = {"color": "0.4", "linestyle": ":" if name == "oracle" else "--"}
             look = look if name in ("random", "oracle") else {"color": next(palette), "linestyle": "-"}
-            axis.plot(curve.coverage, curve.risk, label=f"{name} (area {curve.area:.3f})", **look)
-        axis.set_xlabel("coverage: share of the inputs answered, most certain first")
+            axis.plot(curve.coverage, curve.risk, label=f"{SCORES.get(name, name)} (area {curve.area:.3f})", **look)
+        axis.set_xlabel("share of the inputs answered, most certain first")
         axis.set_ylabel(risk_label)
-        axis.legend(frameon=False, fontsize=9)
+        least_span(axis, 0.05)
+        legend_below(figure, axis, 2)
+        sns.despine(ax=axis)
         figure.savefig(path, dpi=150, format="png")
     return figure

@@ -1,5 +1,6 @@
 """Plots of the KL: over the steps of a run, over the runs of a grid, and the posterior that it left."""
 
+import math
 import re
 from collections.abc import Mapping
 from os import PathLike
@@ -16,6 +17,7 @@ from blob_hf.reporting.plots import BLUE, GREEN, GREY, ORANGE, legend_below, plo
 from blob_hf.utils.errors import BlobError
 
 _SMALLEST = 1e-12  # pi_t below this is drawn here: the geometric schedule falls to 0 and a log axis has none
+_ALIKE = 0.05  # stds of layers that differ by less than 5 % are the same to the eye
 _KL_COLUMNS = ("step", "kl", "kl_weight", "posterior_std")
 
 
@@ -54,12 +56,14 @@ def plot_kl(history: pd.DataFrame | str | PathLike[str], path: str | PathLike[st
 def _weights(axis: Axes, table: pd.DataFrame) -> None:
     weights = table["kl_weight"]
     if (weights > 0).any():
-        _line(axis, table.assign(kl_weight=weights.clip(lower=_SMALLEST)), "kl_weight", "KL weight $\\pi_t$", ORANGE)
+        least = max(_SMALLEST, 10.0 ** math.floor(math.log10(weights[weights > 0].min()) - 1))
+        _line(axis, table.assign(kl_weight=weights.clip(lower=least)), "kl_weight", "KL weight $\\pi_t$", ORANGE)
         axis.set_yscale("log")
-        axis.set_ylim(_SMALLEST / 3, 3 * max(1.0, weights.max()))
+        axis.set_ylim(least / 3, 3 * max(1.0, weights.max()))
         note = f"sum of $\\pi_t$ = {weights.sum():.3g}"
-        if (weights < _SMALLEST).any():
-            note += "; below $10^{-12}$ drawn at $10^{-12}$"
+        if (weights < least).any():
+            power = f"$10^{{{round(math.log10(least))}}}$"
+            note += f"; below {power} drawn at {power}"
         axis.set_title(note, loc="right", color=GREY, fontsize=9)
         return
     axis.set_ylabel("KL weight $\\pi_t$")
@@ -84,13 +88,16 @@ def plot_posterior_std(layers: Mapping[str, LayerStd], prior_std: float, path: s
     Args:
         layers: `posterior_statistics(...).layers`, by layer name.
         prior_std: sigma_p; 1 in the map is the prior's std.
-        path: PNG to write.
+        path: PNG to write; one sentence where all layers have nearly the same.
     """
     if not layers:
         raise BlobError("there are no layers to plot")
     rows = [(*_depth_and_kind(name), layer.mean_std / prior_std) for name, layer in layers.items()]
     long = pd.DataFrame(rows, columns=["depth", "kind", "ratio"])
     kinds = list(dict.fromkeys(long["kind"]))
+    least, most = float(long["ratio"].min()), float(long["ratio"].max())
+    if most - least < _ALIKE * most:
+        return _all_alike(len(long), least, most, path)
     table = long.pivot_table(index="depth", columns="kind", values="ratio", sort=False)[kinds]
     with plot_style(), mpl.rc_context({"axes.grid": False}):
         size = (max(4.5, 1.3 * len(kinds) + 2.2), max(2.6, 0.36 * len(table) + 2.2))
@@ -107,6 +114,17 @@ def plot_posterior_std(layers: Mapping[str, LayerStd], prior_std: float, path: s
         axis.tick_params(axis="y", rotation=0)
         for label in axis.get_xticklabels():
             label.set_horizontalalignment("right" if len(kinds) > 2 else "center")
+        figure.savefig(path, dpi=150, format="png")
+    return figure
+
+
+def _all_alike(count: int, least: float, most: float, path: str | PathLike[str]) -> Figure:
+    """One sentence in the place of a map whose cells are all the same."""
+    with plot_style():
+        figure = Figure(figsize=(6.5, 1.0), facecolor="white")
+        layers = "The one layer has" if count == 1 else f"All {count} layers have nearly"
+        text = f"{layers} the same mean posterior std: {least:.3f} to {most:.3f} of the prior's"
+        figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=10)
         figure.savefig(path, dpi=150, format="png")
     return figure
 

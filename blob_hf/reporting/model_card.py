@@ -10,7 +10,7 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from blob_hf.reporting.run_summary import RunSummary
-from blob_hf.reporting.tables import STD_COLUMN, results_markdown, settings_markdown
+from blob_hf.reporting.tables import STD_COLUMN, markdown_table, results_markdown, settings_markdown
 from blob_hf.utils import files
 from blob_hf.version import __version__
 
@@ -37,6 +37,7 @@ def model_card(run: RunSummary) -> ModelCard:
         autoescape=False,  # Markdown, not HTML
     )
     environment.filters |= {"results_markdown": results_markdown, "settings_markdown": settings_markdown}
+    environment.filters["figures_markdown"] = lambda figures: markdown_table(("figure", "value"), figures.items())
     libraries = {"blob_hf": __version__, "transformers": transformers.__version__, "peft": peft.__version__}
     libraries["torch"] = torch.__version__
     text = environment.get_template("model_card.md.jinja").render(

@@ -14,10 +14,19 @@ GREY = "0.4"
 
 
 def legend_below(figure: Figure, axis: Axes, columns: int) -> None:
-    """The legend of one axis for the whole figure, below it; one column where labels are long and would be cut off."""
+    """The legend of one axis for the whole figure, below it, in as many columns as its width has room for."""
     handles, labels = axis.get_legend_handles_labels()
-    columns = columns if max(map(len, labels), default=0) <= 45 else 1
+    inches = 0.075 * max(map(len, labels), default=0) + 0.6  # of a column: the text at 9 points, and its handle
+    columns = max(1, min(columns, int(figure.get_figwidth() / inches)))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+def least_span(axis: Axes, span: float) -> None:
+    """Have the y axis span at least so much, so that what is less is seen to be little."""
+    low, high = axis.get_ylim()
+    if high - low < span:
+        middle = (low + high) / 2
+        axis.set_ylim(middle - span / 2, middle + span / 2)
 
 
 @contextmanager

@@ -63,6 +63,8 @@ class RunSummary:
         settings: The main hyperparameters by name.
         arguments: All training arguments that define the run, by name.
         kl_notes: The KL diagnosis before training, its warnings, the verdict after it.
+        kl_figures: The figures of the verdict, in words, by what they are.
+        sentence: What the run came to, in plain words.
         plots: Paths relative to the run folder.
         notes: Further findings, a line each, for the report.
         sections: Further sections of the report, as Markdown with their headings.
@@ -82,6 +84,8 @@ class RunSummary:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     results: list[Results] = field(default_factory=list)
     kl_notes: list[str] = field(default_factory=list)
+    kl_figures: Mapping[str, str] = field(default_factory=dict)
+    sentence: str = ""
     plots: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     sections: list[str] = field(default_factory=list)

@@ -62,3 +62,4 @@ class BlobCallback(TrainerCallback):
         if verdict is not None and state.is_world_process_zero:
             log = logger.info if verdict.name == "healthy" else logger.warning
             log("%s", verdict)
+            logger.info("KL figures: %s", verdict.figures)

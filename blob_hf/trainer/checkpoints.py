@@ -145,8 +145,10 @@ class CheckpointMixin(_Base):
             self.accelerator.wait_for_everyone()
             if self.is_local_process_zero() and staged.exists():  # a node with a disk of its own
                 _publish(staged, checkpoint)
-        except (OSError, SafetensorError, RuntimeError, BlobError) as error:
-            if isinstance(error, RuntimeError) and not any(part in str(error) for part in _TORCH_CANNOT_WRITE):
+        except Exception as error:
+            torch_cannot = isinstance(error, RuntimeError) and any(part in str(error) for part in _TORCH_CANNOT_WRITE)
+            cannot = isinstance(error, (OSError, SafetensorError, BlobError)) or torch_cannot
+            if not (cannot or files.is_full_disk(error)):  # tokenizers raises a bare Exception
                 raise
             raise self._cannot_save(checkpoint, error) from error
         finally:
@@ -161,7 +163,10 @@ class CheckpointMixin(_Base):
     def _cannot_save(self, checkpoint: Path, error: Exception) -> BlobError:
         shutil.rmtree(checkpoint.parent / _STAGING, ignore_errors=True)
         kept = newest_complete(checkpoint.parent)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        cause = error.__cause__ if isinstance(error, BlobError) and error.__cause__ else error  # without its advice
+        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+        if isinstance(cause, RuntimeError) and _TORCH_CANNOT_WRITE[1] in reason:
+            reason = "torch could not write it, most likely because the disk is full"
         way_on = f"resume from {kept}, which is complete" if kept else "start again: no checkpoint is complete yet"
         return BlobError(f"cannot save {checkpoint} ({reason}); make room and {way_on}")
 

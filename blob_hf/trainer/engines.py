@@ -3,15 +3,18 @@
 import importlib.util
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from blob_hf.tuner.base_model import head_parameters
 from blob_hf.tuner.posterior import gaussian_layers
@@ -67,6 +70,34 @@ def require_deepspeed(config: dict[str, Any] | str | None) -> None:
             raise BlobError(f"cannot read the DeepSpeed config {config}: {' '.join(str(error).split())}") from error
     if "optimizer" in config:
         raise BlobError(OWN_OPTIMIZER)
+
+
+def require_device(args: TrainingArguments) -> None:
+    """Refuse DeepSpeed where there is nothing but a CPU that nobody has asked for: accelerate fails an assertion then.
+
+    Raises:
+        BlobError: So it is.
+    """
+    on_cpu = args.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+    if args.deepspeed and not on_cpu and not torch.accelerator.is_available():
+        raise BlobError("deepspeed found no GPU on this machine; to run it on the CPU set use_cpu true")
+
+
+@contextmanager
+def plain_evaluation(trainer: Trainer) -> Iterator[None]:
+    """Inside the block an untrained model under ZeRO-0 to -2 is evaluated as it is, on its own device.
+
+    These stages shard only what training needs (optimizer states, gradients), and transformers has no DeepSpeed
+    engine for them but a training's: "ZeRO inference only makes sense with ZeRO Stage 3".
+    """
+    plain = trainer.is_deepspeed_enabled and trainer.deepspeed is None and not is_deepspeed_zero3_enabled()
+    if plain:
+        trainer.is_deepspeed_enabled = False
+    try:
+        yield
+    finally:
+        if plain:
+            trainer.is_deepspeed_enabled = True
 
 
 def join_deepspeed(args: TrainingArguments) -> None:

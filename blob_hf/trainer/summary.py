@@ -150,6 +150,7 @@ def summarize(
         arguments=arguments,
         kl_notes=([] if diagnosis is None else [str(diagnosis), *diagnosis.warnings])
         + ([] if verdict is None else [str(verdict)]),
+        kl_figures={} if verdict is None else verdict.figures.shown(),
         license=license,
         repo=getattr(trainer, "hub_model_id", None) or str(Path(str(args.output_dir))),
         task=task,

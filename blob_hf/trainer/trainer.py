@@ -40,6 +40,7 @@ from blob_hf.trainer.engines import (
     check_fsdp_training,
     decorrelate_noise,
     engine_of,
+    plain_evaluation,
 )
 from blob_hf.trainer.kl.history import LOGGED
 from blob_hf.trainer.kl.state import KLState
@@ -410,7 +411,8 @@ class BlobTrainerMixin(_Base):
         check_fsdp_evaluation(self.accelerator, untrained=not is_sharded(self.model))
         kwargs["prediction_loss_only"] = False  # the predictions are small, and the exact loss needs them
         self.gather_function = self.accelerator.gather_for_metrics  # Seq2SeqTrainer would keep the padding rows
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        with plain_evaluation(self):
+            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         predictions: Any = output.predictions
         labels: Any = output.label_ids
         if labels is not None and predictions is not None and output.metrics is not None:

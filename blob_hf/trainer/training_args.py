@@ -7,7 +7,7 @@ from typing import TypeVar
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from blob_hf.trainer.class_weights import CLASS_WEIGHTS
-from blob_hf.trainer.engines import join_deepspeed, require_deepspeed
+from blob_hf.trainer.engines import join_deepspeed, require_deepspeed, require_device
 from blob_hf.trainer.kl.schedule import KL_SCHEDULES
 from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.sampling import Sampling
@@ -258,6 +258,7 @@ class BlobTrainingArguments(BlobArguments, TrainingArguments):
     def __post_init__(self) -> None:
         self._validate_blob()
         require_deepspeed(self.deepspeed)
+        require_device(self)
         super().__post_init__()
         join_deepspeed(self)
 

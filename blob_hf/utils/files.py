@@ -1,5 +1,6 @@
 """Writing files so that a crash, a full disk or a missing permission never leaves half of one."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -55,6 +56,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise _cannot_write(path.parent, error) from error
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error says that the disk, or the user's share of it, is full; some libraries have words alone."""
+    words = ("No space left on device", "Disk quota exceeded", "os error 28", "os error 122")
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(part in str(error) for part in words)
 
 
 def _cannot_write(folder: Path, error: Exception) -> BlobError:

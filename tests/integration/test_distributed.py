@@ -237,6 +237,45 @@ def test_a_fault_of_one_process_ends_all_and_the_run_resumes(tmp_path, single, f
     assert_the_same_training(found, single)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_evaluates_before_training_and_a_saved_adapter(tmp_path, stage):
+    """As one process does, that knows no DeepSpeed."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    arguments = [
+        "--demo",
+        "--use_cpu",
+        "true",
+        "--max_steps",
+        "2",
+        "--eval_samples",
+        "2",
+        "--max_eval_samples",
+        "20",
+        "--compare_lora",
+        "false",
+        "--compare_base",
+        "true",
+        "--disable_tqdm",
+        "true",
+    ]
+    code = "import runpy, sys\nsys.argv.insert(1, '--output_dir')\n"
+    code += f"runpy.run_path({str(ROOT / 'run_glue_blob.py')!r}, run_name='__main__')"
+    engine = ["--deepspeed", ROOT / "ds_configs" / f"zero{stage}.json"]
+
+    def results(name):
+        return json.loads((tmp_path / "run" / f"{name}_results.json").read_text())
+
+    found = launch(tmp_path, code, "run", 2, *arguments, *engine)
+    assert found.returncode == 0, found.stderr[-3000:]
+    base, trained = results("base"), results("eval")
+    assert base["base_nll"] > 0
+    for processes, more in ((2, engine), (1, [])):
+        found = launch(tmp_path, code, "run", processes, *arguments, "--do_eval", *more)
+        assert found.returncode == 0, found.stderr[-3000:]
+        for metric in ("eval_nll", "eval_mean_nll", "eval_accuracy"):
+            assert results("eval")[metric] == pytest.approx(trained[metric], rel=1e-4)
+
+
 def test_a_search_on_two_processes(tmp_path):
     """One process leads the search, both train its trials, and both end well."""
     pytest.importorskip("optuna", reason="optuna is not installed")

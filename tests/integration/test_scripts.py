@@ -252,44 +252,6 @@ def test_help_explains_beta_and_gamma(monkeypatch, capsys):
         assert "beta is the standard deviation of the prior" in text and "larger gamma, shorter cycle" in text
 
 
-@pytest.mark.parametrize(
-    ("script", "arguments", "message"),
-    [
-        (GLUE, ["--demo", "--beta", "0"], "beta must be > 0, got 0"),
-        (GLUE, ["--demo", "--gamma", "-2"], "gamma must be > 0, got -2"),
-        (GLUE, ["--demo", "--eval_samples", "-1"], "eval_samples must be >= 0"),
-        (GLUE, ["--demo", "--kl_schedule", "cyclic"], "invalid choice: 'cyclic'"),
-        (GLUE, ["--demo", "--noise", "gauss"], "invalid choice: 'gauss'"),
-        (GLUE, ["--demo", "--method", "vogn"], "invalid choice: 'vogn'"),
-        (GLUE, ["--task_name", "snli"], "task_name must be one of rte, mrpc, cola, wic, boolq"),
-        (GLUE, ["--task_name", "rte"], "cannot get the dataset 'nyu-mll/glue'"),
-        (GLUE, ["--demo", "--model_name_or_path", "roberta-base"], "cannot get the model 'roberta-base'"),
-        (GLUE, ["--demo", "--target_modules", "query"], "match no layer of BartForSequenceClassification"),
-        (GLUE, ["--demo", "--max_train_samples", "0"], "must be >= 1, got 0"),
-        (SUMMARIZATION, ["--demo", "--config_name", "bert", "--tokenizer_name", str(demo.BACKBONE_DIR)],
-         "not an encoder-decoder"),
-        (GLUE, ["--demo", "--text_columns", "premise"], "no column 'premise'"),
-        (GLUE, ["--demo", "--do_eval"], "nothing to evaluate"),
-        (GLUE, ["--demo", "--adapter_name_or_path", "nowhere"], "'nowhere' is not a local folder"),
-        (SUMMARIZATION, [], "cannot get the dataset 'knkarthick/dialogsum'"),
-        (SUMMARIZATION, ["--demo", "--summary_column", "tldr"], "no column 'tldr'"),
-        (SUMMARIZATION, ["--demo", "--config_name", "bart"], "--tokenizer_name"),
-        (SUMMARIZATION, ["--demo", "--config_name", "bart", "--tokenizer_name", str(demo.BACKBONE_DIR),
-                         "--config_overrides", "d_modell=3"], "d_modell"),
-        (SUMMARIZATION, ["--demo", "--decoding", "mbr", "--method", "lora"], "decoding='mbr' needs posterior samples"),
-        (SUMMARIZATION, ["--demo", "--decoding", "predictive", "--eval_samples", "0"], "needs posterior samples"),
-        (SUMMARIZATION, ["--demo", "--prompt", "Sum up:"], "must contain {dialogue}"),
-        (SUMMARIZATION, ["--demo", "--no_such_flag", "1"], "no_such_flag"),
-    ],
-)  # fmt: skip
-def test_mistakes_get_one_line_and_exit_code_2(monkeypatch, tmp_path, capfd, script, arguments, message):
-    code = run(monkeypatch, script, *arguments, "--output_dir", tmp_path / "out", "--use_cpu", "true")
-    assert code == 2
-    last = capfd.readouterr().err.strip().splitlines()[-1]
-    assert message in last and "Traceback" not in last
-    assert not list((tmp_path / "out").glob("adapter*"))
-
-
 def test_another_run_in_the_same_folder_is_refused(monkeypatch, tmp_path, capsys):
     assert run(monkeypatch, GLUE, *QUICK_GLUE, "--do_train", "--output_dir", tmp_path) == 0
     before = (tmp_path / "adapter_model.safetensors").read_bytes()

@@ -174,9 +174,39 @@ def test_std_map_has_a_cell_for_each_layer(tmp_path):
     assert [label.get_text() for label in axis.get_yticklabels()] == ["0", "1", "2", "-"]
     shown = sorted(float(text.get_text()) for text in axis.texts)
     assert shown == pytest.approx([0.05 * (i + 1) for i in range(7)])
-    halves = {f"model.{half}.layers.0.self_attn.q_proj": layers[names[0]] for half in ("encoder", "decoder")}
+    ends = zip(("encoder", "decoder"), (names[0], names[-1]), strict=True)
+    halves = {f"model.{half}.layers.0.self_attn.q_proj": layers[name] for half, name in ends}
     axis = plot_posterior_std(halves, 0.2, tmp_path / "bart.png").axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["encoder 0", "decoder 0"]
+
+
+def test_a_map_of_equal_cells_is_a_sentence(tmp_path):
+    layers = {f"layer.{i}.query": LayerStatistics(8, 0.1 + 0.001 * i, 0, 1, 1, 1) for i in range(5)}
+    figure = plot_posterior_std(layers, 0.2, tmp_path / "std.png")
+    assert not figure.axes and is_png(tmp_path / "std.png")
+    said = figure.texts[0].get_text()
+    assert "All 5 layers have nearly the same" in said and "0.500 to 0.520" in said
+
+
+def test_no_legend_is_cut_off(tmp_path):
+    wrong = np.array([0.0, 1.0, 0.0, 0.0])
+    names = ("posterior mean, max. probability", "samples, max. probability", "samples, mutual information", "oracle")
+    figure = plot_rejection({name: risk_coverage(wrong, wrong) for name in names}, tmp_path / "rejection.png")
+    box = figure.legends[0].get_window_extent()
+    assert (
+        box.x0 >= 0
+        and box.x1 <= figure.bbox.width
+        and figure.legends[0].get_texts()[3].get_text()[:13] == "best possible"
+    )
+
+
+def test_noise_does_not_fill_an_axis(tmp_path):
+    curve = NLLCurve(np.array([1, 2]), np.array([2.0003, 2.0]), np.zeros(2))
+    low, high = plot_nll_curve(curve, 2.0001, tmp_path / "curve.png", "token").axes[0].get_ylim()
+    assert high - low == pytest.approx(0.05 * 2.0001) and low < 2 < high
+    curve = NLLCurve(np.array([1, 2]), np.array([0.9, 0.6]), np.zeros(2))
+    low, high = plot_nll_curve(curve, 0.7, tmp_path / "curve.png").axes[0].get_ylim()
+    assert high - low < 0.35  # as it is where there is something to see
 
 
 def test_trajectories_of_a_grid(tmp_path):

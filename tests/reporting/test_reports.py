@@ -207,3 +207,12 @@ def test_report_shows_tables_notes_and_plots(tmp_path):
     text = (tmp_path / "report.md").read_text()
     for part in ("## dialogsum, test", "| nll | 0.6000", "cycle M = 253", "![kl](plots/kl.png)", "| gamma | 8 |"):
         assert part in text
+
+
+def test_report_and_card_begin_with_a_plain_sentence_and_have_the_figures_in_a_table(tmp_path):
+    run = summary(sentence="Ten samples change nothing.", kl_figures={"KL per weight": "4.2 -> 0.5 nats"})
+    write_report(tmp_path, run, "evaluation_report.md")
+    text = (tmp_path / "evaluation_report.md").read_text()
+    assert text.splitlines()[2] == run.sentence and "| KL per weight | 4.2 -> 0.5 nats |" in text
+    card = model_card(run).text
+    assert f"## Results\n\n{run.sentence}\n\n**" in card and "| KL per weight | 4.2 -> 0.5 nats |" in card

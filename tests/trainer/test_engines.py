@@ -21,7 +21,9 @@ from blob_hf.trainer.engines import (
     check_fsdp_training,
     decorrelate_noise,
     engine_of,
+    plain_evaluation,
     require_deepspeed,
+    require_device,
 )
 from blob_hf.trainer.kl.schedule import kl_cycle_length
 from blob_hf.tuner.noise import NOISE_ESTIMATORS
@@ -45,6 +47,27 @@ def test_a_missing_or_broken_config_is_one_line(tmp_path):
     for name in ("missing.json", "broken.json"):
         with pytest.raises(BlobError, match=f"cannot read the DeepSpeed config .*{name}"):
             require_deepspeed(str(tmp_path / name))
+
+
+def test_deepspeed_without_a_gpu_says_how_to_run_on_the_cpu(monkeypatch, tmp_path):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(BlobError, match="found no GPU on this machine; to run it on the CPU set use_cpu true"):
+        BlobTrainingArguments(str(tmp_path), deepspeed={"zero_optimization": {"stage": 2}})
+    for use_cpu, variable in ((True, "0"), (False, "1")):
+        monkeypatch.setenv("ACCELERATE_USE_CPU", variable)
+        require_device(SimpleNamespace(deepspeed="zero2.json", use_cpu=use_cpu))
+
+
+def test_what_deepspeed_has_not_trained_is_evaluated_as_it_is(monkeypatch):
+    """transformers asks `is_deepspeed_enabled` for an engine, which ZeRO-0 to -2 have in training alone."""
+    for engine, zero3, inside in ((None, False, False), (None, True, True), ("an engine", False, True)):
+        monkeypatch.setattr("blob_hf.trainer.engines.is_deepspeed_zero3_enabled", lambda zero3=zero3: zero3)
+        trainer = SimpleNamespace(is_deepspeed_enabled=True, deepspeed=engine)
+        with pytest.raises(KeyError), plain_evaluation(trainer):
+            assert trainer.is_deepspeed_enabled is inside
+            raise KeyError
+        assert trainer.is_deepspeed_enabled
 
 
 def test_without_deepspeed_the_extra_is_named(monkeypatch, tmp_path):

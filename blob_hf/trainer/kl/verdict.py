@@ -21,9 +21,11 @@ MOVED = 0.05  # a std has moved when it changed by more than 5 %
 COLLAPSED = 0.05  # nats per weight: what a mean of 0 and a std at 78 % of the prior still have
 FORGOTTEN = 0.01  # nats by which the predictive is better than without the task: below, it has not learned it
 SMALL_STD = 0.01  # std / |mean|: below, a sample differs from the mean by less than 1 %
+DIVERGED = 1.0  # nats by which the training NLL has risen: a run that only forgets its task comes back to its start
 AGREE = 0.001  # the samples' own NLL is less than 0.1 % above that of their average
 
 ADVICE = {
+    "diverged": "take a lower learning_rate, or a longer warm-up; its predictions are worth nothing",
     "not applied": "take kl_learning_rate auto, a larger gamma or a smaller kl_cycle_steps",
     "prior collapse": "take a smaller kl_pull (or kl_learning_rate), or more steps",
     "deterministic": "take kl_learning_rate auto with a larger kl_pull, or fit posterior_scale",
@@ -47,6 +49,8 @@ class KLFigures:
         prior_std, std_start, std_end: sigma_p, and the means of Omega over all weights.
         share_moved: Share of the weights whose std changed by more than 5 %.
         std_to_mean: Median over the weights of Omega / |M|.
+        nll_start, nll_end: Means of the training NLL over the first and the last tenth of the steps, nats per example
+            or token.
         sample_gap: Mean NLL of single samples over that of their predictive, less 1; None without an evaluation.
         information_gain: How much smaller the predictive's NLL is than that of the label rates (of a language model:
             than the base model's without the adapter), nats per example or token; None if it was not looked at.
@@ -68,6 +72,8 @@ class KLFigures:
     std_end: float
     share_moved: float
     std_to_mean: float
+    nll_start: float | None = None
+    nll_end: float | None = None
     sample_gap: float | None = None
     information_gain: float | None = None
 
@@ -76,15 +82,25 @@ class KLFigures:
         """KL at the end, nats per weight."""
         return self.kl_end / self.num_weights
 
+    def shown(self) -> dict[str, str]:
+        """The figures in words, by what they are."""
+        found = {
+            "sum of the KL weights pi_t": f"{self.total_weight:.3g} over {self.steps / self.cycle_steps:.2f} cycles",
+            "KL per weight": f"{self.kl_start / self.num_weights:.3f} -> {self.kl_per_weight:.3f} nats",
+            "mean std / prior's": f"{self.std_start / self.prior_std:.3f} -> {self.std_end / self.prior_std:.3f}",
+            "stds that moved by more than 5 %": f"{100 * self.share_moved:.0f} %",
+            "median std / size of the mean": f"{self.std_to_mean:.3g}",
+        }
+        if self.nll_start is not None and self.nll_end is not None:
+            found["training NLL, first and last tenth"] = f"{self.nll_start:.3g} -> {self.nll_end:.3g} nats"
+        if self.std_by_kl_alone is not None:
+            found["a typical std by the KL alone"] = f"x {self.std_by_kl_alone:.3g}"
+        if self.sample_gap is not None:
+            found["single samples' NLL above their average's"] = f"{100 * self.sample_gap:.2f} %"
+        return found
+
     def __str__(self) -> str:
-        alone = "" if self.std_by_kl_alone is None else f" (x {self.std_by_kl_alone:.3g} by the KL alone)"
-        agree = "" if self.sample_gap is None else f", samples' NLL {100 * self.sample_gap:.2f} % above their average's"
-        return (
-            f"sum of pi_t {self.total_weight:.3g} over {self.steps / self.cycle_steps:.2f} cycles, KL per weight "
-            f"{self.kl_start / self.num_weights:.3f} -> {self.kl_per_weight:.3f} nats, mean std / prior "
-            f"{self.std_start / self.prior_std:.3f} -> {self.std_end / self.prior_std:.3f}{alone}, "
-            f"{100 * self.share_moved:.0f} % of the stds moved, median std / |mean| {self.std_to_mean:.3g}{agree}"
-        )
+        return ", ".join(f"{name} {value}" for name, value in self.shown().items())
 
 
 @dataclass(frozen=True)
@@ -97,7 +113,7 @@ class Verdict:
 
     def __str__(self) -> str:
         advice = ADVICE[self.name]
-        return f"KL verdict: {self.name} ({self.reason}){f'; {advice}' if advice else ''}. {self.figures}"
+        return f"KL verdict: {self.name}. {self.reason[:1].upper()}{self.reason[1:]}{f'; {advice}' if advice else ''}."
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -107,7 +123,7 @@ class Verdict:
 def judge(
     figures: KLFigures, sample_gap: float | None = None, information_gain: Callable[[], float | None] = lambda: None
 ) -> Verdict:
-    """Which of the four a posterior is; the first that fits, in the order of `ADVICE`.
+    """Which of the five a posterior is; the first that fits, in the order of `ADVICE`.
 
     Args:
         sample_gap: See `KLFigures`; without it "deterministic" goes by std / |mean|.
@@ -115,6 +131,8 @@ def judge(
             weights are at the prior. Without it their KL alone decides.
     """
     figures = replace(figures, sample_gap=sample_gap)
+    if reason := _divergence(figures):
+        return Verdict("diverged", reason, figures)
     alone = figures.std_by_kl_alone
     if alone is None and figures.exposure < LEAST_EXPOSURE:
         return Verdict("not applied", f"sum of pi_t < {LEAST_EXPOSURE:g}", figures)
@@ -135,6 +153,17 @@ def judge(
         return Verdict("deterministic", f"the samples' NLLs agree within {AGREE:.1%} of their predictive's", figures)
     differ = "not a point" if sample_gap is None else "the samples differ in what they predict"
     return Verdict("healthy", f"the KL was applied, and {differ}{near}", figures)
+
+
+def _divergence(figures: KLFigures) -> str:
+    """Why a training has diverged, "" if it has not."""
+    values = (figures.nll_end, figures.kl_end, figures.std_end, figures.sample_gap)
+    if any(value is not None and not math.isfinite(value) for value in values):
+        return "the posterior or its predictions are no longer finite numbers"
+    start, end = figures.nll_start, figures.nll_end
+    if start is None or end is None or end <= start + DIVERGED:
+        return ""
+    return f"the training NLL rose from {start:.3g} to {end:.3g} nats, by more than {DIVERGED:g}"
 
 
 def initial_stds(model: nn.Module) -> dict[str, Tensor]:
@@ -172,6 +201,7 @@ def measure(
             ratios.append((std / mean.abs()).flatten())
     statistics = posterior_statistics(model, prior_std).total
     std_start = sum(float(std.double().sum()) for std in start.values()) / statistics.num_weights
+    nlls, tenth = [row["nll"] for row in history], math.ceil(len(history) / 10)
     exposures = [row["kl_weight"] * row["lr_scale"] for row in history]
     alone = None
     if kl_learning_rate is not None and abs(math.log(prior_std / std_start)) > 2 * MOVED:
@@ -194,6 +224,8 @@ def measure(
         std_end=statistics.mean_std,
         share_moved=moved / statistics.num_weights,
         std_to_mean=float(torch.cat(ratios).median()),
+        nll_start=math.fsum(nlls[:tenth]) / tenth,
+        nll_end=math.fsum(nlls[-tenth:]) / tenth,
     )
 
 

@@ -43,6 +43,12 @@ HEALTHY = KLFigures(
         ({"std_to_mean": 5.0}, 0.0009, None, "deterministic"),
         ({"std_to_mean": 0.0099}, 0.0011, None, "healthy"),
         ({"std_to_mean": 0.001, "std_by_kl_alone": 1.0}, None, None, "not applied"),  # the cause goes first
+        # what has diverged is nothing else, too
+        ({"nll_start": 0.7, "nll_end": 1.69}, 0.2, None, "healthy"),
+        ({"nll_start": 0.7, "nll_end": 1.71}, 0.2, None, "diverged"),
+        ({"nll_start": 0.7, "nll_end": 1e9, "std_by_kl_alone": 1.0, "kl_end": 1.0}, 0.0, None, "diverged"),
+        ({"nll_start": 0.7, "nll_end": 0.1, "std_end": math.nan}, 0.2, None, "diverged"),
+        ({}, math.inf, None, "diverged"),
     ],
 )
 def test_thresholds(changes, gap, gain, name):
@@ -65,7 +71,7 @@ def synthetic(mean, std, prior_std=0.2):
     for layer in gaussian_layers(model).values():
         layer.weight.data.fill_(mean)
         layer.set_std(torch.full_like(layer.weight, std))
-    row = {"kl": 1.0, "kl_weight": 1.0, "kl_loss": 1.0, "elbo": 2.0, "lr_scale": 1.0}
+    row = {"nll": 1.0, "kl": 1.0, "kl_weight": 1.0, "kl_loss": 1.0, "elbo": 2.0, "lr_scale": 1.0}
     return measure(model, prior_std, "square", KLSchedule("uniform", 2), [row] * 3, start, 0.002), model
 
 
@@ -95,7 +101,7 @@ def test_a_posterior_that_began_at_the_prior_is_judged_by_the_exposure():
     model = blob_bert()
     for layer in gaussian_layers(model).values():
         layer.set_std(torch.full_like(layer.weight, 0.2))
-    row = {"kl": 1.0, "kl_weight": 1.0, "kl_loss": 1.0, "elbo": 2.0, "lr_scale": 1.0}
+    row = {"nll": 1.0, "kl": 1.0, "kl_weight": 1.0, "kl_loss": 1.0, "elbo": 2.0, "lr_scale": 1.0}
     found = measure(model, 0.2, "square", KLSchedule("uniform", 2), [row] * 3, initial_stds(model), 0.002)
     assert found.std_by_kl_alone is None and judge(found).name != "not applied"
     never = replace(found, exposure=0.0)
@@ -109,7 +115,7 @@ def test_stds_that_stayed_are_not_counted_as_moved():
     with torch.no_grad():
         layers[0].rho[:4] *= 1.04**0.5  # 4 %
         layers[0].rho[4:] *= 1.06**0.5  # 6 %: half of the layer's 8 rows
-    row = {"kl": 1.0, "kl_weight": 1.0, "kl_loss": 1.0, "elbo": 2.0, "lr_scale": 1.0}
+    row = {"nll": 1.0, "kl": 1.0, "kl_weight": 1.0, "kl_loss": 1.0, "elbo": 2.0, "lr_scale": 1.0}
     found = measure(model, 0.2, "square", KLSchedule("uniform", 2), [row], start, 0.002)
     # bfloat16 keeps the start to 0.4 %, so that 4 % and 6 % stay on their sides of 5 %
     assert found.share_moved == pytest.approx(layers[0].rho[4:].numel() / found.num_weights)
@@ -183,3 +189,12 @@ def test_plain_lora_has_no_verdict(tmp_path):
     run = make_trainer(tmp_path, lora, point_estimate=True)
     run.train()
     assert run.kl_verdict is None
+
+
+def test_a_learning_rate_that_is_far_too_high_has_diverged(tmp_path):
+    run = make_trainer(tmp_path, max_steps=10, learning_rate=1e6, warmup_steps=0, lr_scheduler_type="constant")
+    run.train()
+    figures, nlls = run.kl_verdict.figures, [row["nll"] for row in run.kl.history.rows]
+    assert run.kl_verdict.name == "diverged" and "lower learning_rate" in str(run.kl_verdict)
+    assert figures.nll_start == pytest.approx(nlls[0]) and figures.nll_end == pytest.approx(nlls[-1])
+    assert figures.nll_end > figures.nll_start + 1
