@@ -14,6 +14,12 @@ from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
 
 SETTINGS_FILE = "run_settings.json"
+# How something is loaded, shown or predicted, not which adapter comes out; a token is nobody's business.
+_NOT_DEFINING = (
+    "laplace_predictive", "compare_lora", "token", "cache_dir", "use_fast_tokenizer", "trust_remote_code",
+    "ignore_mismatched_sizes", "overwrite_cache", "preprocessing_num_workers", "pad_to_max_length",
+    "val_max_target_length", "ignore_pad_token_for_loss",
+)  # fmt: skip
 _NOT_GIVEN = "trainer_output"  # transformers' default
 
 
@@ -47,8 +53,10 @@ def claim_output_dir(args: BlobTrainingArguments, fresh: bool, *others: Any) -> 
         settings["beta"] = args.prior_std
     for arguments in others:
         settings.update(dataclasses.asdict(arguments))
-    for name in ("laplace_predictive", "compare_lora"):  # how it predicts or is shown, not which adapter it is
+    for name in _NOT_DEFINING:
         settings.pop(name, None)
+    if "train_head" in settings:
+        settings["train_head"] = settings["train_head"] == "true"
     folder = Path(str(args.output_dir))
     known = (folder / SETTINGS_FILE).is_file()
     if not known and (
@@ -58,6 +66,7 @@ def claim_output_dir(args: BlobTrainingArguments, fresh: bool, *others: Any) -> 
             f"{folder} holds a run whose settings are unknown (no {SETTINGS_FILE}); choose another --output_dir"
         )
     defaults = {field.name: field.default for part in (args, *others) for field in dataclasses.fields(part)}
+    defaults["train_head"] = False  # before there was a choice
     claim_folder(folder, settings, args.should_save, defaults)
 
 

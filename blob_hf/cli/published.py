@@ -10,12 +10,14 @@ from blob_hf.trainer.training_args import Arguments, changed_arguments
 
 logger = logging.getLogger(__name__)
 
+PUBLISHED_TASKS = ("rte", "mrpc", "cola", "wic", "boolq")  # the paper's
+
 # A run that changes one of these is not a published one.
 _PUBLISHED = frozenset(
     {
         "model_name_or_path", "config_name", "dataset_name", "train_file", "demo", "max_train_samples", "max_steps",
         "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "per_device_train_batch_size",
-        "gradient_accumulation_steps", "kl_schedule", "kl_cycle_steps", "kl_pull",
+        "gradient_accumulation_steps", "kl_schedule", "kl_cycle_steps", "kl_pull", "model_revision",
     }
 )  # fmt: skip
 
@@ -33,6 +35,10 @@ def with_kl_rate(args: Arguments, *others: Any, varied: Collection[str] = ()) ->
         for one in dataclasses.fields(part)
         if one.name in _PUBLISHED and getattr(part, one.name) != one.default
     ]
+    if args.max_steps <= 0 and "max_steps" in changed:
+        logger.info("training for %g epochs; the default number of steps is switched off", args.num_train_epochs)
+    if any(getattr(part, "train_head", "auto") == "true" for part in others):
+        changed.append("train_head")
     changed += _PUBLISHED.union({"kl_learning_rate"}).intersection(varied)
     if args.kl_learning_rate != "auto" or changed:
         return args

@@ -31,7 +31,7 @@ MEMBERS_FOLDER = "_members"  # of a run: the trainings of an ensemble's members;
 
 # What a method that trains nothing does not read (and what `--demo` does not set for all methods).
 _TRAINING_FLAGS = frozenset(
-    {"lora_r", "lora_alpha", "lora_dropout", "target_modules", "weight_decay", "resume_from_checkpoint"}
+    {"lora_r", "lora_alpha", "lora_dropout", "target_modules", "train_head", "weight_decay", "resume_from_checkpoint"}
 )
 _SAMPLING_FLAGS = frozenset({"eval_samples", "eval_seed", "antithetic", "posterior_batch_size"})
 

@@ -29,8 +29,9 @@ class BlobCallback(TrainerCallback):
         self, args: BlobTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
-        if args.metric_for_best_model and trainer.compute_metrics is None and not isinstance(trainer.eval_dataset, dict):
-            check_metric(args.metric_for_best_model, ALWAYS_MEASURED)
+        metric = args.metric_for_best_model
+        if metric and trainer.compute_metrics is None and not isinstance(trainer.eval_dataset, dict):
+            check_metric(metric, [*ALWAYS_MEASURED, *(["nll_sample_std"] if trainer.model.can_generate() else [])])
         if not args.base_dropout:
             self._dropout.enter_context(no_base_dropout(trainer.model))
         if trainer.kl is not None:

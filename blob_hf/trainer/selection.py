@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from blob_hf.utils.errors import BlobError
 
 # Last words of the names of metrics of which less is better.
-_LOWER = frozenset("loss nll kl ece brier error fpr95 perplexity mse rmse mae wer cer".split())
+_LOWER = frozenset(
+    ["loss", "nll", "kl", "ece", "brier", "error", "fpr95", "perplexity", "mse", "rmse", "mae", "wer", "cer"]
+)
 _NO_MEASURE = ("runtime", "per_second", "preparation_time", "num_samples", "epoch")
 # What an evaluation of a `BlobTrainer` measures whatever compute_metrics adds.
 ALWAYS_MEASURED = ("loss", "nll", "mean_nll", "sample_nll")

@@ -114,8 +114,9 @@ class BlobTrainerMixin(_Base):
     ) -> None:
         self.point_estimate = point_estimate
         adopted = None if model is None else _adopt(model)
+        own = as_blob_arguments(args, self.arguments_class)
         super().__init__(
-            adopted, as_blob_arguments(args, self.arguments_class), data_collator, train_dataset, eval_dataset, processing_class,
+            adopted, own, data_collator, train_dataset, eval_dataset, processing_class,
             model_init,  # type: ignore[arg-type]
             compute_loss_func, compute_metrics, callbacks, optimizers, **kwargs,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What people do with a transformers Trainer by habit: the course's compute_metrics, plain arguments, searches, logs."""
+"""What people do with a Trainer by habit: the course's compute_metrics, plain arguments, searches, logs."""
 
 import pickle
 from types import SimpleNamespace
