@@ -27,8 +27,8 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     Args:
         prediction: Its predictions are `ClassPredictions`.
     """
-    found, labels = cast(ClassPredictions, prediction.predictions), np.asarray(prediction.label_ids)
-    return metrics.classification_metrics(found.log_probs, found.sample_log_probs, found.mean_log_probs, labels)
+    log_probs, samples, mean = cast(ClassPredictions, prediction.predictions)
+    return metrics.classification_metrics(log_probs, samples, mean, np.asarray(prediction.label_ids))
 
 
 def check_best_metric(args: BlobTrainingArguments) -> None:
