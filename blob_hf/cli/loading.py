@@ -48,7 +48,8 @@ class LoadingArguments:
 
     def load_config(self, name: str, **changes: Any) -> PreTrainedConfig:
         """The config of a base model, or the one of config_name."""
-        with fetching("config", self.config_name or name, "--config_name" if self.config_name else MODEL_FLAG):
+        what, flag = ("config", "--config_name") if self.config_name else ("model", MODEL_FLAG)
+        with fetching(what, self.config_name or name, flag):
             return AutoConfig.from_pretrained(self.config_name or name, **self.hub(), **changes)
 
     def load_tokenizer(self, name: str) -> PreTrainedTokenizerBase:
