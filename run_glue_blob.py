@@ -7,14 +7,9 @@ M = int(100 * n**(pi/gamma) / global batch size): larger gamma, shorter cycle, m
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    set_seed,
-)
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
 from blob_hf import BlobTrainer, BlobTrainingArguments, cli
 from blob_hf.cli.artifacts import CLASSIFICATION_METRICS, ClassifierRun
@@ -26,8 +21,6 @@ from blob_hf.data.loading import FORMATS, first_rows, hold_out
 from blob_hf.data.tasks import TASKS, find_task
 from blob_hf.reporting.run_summary import DataSource
 from blob_hf.tuner.base_model import named_classes
-from blob_hf.tuner.config import default_target_modules
-from blob_hf.utils.hub import fetching
 
 DEMO = {
     "model_name_or_path": str(demo.BACKBONE_DIR),
@@ -51,7 +44,7 @@ class ModelArguments(cli.AdapterArguments):
 
 
 @dataclass
-class DataArguments:
+class DataArguments(cli.RowArguments):
     """Which data, and how much of it."""
 
     task_name: str | None = field(
@@ -76,12 +69,19 @@ class DataArguments:
         },
     )
     text_columns: list[str] | None = field(
-        default=None, metadata={"help": "One or two text columns. Default: those that can only be meant."}
+        default=None,
+        metadata={
+            "help": "One or two text columns. Default: those that can only be meant.",
+            "aliases": ["--text_column_names", "--text-column-names", "--text_column"],
+        },
     )
-    label_column: str = field(default="label", metadata={"help": "Label column."})
-    max_length: int = field(default=256, metadata={"help": "Longest input in tokens."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first rows for training."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first rows for evaluation."})
+    label_column: str = field(
+        default="label",
+        metadata={"help": "Label column.", "aliases": ["--label_column_name", "--label-column-name"]},
+    )
+    max_length: int = field(
+        default=256, metadata={"help": "Longest input in tokens.", "aliases": ["--max_seq_length", "--max-seq-length"]}
+    )
     ood_tasks: list[str] | None = field(
         default=None, metadata={"help": "Other tasks: does the uncertainty tell their inputs from the own ones?"}
     )
@@ -112,6 +112,7 @@ def main() -> None:
     parsed = cli.parse_arguments(types, DEMO, __doc__)
     model_args, data_args, method_args, training_args, search_args = parsed
     check_backend(search_args)
+    cli.check_best_metric(training_args)
     cli.setup_logging(training_args.should_log)
     varied = [part.partition("=")[0] for part in search_args.hp_space or []]
     training_args = cli.with_kl_rate(training_args, model_args, data_args, varied=varied)
@@ -130,9 +131,13 @@ def main() -> None:
     folder = route.folder_name(source.name.replace(" ", "-"), training_args)
     training_args = cli.with_output_dir(training_args, folder, model_args.adapter_name_or_path)
     adapter = cli.starting_adapter(route, model_args, method_args, training_args)
+    base_name = model_args.model_name_or_path
+    model_args = cli.with_saved_revision(model_args, base_name, adapter)
+    model_args = cli.settle_head(model_args, task_name, fresh=adapter is None)
+    columns = cli.split_names(data_args.text_columns)
     held_out_file = {"calibration": data_args.calibration_file} if data_args.calibration_file else {}
     data = load_classification(
-        task_name, {**files, **held_out_file}, data_args.text_columns, data_args.label_column, dataset=dataset,
+        task_name, {**files, **held_out_file}, columns, data_args.label_column, dataset=dataset,
         delimiter=data_args.delimiter, classes=cli.known_classes(adapter), with_test=training_args.asks_to_predict,
     )  # fmt: skip
     if search_args.hp_search:
@@ -141,40 +146,40 @@ def main() -> None:
         cli.require_split(data.splits, "train")
     claim = cli.claim_output_dir(training_args, adapter is None, method_args, model_args, data_args)
     for split in data.splits:
-        limit = data_args.max_train_samples if split == "train" else data_args.max_eval_samples
-        data.splits[split] = first_rows(data.splits[split], None if split == "calibration" else limit)
+        data.splits[split] = data_args.chosen(data.splits[split], split)
     holds_out = route.holds_out(method_args) and (training_args.do_train or bool(held_out_file))
     if holds_out and "calibration" not in data.splits:
         hold_out(data.splits, method_args.calibration_samples)
 
     # ----- model -----
     set_seed(training_args.seed)
-    base_name = model_args.model_name_or_path
-    with fetching("model", base_name, "--model_name_or_path"):
-        config = AutoConfig.from_pretrained(base_name)
-        tokenizer = AutoTokenizer.from_pretrained(base_name)
+    config = model_args.load_config(base_name)
+    tokenizer = model_args.load_tokenizer(base_name)
     data = with_names(data, named_classes(config.id2label) if adapter is None else None)
     config.id2label = dict(enumerate(data.label_names))
     config.label2id = {name: index for index, name in config.id2label.items()}
     data.log()
     others = [*(data_args.ood_tasks or []), *(data_args.ood_file or [])]
     shifted = load_shifted(others, data, data_args.label_column)
-    tokenized = tokenize_classification(data, tokenizer, data_args.max_length)
+    tokenized = tokenize_classification(data, tokenizer, data_args.max_length, **data_args.mapping())
     shifted = {
         name: first_rows(
             tokenize_classification(other, tokenizer, data_args.max_length)["shifted"], data_args.max_eval_samples
         )
         for name, other in shifted.items()
     }
-    targets = model_args.target_modules or default_target_modules(config.model_type, "classification")
+    collator = DataCollatorWithPadding(tokenizer)
+    if data_args.pad_to_max_length:
+        longest = min(data_args.max_length, tokenizer.model_max_length)
+        collator = cli.FixedLengths(collator, tokenizer, longest)
 
     def make_model(trial=None):
         return adapted_model(route)
 
     def adapted_model(route):
-        with fetching("model", base_name, "--model_name_or_path"):
-            base = AutoModelForSequenceClassification.from_pretrained(base_name, config=config, dtype=model_args.dtype)
-        return cli.make_model(route, base, model_args, method_args, training_args, targets, "SEQ_CLS", adapter)
+        kind, dtype = AutoModelForSequenceClassification, model_args.dtype
+        base = model_args.load_model(kind, base_name, config=config, dtype=dtype)
+        return cli.make_model(route, base, model_args, method_args, training_args, "SEQ_CLS", adapter)
 
     train_rows = tokenized.get("train") if training_args.do_train else None
     held_out = tokenized.get("calibration") if holds_out else None
@@ -185,7 +190,7 @@ def main() -> None:
             model=None if model_init else model,
             args=route.arguments(args, train_rows),
             model_init=model_init,
-            data_collator=DataCollatorWithPadding(tokenizer),
+            data_collator=collator,
             train_dataset=train_rows,
             eval_dataset=held_out if callbacks else tokenized.get("validation"),
             callbacks=callbacks,

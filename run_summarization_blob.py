@@ -10,14 +10,14 @@ M = int(100 * n**(pi/gamma) / global batch size): larger gamma, shorter cycle, m
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
+from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, set_seed
 
 from blob_hf import BlobError, BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments, cli
 from blob_hf.cli.artifacts import SUMMARIZATION_METRICS, SummarizerRun
 from blob_hf.cli.bases import config_from_name, kept_base
 from blob_hf.cli.evaluation import rouge_compute_metrics, summaries_report
 from blob_hf.data import demo
-from blob_hf.data.loading import FORMATS, first_rows, hold_out
+from blob_hf.data.loading import FORMATS, hold_out
 from blob_hf.data.summarization import (
     DEFAULT_PROMPT,
     Prompt,
@@ -30,8 +30,6 @@ from blob_hf.data.summarization import (
 from blob_hf.metrics.bertscore import PUBLISHED_MODEL, BertScorer
 from blob_hf.metrics.similarity import rouge_utility
 from blob_hf.reporting.run_summary import DataSource
-from blob_hf.tuner.config import default_target_modules
-from blob_hf.utils.hub import fetching
 
 DEMO = {
     "model_name_or_path": str(demo.BACKBONE_DIR),
@@ -52,21 +50,23 @@ DEMO = {
 class ModelArguments(cli.AdapterArguments):
     """Which model, and which adapter on it."""
 
-    model_name_or_path: str = field(
+    model_name_or_path: str | None = field(
         default="facebook/bart-base", metadata={"help": "Base model: Hub id or local folder."}
     )
     config_name: str | None = field(
         default=None,
-        metadata={"help": "Build an untrained base model from this model type (e.g. bart) or config folder instead."},
+        metadata={
+            "help": "Config, if not the base model's; without --model_name_or_path an untrained base model is built "
+            "from it, a model type (e.g. bart) or a folder."
+        },
     )
     config_overrides: str | None = field(
         default=None, metadata={"help": "Changes to --config_name, for example d_model=256,encoder_layers=3."}
     )
-    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not the base model's."})
 
 
 @dataclass
-class DataArguments:
+class DataArguments(cli.TextArguments):
     """Which dialogues, how they are read and how summaries are written."""
 
     dataset_name: str | None = field(
@@ -90,9 +90,6 @@ class DataArguments:
         metadata={"help": "What --decoding mbr maximises.", "choices": ["rouge1", "rouge2", "rougeL", "bertscore"]},
     )
     bertscore_model: str = field(default=PUBLISHED_MODEL, metadata={"help": "Encoder for --mbr_utility bertscore."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first rows for training."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first dialogues to evaluate."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first dialogues to predict."})
     compare_base: bool = field(default=False, metadata={"help": "Also evaluate the model as it was before training."})
     demo: bool = field(default=False, metadata={"help": "Run on embedded data and a tiny embedded model, no network."})
 
@@ -108,12 +105,15 @@ class TrainingArguments(cli.PublishedDefaults, BlobSeq2SeqTrainingArguments):
 def main() -> None:
     parsed = cli.parse_arguments((ModelArguments, DataArguments, cli.MethodArguments, TrainingArguments), DEMO, __doc__)
     model_args, data_args, method_args, training_args = parsed
+    cli.check_best_metric(training_args)
     cli.setup_logging(training_args.should_log)
     training_args = cli.with_kl_rate(training_args, model_args, data_args)
     route = cli.choose_route(model_args, method_args, training_args)
     route.check_run(method_args, training_args)
     cli.check_texts(route, method_args, training_args)
     cli.warn_of_ignored(route, method_args, training_args, model_args)
+
+    data_args.warn_of_unused()
 
     # ----- data -----
     files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
@@ -135,30 +135,34 @@ def main() -> None:
     folder = route.folder_name(source.name.replace(" ", "-"), training_args)
     training_args = cli.with_output_dir(training_args, folder, model_args.adapter_name_or_path)
     adapter = cli.starting_adapter(route, model_args, method_args, training_args)
+    model_args = cli.with_saved_revision(model_args, model_args.model_name_or_path, adapter)
     if training_args.do_train:
         cli.require_split(splits, "train")
     claim = cli.claim_output_dir(training_args, adapter is None, method_args, model_args, data_args)
     if training_args.do_train:
-        splits["train"] = first_rows(splits["train"], data_args.max_train_samples)
+        splits["train"] = data_args.chosen(splits["train"], "train")
     holds_out = training_args.do_train and route.holds_out(method_args)
     if holds_out:
         hold_out(splits, method_args.calibration_samples)
 
     # ----- model -----
     set_seed(training_args.seed)
-    base, tokenizer = load_base(model_args, training_args)
-    targets = model_args.target_modules or default_target_modules(base.config.model_type, "summarization")
+    base, tokenizer = load_base(model_args, data_args, training_args)
 
     def make_model():
-        fresh = load_base(model_args, training_args)[0]
-        return cli.make_model(route, fresh, model_args, method_args, training_args, targets, "SEQ_2_SEQ_LM", adapter)
+        fresh = load_base(model_args, data_args, training_args)[0]
+        return cli.make_model(route, fresh, model_args, method_args, training_args, "SEQ_2_SEQ_LM", adapter)
 
     # ----- rows: one per reference to train on and to score, one per dialogue to generate from -----
     positions = getattr(base.config, "max_position_embeddings", None) or data_args.max_source_length
     max_source_length = min(data_args.max_source_length, positions)
     lengths = (max_source_length, data_args.max_target_length)
-    limits = {"validation": data_args.max_eval_samples, "test": data_args.max_predict_samples}
-    dialogues = {name: group_dialogues(splits[name], limits[name]) for name in limits if name in splits}
+    eval_lengths = (max_source_length, data_args.val_max_target_length or data_args.max_target_length)
+    collator = DataCollatorForSeq2Seq(tokenizer, model=base)
+    if data_args.pad_to_max_length:
+        collator = cli.FixedLengths(collator, tokenizer, max_source_length, max(lengths[1], eval_lengths[1]))
+    evaluated = [name for name in ("validation", "test") if name in splits]
+    dialogues = {name: group_dialogues(splits[name], data_args.limit(name)) for name in evaluated}
     train_rows = None
     if training_args.do_train:
         train_rows = scoring_rows(single_references(splits["train"]), tokenizer, prompt, *lengths)
@@ -166,14 +170,14 @@ def main() -> None:
         scoring_rows(single_references(splits["calibration"]), tokenizer, prompt, *lengths) if holds_out else None
     )
     referenced = {name: group for name, group in dialogues.items() if any(dialogue.references for dialogue in group)}
-    scored = {name: scoring_rows(group, tokenizer, prompt, *lengths) for name, group in referenced.items()}
+    scored = {name: scoring_rows(group, tokenizer, prompt, *eval_lengths) for name, group in referenced.items()}
 
     def make_trainer(model, args=training_args):
         args, callbacks = cli.early_stopping(route, args, method_args, len(train_rows or []))
         return BlobSeq2SeqTrainer(
             model=model,
             args=route.arguments(args, train_rows),
-            data_collator=DataCollatorForSeq2Seq(tokenizer, model=base),
+            data_collator=collator,
             train_dataset=train_rows,
             eval_dataset=held_out if callbacks else scored.get("validation"),
             callbacks=callbacks,
@@ -189,7 +193,7 @@ def main() -> None:
     if training_args.decoding == "mbr":
         is_bertscore = data_args.mbr_utility == "bertscore"
         utility = BertScorer(data_args.bertscore_model) if is_bertscore else rouge_utility(data_args.mbr_utility)
-    decoding = {"num_beams": data_args.num_beams, "max_new_tokens": data_args.max_new_tokens or lengths[1]}
+    decoding = {"num_beams": data_args.num_beams, "max_new_tokens": data_args.max_new_tokens or eval_lengths[1]}
     if data_args.num_beams > 1:
         decoding["length_penalty"] = data_args.length_penalty
 
@@ -205,7 +209,7 @@ def main() -> None:
         return scores | {f"{prefix}_{name}": value for name, value in metrics.items()}, predictions
 
     # ----- train, evaluate, report -----
-    base_name = model_args.config_name or model_args.model_name_or_path
+    base_name = model_args.model_name_or_path or model_args.config_name
     settings = {"prompt": repr(data_args.prompt), "max source, target": lengths, "decoding": decoding}
     job = cli.Job(training_args, method_args, make_model, make_trainer, held_out)
     license = model_args.adapter_license
@@ -239,19 +243,20 @@ def main() -> None:
     run.finish()
 
 
-def load_base(model_args, training_args):
+def load_base(model_args, data_args, training_args):
     """The base model and its tokenizer: pretrained, or untrained from a config (then kept in the run folder)."""
-    name = model_args.model_name_or_path
-    tokenizer_name = model_args.tokenizer_name or (None if model_args.config_name else name)
-    if tokenizer_name is None:
+    name, config_name = model_args.model_name_or_path, model_args.config_name
+    if name is None and model_args.tokenizer_name is None:
         raise BlobError("--config_name builds an untrained model: name its tokenizer with --tokenizer_name")
-    with fetching("tokenizer", tokenizer_name, "--tokenizer_name"):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
-    if model_args.config_name is None:
-        with fetching("model", name, "--model_name_or_path"):
-            return AutoModelForSeq2SeqLM.from_pretrained(name, dtype=model_args.dtype), tokenizer
-    config = config_from_name(model_args.config_name, model_args.config_overrides, tokenizer)
-    return kept_base(config, tokenizer, training_args), tokenizer
+    tokenizer = model_args.load_tokenizer(name)
+    if name is None:
+        config = config_from_name(config_name, model_args.config_overrides, tokenizer)
+        base = kept_base(config, tokenizer, training_args)
+    else:
+        own = {"config": model_args.load_config(name)} if config_name else {}
+        base = model_args.load_model(AutoModelForSeq2SeqLM, name, dtype=model_args.dtype, **own)
+    data_args.set_language(base, tokenizer)
+    return base, tokenizer
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from blob_hf.baselines.base import read_facts
 from blob_hf.baselines.temperature import Temperatures
+from blob_hf.cli.loading import LoadingArguments
 from blob_hf.trainer.training_args import BlobTrainingArguments
 from blob_hf.tuner.adapter_files import read_config, resolve
 from blob_hf.tuner.base_model import saved_class_names
@@ -19,10 +20,12 @@ from blob_hf.tuner.model import BlobModel, bayesianize, load_lora
 from blob_hf.tuner.posterior import gaussian_layers
 from blob_hf.utils.errors import BlobError
 
+TRAIN_HEAD = ("auto", "true", "false")
+
 
 @dataclass
-class AdapterArguments:
-    """The adapter: LoRA's shape and the posterior's form."""
+class AdapterArguments(LoadingArguments):
+    """The adapter: what it is put on, LoRA's shape and the posterior's form."""
 
     dtype: str = field(
         default="auto",
@@ -48,6 +51,14 @@ class AdapterArguments:
         default=None,
         metadata={"help": "Continue from (or, without --do_train, evaluate) this adapter, BLoB or plain LoRA."},
     )
+    train_head: str = field(
+        default="auto",
+        metadata={
+            "help": "Classifier: train its head in full (true), or keep it frozen under LoRA (false). auto: as "
+            "published for the published tasks, as --target_modules says if given, else true.",
+            "choices": list(TRAIN_HEAD),
+        },
+    )
     adapter_license: str | None = field(default=None, metadata={"help": "License named in the model card."})
 
 
@@ -56,7 +67,10 @@ class PublishedDefaults:
     """Training arguments whose published values differ from transformers' defaults (reference: [W], [K])."""
 
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW (the NLL's)."})
-    warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up: steps, or a fraction of all if below 1."})
+    warmup_steps: float = field(
+        default=0.06,
+        metadata={"help": "Warm-up: steps, or a fraction of all if below 1.", "aliases": ["--warmup_ratio"]},
+    )
     adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
     logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Keep at most so many checkpoints."})
@@ -125,6 +139,7 @@ def lora_settings(adapter_args: AdapterArguments, default_dropout: float = 0.0) 
         "r": adapter_args.lora_r,
         "lora_alpha": adapter_args.lora_alpha,
         "lora_dropout": default_dropout if dropout is None else dropout,
+        "revision": adapter_args.revision,
     }
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from blob_hf.cli.flags import RENAMED, check_known, explain
+from blob_hf.cli.implied import implied
 from blob_hf.cli.limits import check_numbers
 from blob_hf.utils.errors import BlobError
 
@@ -30,7 +33,7 @@ def parse_arguments(
         pass_on: Return the arguments that no dataclass knows as a list at the end, instead of refusing them.
 
     Raises:
-        BlobError: A value or a configuration key that the dataclasses refuse.
+        BlobError: A value, a flag or a configuration key that the dataclasses refuse.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(list(types), description=description, allow_abbrev=not pass_on)
@@ -39,6 +42,11 @@ def parse_arguments(
             argv = _as_argv(_read_config(argv[0]))
         if "--demo" in argv:
             parser.set_defaults(**demo)
+        values, rest = parser.parse_known_args(argv)
+        if not pass_on:
+            check_known(rest, parser.options)
+        follows = implied(_given(types, argv), vars(values))
+        parser.set_defaults(**{name: value for name, value in follows.items() if name in values})
         parsed = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=pass_on)
     except BlobError:
         raise
@@ -48,10 +56,25 @@ def parse_arguments(
     return parsed
 
 
+def _given(types: Sequence[Any], argv: Sequence[str]) -> set[str]:
+    """Names of the arguments that were typed, whatever their values."""
+    parser = _Parser(list(types))
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_known_args(argv)[0]))
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose complaints are one line instead of the whole usage."""
 
+    @property
+    def options(self) -> set[str]:
+        """Every flag that it knows, with its dashes."""
+        return {option for action in self._actions for option in action.option_strings}
+
     def error(self, message: str) -> NoReturn:
+        if (found := re.match(r"ambiguous option: --(\w+)", message)) and found[1] in RENAMED:
+            raise BlobError(explain(f"--{found[1]}", self.options))
         raise BlobError(f"{message} (--help lists the arguments)")
 
 

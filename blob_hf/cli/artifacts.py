@@ -38,6 +38,7 @@ from blob_hf.reporting.run_summary import DataSource, Results
 from blob_hf.reporting.tables import results_table, to_text
 from blob_hf.trainer.engines import require_whole_models, shutdown
 from blob_hf.trainer.kl.history import FILE_NAME
+from blob_hf.trainer.predictions import ClassPredictions
 from blob_hf.trainer.summary import summarize
 from blob_hf.trainer.trainer import BlobTrainer
 from blob_hf.utils import files
@@ -231,8 +232,8 @@ class ClassifierRun(Run):
         if rows is not None:
             output = self.trainer.predict(rows, metric_key_prefix="calibration")
             self.trainer.save_metrics("calibration", output.metrics)
-            predictions, labels = cast(tuple[np.ndarray, ...], output.predictions), np.asarray(output.label_ids)
-            found = [fit_temperature(predictions[kind], labels) for kind in (0, 2)]  # of the samples, of the mean
+            predictions, labels = cast(ClassPredictions, output.predictions), np.asarray(output.label_ids)
+            found = [fit_temperature(scores, labels) for scores in (predictions.log_probs, predictions.mean_log_probs)]
             model.set_companion(Temperatures(*found))
             if self.writes:
                 Temperatures(*found).save(model, self.folder)
@@ -338,7 +339,7 @@ class ClassifierRun(Run):
             texts: The inputs.
             names: Of the classes.
         """
-        scores, others, labels = ours.predictions[0], rival.predictions[0], np.asarray(ours.label_ids)
+        scores, others, labels = ours.predictions.log_probs, rival.predictions.log_probs, np.asarray(ours.label_ids)
         self.trainer.save_metrics("lora", rival.metrics)
         table = comparison_table(scores, others, labels, f"{self.route.name}, N={self.num_samples}")
         title = f"{self.data.name}, validation: against plain LoRA, all else equal"
@@ -355,10 +356,10 @@ class ClassifierRun(Run):
         """
         prefix = f"ood_{name}"
         metrics = dict(outside.metrics or {})
-        reports = {"": 1, "mean_": 2} if self.num_samples else {"mean_": 2}
+        reports = {"": "sample_log_probs"} if self.num_samples else {}
         scores: dict[str, tuple[Any, Any]] = {}
-        for kind, field in reports.items():
-            pair = [output.predictions[field] for output in (inside, outside)]
+        for kind, field in (reports | {"mean_": "mean_log_probs"}).items():
+            pair = [getattr(output.predictions, field) for output in (inside, outside)]
             own, other = pair if kind == "" else [np.expand_dims(one, 1) for one in pair]
             metrics |= {f"{prefix}_{kind}{key}": value for key, value in detection_report(own, other).items()}
             title = f"{self.num_samples} samples" if kind == "" else "posterior mean (N=0)"
@@ -369,9 +370,10 @@ class ClassifierRun(Run):
         shifted = [metric for metric in CLASSIFICATION_METRICS if f"{prefix}_mean_{metric}" in metrics]
         table = results_table(metrics, prefix, shifted + detected, self.num_samples)
         table = table.dropna(how="all").dropna(how="all", axis="columns")
-        count = len(outside.predictions[0])
+        log_probs, _, mean = outside.predictions
+        count = len(mean)
         self.results.append(Results(f"out of distribution: {name} ({count} examples)", name, table, in_index=False))
-        self._write_predictions(prefix, outside.predictions[0], outside.predictions[2], outside.label_ids)
+        self._write_predictions(prefix, log_probs, mean, outside.label_ids)
         own, other = ({title: pair[i] for title, pair in reversed(scores.items())} for i in (0, 1))
         self.add_plot(prefix, lambda path: plot_shift(own, other, (self.data.name, name), path))
 

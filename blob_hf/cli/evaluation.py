@@ -15,6 +15,9 @@ from blob_hf.inference.uncertainty import SEQUENCE_SCORES
 from blob_hf.metrics.similarity import Utility
 from blob_hf.metrics.summaries import Predictive
 from blob_hf.metrics.summarization import ROUGE_TYPES
+from blob_hf.trainer.predictions import ClassPredictions
+from blob_hf.trainer.selection import ALWAYS_MEASURED, check_metric
+from blob_hf.trainer.training_args import BlobSeq2SeqTrainingArguments, BlobTrainingArguments
 from blob_hf.utils.names import MEAN
 
 
@@ -22,10 +25,26 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """compute_metrics of a `BlobTrainer` for a classifier: `metrics.classification_metrics` of its predictions.
 
     Args:
-        prediction: Its predictions are (log_probs, sample_log_probs, mean_log_probs).
+        prediction: Its predictions are `ClassPredictions`.
     """
-    log_probs, samples, mean = cast(tuple[NDArray[np.floating], ...], prediction.predictions)
+    log_probs, samples, mean = cast(ClassPredictions, prediction.predictions)
     return metrics.classification_metrics(log_probs, samples, mean, np.asarray(prediction.label_ids))
+
+
+def check_best_metric(args: BlobTrainingArguments) -> None:
+    """Refuse a metric_for_best_model that the scripts do not measure, before anything is loaded.
+
+    Raises:
+        BlobError: naming the metrics that there are.
+    """
+    if args.metric_for_best_model is None:
+        return
+    if not isinstance(args, BlobSeq2SeqTrainingArguments):
+        even = np.log(np.full((2, 2, 2), 0.5))
+        own = list(metrics.classification_metrics(even[0], even, even[0], np.arange(2)))
+    else:
+        own = ["nll_sample_std", *(MEAN + name for name in ROUGE_TYPES if args.predict_with_generate)]
+    check_metric(args.metric_for_best_model, [*ALWAYS_MEASURED, *own])
 
 
 def decode(tokens: NDArray[np.integer], tokenizer: PreTrainedTokenizerBase) -> list[str]:

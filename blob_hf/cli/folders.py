@@ -24,6 +24,12 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "run_settings.json"
 LOCK_FILE = "_run.lock"  # pushes leave out names with a leading underscore
+# How something is loaded, shown or predicted, not which adapter comes out; a token is nobody's business.
+_NOT_DEFINING = (
+    "laplace_predictive", "compare_lora", "token", "cache_dir", "use_fast_tokenizer", "trust_remote_code",
+    "ignore_mismatched_sizes", "overwrite_cache", "preprocessing_num_workers", "pad_to_max_length",
+    "val_max_target_length", "ignore_pad_token_for_loss",
+)  # fmt: skip
 _NOT_GIVEN = "trainer_output"  # transformers' default
 _RESULTS = ("adapter_config.json", "*/*/adapter_config.json", "best_run.json")  # of a run, its members, a search
 _ELSEWHERE = "choose another --output_dir"
@@ -94,6 +100,7 @@ def claim_output_dir(args: BlobTrainingArguments, fresh: bool, *others: Any) -> 
         objection = _lock(folder, args.do_train)
         if objection is None and settings is not None:
             defaults = {field.name: field.default for part in (args, *others) for field in dataclasses.fields(part)}
+            defaults["train_head"] = False  # before there was a choice
             try:
                 objection = _objection(folder, settings, defaults, args.resume_from_checkpoint)
             except BlobError as error:
@@ -115,8 +122,10 @@ def _settings(args: BlobTrainingArguments, fresh: bool, *others: Any) -> dict[st
         settings["beta"] = args.prior_std
     for arguments in others:
         settings.update(dataclasses.asdict(arguments))
-    for name in ("laplace_predictive", "compare_lora"):  # how it predicts or is shown, not which adapter it is
+    for name in _NOT_DEFINING:
         settings.pop(name, None)
+    if "train_head" in settings:
+        settings["train_head"] = settings["train_head"] == "true"
     return _plain(settings)
 
 

@@ -15,10 +15,12 @@ from blob_hf.cli.adapters import (
     posterior_settings,
     saved_method,
 )
+from blob_hf.cli.head import head_targets
 from blob_hf.cli.method_arguments import MethodArguments
 from blob_hf.cli.routes import ROUTES, EnsembleRoute, FittedRoute, Route, find_route
 from blob_hf.trainer.training_args import BlobSeq2SeqTrainingArguments, BlobTrainingArguments
 from blob_hf.tuner.adapter_files import resolve
+from blob_hf.tuner.config import default_target_modules
 from blob_hf.tuner.model import BlobModel
 from blob_hf.utils.errors import BlobError
 
@@ -54,17 +56,19 @@ def make_model(
     adapter_args: AdapterArguments,
     method_args: MethodArguments,
     args: BlobTrainingArguments,
-    targets: list[str] | str,
     task_type: str,
     adapter: str | None,
 ) -> BlobModel:
-    """The model that a run starts with: a new adapter, or a saved one to train or to evaluate."""
+    """The model that a run starts with: a new adapter, or a saved one to train or to evaluate.
+
+    Args:
+        task_type: PEFT's, `SEQ_CLS` or `SEQ_2_SEQ_LM`.
+        adapter: The saved one.
+    """
     posterior = posterior_settings(adapter_args, args)
     if adapter is None:
-        # PEFT knows this word, but not in a list
-        names = "all-linear" if targets == ["all-linear"] else targets
         lora = lora_settings(adapter_args, route.default_dropout)
-        return route.fresh_model(base, {**lora, "target_modules": names, "task_type": task_type}, posterior)
+        return route.fresh_model(base, {**lora, **_adapted(adapter_args, base, task_type)}, posterior)
     folder = resolve(adapter)
     if args.do_train or saved_method(folder) in ("blob", "lora"):
         model = route.load_model(base, adapter, args, posterior)
@@ -77,6 +81,18 @@ def make_model(
     if isinstance(state, LaplaceState):
         model.set_companion(dataclasses.replace(state, predictive=method_args.laplace_predictive))
     return model
+
+
+def _adapted(adapter_args: AdapterArguments, base: Any, task_type: str) -> dict[str, Any]:
+    """Which layers LoRA adapts, and which are trained in full."""
+    if task_type == "SEQ_CLS":
+        targets, trained = head_targets(adapter_args, base)
+    else:
+        targets = adapter_args.target_modules or default_target_modules(base.config.model_type, "summarization")
+        trained = None
+    # PEFT knows this word, but not in a list
+    names = "all-linear" if targets == ["all-linear"] else targets
+    return {"target_modules": names, "task_type": task_type, "modules_to_save": trained}
 
 
 def starting_adapter(

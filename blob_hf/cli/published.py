@@ -11,12 +11,13 @@ from blob_hf.trainer.training_args import Arguments, changed_arguments
 
 logger = logging.getLogger(__name__)
 
+
 # A run that changes one of these is not a published one.
 _PUBLISHED = frozenset(
     {
         "model_name_or_path", "config_name", "dataset_name", "train_file", "demo", "max_train_samples", "max_steps",
         "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "per_device_train_batch_size",
-        "gradient_accumulation_steps", "kl_schedule", "kl_cycle_steps", "kl_pull",
+        "gradient_accumulation_steps", "kl_schedule", "kl_cycle_steps", "kl_pull", "model_revision",
     }
 )  # fmt: skip
 
@@ -34,6 +35,10 @@ def with_kl_rate(args: Arguments, *others: Any, varied: Collection[str] = ()) ->
         for one in dataclasses.fields(part)
         if one.name in _PUBLISHED and getattr(part, one.name) != one.default
     ]
+    if args.max_steps <= 0 and "max_steps" in changed:
+        logger.info("training for %g epochs; the default number of steps is switched off", args.num_train_epochs)
+    if any(getattr(part, "train_head", "auto") == "true" for part in others):
+        changed.append("train_head")
     tasks = [getattr(part, "task_name", None) for part in others]
     changed += [f"task_name {task}" for task in tasks if task not in (None, *PUBLISHED)]
     changed += _PUBLISHED.union({"kl_learning_rate"}).intersection(varied)

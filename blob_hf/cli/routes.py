@@ -32,7 +32,7 @@ MEMBERS_FOLDER = "_members"  # of a run: the trainings of an ensemble's members;
 # What a method that trains nothing does not read (and what `--demo` does not set for all methods).
 _TRAINING_FLAGS = frozenset(
     {
-        "lora_r", "lora_alpha", "lora_dropout", "target_modules", "weight_decay", "class_weights",
+        "lora_r", "lora_alpha", "lora_dropout", "target_modules", "weight_decay", "class_weights", "train_head",
         "resume_from_checkpoint",
     }
 )  # fmt: skip

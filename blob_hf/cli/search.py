@@ -168,7 +168,6 @@ def search(trainer: BlobTrainer, args: SearchArguments) -> dict[str, Any] | None
     make_space = optuna_space if args.hp_search == "optuna" else ray_space
     best: Any = trainer.hyperparameter_search(
         hp_space=make_space(space),
-        compute_objective=lambda metrics: metrics["eval_nll"],
         n_trials=args.hp_trials,
         direction="minimize",
         backend=args.hp_search,

@@ -281,9 +281,13 @@ def _without_labels(other: ClassificationData, rows: Dataset) -> ClassificationD
 
 
 def tokenize_classification(
-    data: ClassificationData, tokenizer: PreTrainedTokenizerBase, max_length: int
+    data: ClassificationData, tokenizer: PreTrainedTokenizerBase, max_length: int, **mapping: Any
 ) -> DatasetDict:
-    """Token ids of each row's one or two texts, truncated to `max_length`, with its `label` and nothing else."""
+    """Token ids of each row's one or two texts, truncated to `max_length`, with its `label` and nothing else.
+
+    Args:
+        mapping: For `Dataset.map` (`num_proc`, `load_from_cache_file`).
+    """
     first, *second = data.text_columns
     if getattr(tokenizer, "pad_token", "") is None:
         raise BlobError("the tokenizer has no pad token, which batches need; choose a model that has one")
@@ -298,5 +302,5 @@ def tokenize_classification(
     splits = {}
     for split, rows in data.splits.items():
         extra = [name for name in rows.column_names if name != "label"]
-        splits[split] = rows.map(encode, batched=True, remove_columns=extra, desc=f"Tokenizing {split}")
+        splits[split] = rows.map(encode, batched=True, remove_columns=extra, desc=f"Tokenizing {split}", **mapping)
     return DatasetDict(splits)

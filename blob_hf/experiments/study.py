@@ -233,6 +233,5 @@ def setting_flags(setting: Setting, data: Path, seed: int) -> list[str]:
         flags += ["--task_name", "wic"]
     if setting.ood:
         flags += ["--ood_file", f"oos={data / 'ood.jsonl'}"]
-    if setting.targets:
-        flags += ["--target_modules", *setting.targets]
+    flags += ["--target_modules", *setting.targets] if setting.targets else ["--train_head", "false"]  # as published
     return flags

@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import has_length
 
 from blob_hf.trainer.dropout import no_base_dropout
+from blob_hf.trainer.selection import ALWAYS_MEASURED, check_metric
 from blob_hf.trainer.training_args import BlobTrainingArguments
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ class BlobCallback(TrainerCallback):
         self, args: BlobTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
+        metric = args.metric_for_best_model
+        if metric and trainer.compute_metrics is None and not isinstance(trainer.eval_dataset, dict):
+            check_metric(metric, [*ALWAYS_MEASURED, *(["nll_sample_std"] if trainer.model.can_generate() else [])])
         if not args.base_dropout:
             self._dropout.enter_context(no_base_dropout(trainer.model))
         if trainer.kl is not None:

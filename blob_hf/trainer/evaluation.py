@@ -16,6 +16,7 @@ from blob_hf.inference.predict import (
     score_targets,
     token_log_probs,
 )
+from blob_hf.trainer.predictions import ClassPredictions
 from blob_hf.tuner.posterior import posterior_mean, posterior_samples
 from blob_hf.tuner.sampling import Sampling
 
@@ -26,7 +27,7 @@ class Evaluated:
 
     Attributes:
         loss: NLL of the predictive, nats per example or token; None without labels.
-        predictions: Fields of `ClassPrediction` or of `TokenScores`: log-probabilities of the predictive first.
+        predictions: `ClassPredictions`, or the fields of `TokenScores`: log-probabilities of the predictive first.
         labels: Those that `predictions` line up with.
     """
 
@@ -39,7 +40,8 @@ def evaluate_classes(model: nn.Module, inputs: dict[str, Any], labels: Tensor | 
     """Predict the classes of a batch."""
     found = predict_classes(model, inputs, sampling)
     loss = None if labels is None else F.nll_loss(found.log_probs, labels)
-    return Evaluated(loss, (found.log_probs, found.sample_log_probs, found.mean_log_probs), labels)
+    predictions = ClassPredictions((found.log_probs, found.sample_log_probs, found.mean_log_probs))
+    return Evaluated(loss, predictions, labels)
 
 
 def evaluate_tokens(model: nn.Module, inputs: dict[str, Any], labels: Tensor, sampling: Sampling) -> Evaluated:

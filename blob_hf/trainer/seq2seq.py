@@ -22,6 +22,7 @@ class BlobSeq2SeqTrainer(BlobTrainerMixin, CheckpointMixin, Seq2SeqTrainer):
     """
 
     args: BlobSeq2SeqTrainingArguments  # type: ignore[assignment]
+    arguments_class = BlobSeq2SeqTrainingArguments
     _scores_alone = False  # whether rows with labels are scored, whatever `predict_with_generate` says
 
     def prediction_step(  # type: ignore[override]

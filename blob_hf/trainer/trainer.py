@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import has_length, unwrap_peft_model
@@ -45,8 +46,9 @@ from blob_hf.trainer.engines import (
 from blob_hf.trainer.kl.history import LOGGED
 from blob_hf.trainer.kl.state import KLState
 from blob_hf.trainer.kl.verdict import Verdict
+from blob_hf.trainer.selection import check_metric
 from blob_hf.trainer.summary import last_evaluation, summarize
-from blob_hf.trainer.training_args import BlobTrainingArguments
+from blob_hf.trainer.training_args import BlobTrainingArguments, as_blob_arguments
 from blob_hf.tuner.model import BlobModel, as_blob_model
 from blob_hf.tuner.posterior import gaussian_layers, sampling_of
 from blob_hf.tuner.sampling import Sampling
@@ -72,7 +74,7 @@ class BlobTrainerMixin(_Base):
 
     Args:
         model: A `BlobModel` with a posterior; with `point_estimate=True` plain LoRA, or any model.
-        args: `BlobTrainingArguments` (or the Seq2Seq ones).
+        args: `BlobTrainingArguments` (or the Seq2Seq ones); to transformers' own BLoB's defaults are added.
         model_init: Makes the model, instead of `model`; anew in every training.
         point_estimate: Train a model without a posterior by its NLL alone, with all else equal.
         compute_loss_func: Not used: the objective is the trainer's own.
@@ -90,13 +92,15 @@ class BlobTrainerMixin(_Base):
     args: BlobTrainingArguments
     model: Any
     nll_by_samples: np.ndarray | None = None
+    arguments_class: type[BlobTrainingArguments] = BlobTrainingArguments
     card_from_run = False  # whether a script writes the model card
+    _step_nll: Tensor | None = None  # of the last micro-batch
     loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole accumulated batch
 
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | None = None,
-        args: BlobTrainingArguments | None = None,
+        args: TrainingArguments | None = None,
         data_collator: DataCollator | None = None,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | dict[str, Rows] | None = None,
@@ -112,8 +116,9 @@ class BlobTrainerMixin(_Base):
     ) -> None:
         self.point_estimate = point_estimate
         adopted = None if model is None else _adopt(model)
+        own = as_blob_arguments(args, self.arguments_class)
         super().__init__(
-            adopted, args, data_collator, train_dataset, eval_dataset, processing_class,
+            adopted, own, data_collator, train_dataset, eval_dataset, processing_class,
             model_init,  # type: ignore[arg-type]
             compute_loss_func, compute_metrics, callbacks, optimizers, **kwargs,
         )  # fmt: skip
@@ -163,7 +168,29 @@ class BlobTrainerMixin(_Base):
         if trial is not None:
             self._hp_search_setup(trial)
             self.args.kl_learning_rate = number_or_word(self.args.kl_learning_rate)  # a trial's number came as a word
-        return _adopt(super().call_model_init(trial))
+        model = _adopt(super().call_model_init(trial))
+        if trial is not None and self.args.beta is not None and isinstance(model, BlobModel) and model.has_posterior:
+            model.blob_config.prior_std = self.args.beta  # the trial's: `model_init` need not know of trials
+        return model
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] = "minimize",
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' search; the objective is by default the NLL of the predictive, not the sum of all metrics."""
+        if compute_objective is None:
+            if direction != "minimize":
+                raise BlobError(
+                    f"the default objective is the NLL, which direction minimize is for, got {direction!r}; "
+                    "give compute_objective"
+                )
+            compute_objective = eval_nll
+        return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, *args, **kwargs)
 
     # ----- training ----------------------------------------------------------------------------------------------
 
@@ -213,10 +240,20 @@ class BlobTrainerMixin(_Base):
         for _ in range(self.args.train_samples - 1):
             nll = nll + self._nll(model, inputs, num_items_in_batch)[0]
         nll = nll / self.args.train_samples
+        self._step_nll = nll.detach()
         loss = nll if self.kl is None else nll + self._weighted_kl(self.kl, nll)
         if not self._all_finite(loss):
             raise NonFiniteLossError(self._non_finite(loss))
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """transformers' step, which returns what the log shows as `loss`: the NLL alone, not the objective.
+
+        Under the published weights pi_t KL is thousands of nats in some steps and 0 in most: nobody could compare it.
+        """
+        self._step_nll = None
+        loss = super().training_step(*args, **kwargs)
+        return loss if self._step_nll is None else self._step_nll
 
     def _nll(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> tuple[Tensor, Any]:
         inputs = dict(inputs)
@@ -292,12 +329,12 @@ class BlobTrainerMixin(_Base):
     # ----- what a checkpoint holds besides -----------------------------------------------------------------------
 
     def save_extra(self, folder: Path) -> None:
-        """Add to a checkpoint the KL's state and the loss that is not logged yet."""
+        """Add to a checkpoint the KL's state and the NLL that is not logged yet."""
         if self.kl is not None:
             self.kl.save(folder, self._mean_over_processes, self.args.should_save, for_resuming=True)
         loss = self._mean_over_processes(self._tr_loss).item()
         if self.args.should_save:
-            state: dict[str, Any] = {"loss_since_last_log": loss, "last_logged_step": self._globalstep_last_logged}
+            state: dict[str, Any] = {"nll_since_last_log": loss, "last_logged_step": self._globalstep_last_logged}
             state["engine"] = engine_of(self.accelerator)
             files.write_text(folder / LOG_STATE, json.dumps(state) + "\n")
 
@@ -324,11 +361,16 @@ class BlobTrainerMixin(_Base):
             self.kl.resume(folder)
         if (folder / LOG_STATE).is_file():
             state = json.loads((folder / LOG_STATE).read_text(encoding="utf-8"))
-            self._tr_loss += state["loss_since_last_log"]
-            self._total_loss_scalar -= state["loss_since_last_log"]  # train_loss is that of this call's steps
             self._globalstep_last_logged = state["last_logged_step"]
+            unlogged = state.get("nll_since_last_log")
             if self.kl is not None:
                 self.kl.history.last_logged = self._globalstep_last_logged
+                if unlogged is None:  # an earlier version kept the NLL + pi_t KL here
+                    rows = (row for row in self.kl.history.rows if row["step"] > self._globalstep_last_logged)
+                    unlogged = sum(row["nll"] for row in rows)
+            unlogged = state["loss_since_last_log"] if unlogged is None else unlogged
+            self._tr_loss += unlogged
+            self._total_loss_scalar -= unlogged  # train_loss is that of this call's steps
 
     def save_history(self, folder: Path) -> None:
         """Write kl_history.csv into a folder (called on every process)."""
@@ -392,8 +434,8 @@ class BlobTrainerMixin(_Base):
         """Predict with posterior samples and with the posterior mean.
 
         Returns:
-            (loss, predictions, labels). The predictions of a classifier are the fields of `ClassPrediction`, those
-            of a language model the fields of `TokenScores`, as a tuple: log-probabilities of the predictive first.
+            (loss, predictions, labels). The predictions of a classifier are `ClassPredictions`, those of a language
+            model the fields of `TokenScores`, as a tuple: log-probabilities of the predictive first.
         """
         inputs = self._prepare_inputs(dict(inputs))
         labels = inputs.get("labels")
@@ -420,6 +462,18 @@ class BlobTrainerMixin(_Base):
             output.metrics.update(losses.metrics(kwargs.get("metric_key_prefix", "eval")))
             self.nll_by_samples = losses.nll_by_samples
         return output
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """transformers' `evaluate`; in a training it must measure what says which checkpoint is the best.
+
+        Raises:
+            BlobError: It does not.
+        """
+        metrics = super().evaluate(*args, **kwargs)
+        wanted = self.args.metric_for_best_model
+        if self.is_in_train and wanted and not args and "eval_dataset" not in kwargs:
+            check_metric(wanted, metrics)
+        return metrics
 
     def mean_nll(self, rows: Any, num_samples: int) -> float:
         """NLL of single networks on all rows, see `evaluation.mean_nll`; every process finds the same."""
@@ -460,6 +514,11 @@ class BlobTrainerMixin(_Base):
             summary = summarize(trainer, DataSource(dataset, dataset) if dataset else None, tasks, license=license)
             summary.results = last_evaluation(trainer)
             write_model_card(Path(str(self.args.output_dir)), summary)
+
+
+def eval_nll(metrics: Mapping[str, float]) -> float:
+    """NLL of the predictive on the evaluation set, nats: what a search minimises."""
+    return metrics["eval_nll"]
 
 
 def _adopt(model: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
 """Training arguments: transformers' own, plus the BLoB ones."""
 
 import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TypeVar
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
@@ -9,6 +9,8 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from blob_hf.trainer.class_weights import CLASS_WEIGHTS
 from blob_hf.trainer.engines import join_deepspeed, require_deepspeed, require_device
 from blob_hf.trainer.kl.schedule import KL_SCHEDULES
+from blob_hf.trainer.reporters import check_reporters
+from blob_hf.trainer.selection import lower_is_better
 from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
@@ -259,7 +261,10 @@ class BlobTrainingArguments(BlobArguments, TrainingArguments):
         self._validate_blob()
         require_deepspeed(self.deepspeed)
         require_device(self)
+        if self.greater_is_better is None and lower_is_better(self.metric_for_best_model or ""):
+            self.greater_is_better = False  # transformers knows "loss" alone
         super().__post_init__()
+        check_reporters(self.report_to or ())
         join_deepspeed(self)
 
 
@@ -295,6 +300,26 @@ class BlobSeq2SeqTrainingArguments(BlobTrainingArguments, Seq2SeqTrainingArgumen
 
 
 Arguments = TypeVar("Arguments", bound=BlobTrainingArguments)
+
+
+def as_blob_arguments(args: TrainingArguments | None, kind: type[Arguments]) -> Arguments:
+    """Training arguments of the class that a trainer reads: all that was given stays, BLoB's are at their defaults.
+
+    Args:
+        args: transformers' own or ours; None for transformers' default of none.
+        kind: `BlobTrainingArguments` or `BlobSeq2SeqTrainingArguments`.
+    """
+    if isinstance(args, kind):
+        return args
+    if args is None:
+        return kind("tmp_trainer")
+    made = object.__new__(kind)  # not by its constructor: the processes and devices of `args` are connected already
+    made.__dict__.update({item.name: item.default for item in fields(kind) if item.default is not MISSING})
+    made.__dict__.update(vars(args))
+    made._validate_blob()
+    if lower_is_better(made.metric_for_best_model or ""):
+        made.greater_is_better = False  # True is what transformers takes for a name that it does not know
+    return made
 
 
 def changed_arguments(args: Arguments, **changes: object) -> Arguments:

@@ -251,11 +251,13 @@ def test_texts_are_found_in_files_of_every_format(tmp_path):
 
 def test_rows_that_cannot_be_read_are_named(tmp_path):
     for name, body, message in (
-        ("a.csv", "text,b\nw4,1\nw5\n", "a.csv: line 3 has 1 cells, but the header has 2"), ("b.csv", "text\n", "no rows"),
-        ("a.jsonl", '{"text": "w4"}\n{"text"', "line 2 is not JSON"), ("b.jsonl", '{"text": "w4"}\n3\n', "not a JSON object"),
+        ("a.csv", "text,b\nw4,1\nw5\n", "a.csv: line 3 has 1 cells, but the header has 2"),
+        ("b.csv", "text\n", "no rows"),
+        ("a.jsonl", '{"text": "w4"}\n{"text"', "line 2 is not JSON"),
+        ("b.jsonl", '{"text": "w4"}\n3\n', "not a JSON object"),
         ("c.jsonl", '{"text": "w4"}\n{"text": null}\n', "row 1 of input has no text in column 'text'"),
-        ("a.txt", "w4", "--input must be a .csv),
-    ):  # fmt: skip
+        ("a.txt", "w4", "--input must be a .csv"),
+    ):
         (tmp_path / name).write_text(body)
         with pytest.raises(BlobError, match=message):
             TextFile.survey(str(tmp_path / name))
