@@ -234,10 +234,10 @@ def main() -> None:
                 run.add_results(prefix, metrics, split, f"{len(predictions)} dialogues")
                 run.add_selective(predictions, split)
                 run.add_samples(metrics[f"{prefix}_mean_nll"], split)
+                run.add_sentence(metrics, prefix, predictions, split)
             else:
                 run.add_unreferenced(prefix, metrics, split, len(predictions))
             name = "generated_predictions.jsonl" if prefix == "predict" else "eval_generated_predictions.jsonl"
-            run.add_sentence(metrics, prefix, predictions, split)
             run.write_rows(name, predictions)
             run.add_examples(predictions, [dialogue.text for dialogue in dialogues[split]], split)
     run.finish()

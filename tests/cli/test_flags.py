@@ -17,7 +17,7 @@ from blob_hf import BlobError, BlobModel, cli
 from blob_hf.cli.adapters import AdapterArguments
 from blob_hf.cli.arguments import _Parser
 from blob_hf.cli.flags import REFUSED, RENAMED, explain
-from blob_hf.cli.folders import SETTINGS_FILE
+from blob_hf.cli.folders import SETTINGS_FILE, release_locks
 from blob_hf.cli.head import head_targets, settle_head
 from blob_hf.cli.published import with_kl_rate
 from blob_hf.data import demo
@@ -281,9 +281,10 @@ def test_an_adapter_remembers_the_revision_of_its_base(tmp_path, monkeypatch):
 
 def test_a_token_is_not_written_down(tmp_path):
     model, data, _, args = parse("run_glue_blob", "--token", "hf_secret", "--output_dir", str(tmp_path))
-    cli.claim_output_dir(args, True, model, data)
+    cli.claim_output_dir(args, True, model, data).settle()
     assert "hf_secret" not in (tmp_path / SETTINGS_FILE).read_text()
     moved = dataclasses.replace(model, cache_dir="elsewhere")
+    release_locks()
     cli.claim_output_dir(args, True, moved, data)  # loaded from elsewhere, the same run
 
 

@@ -68,13 +68,13 @@ def test_mistakes_are_one_line_and_nothing_is_written(classifier, tmp_path, caps
     two = tmp_path / "two.csv"
     two.write_text("question,answer\na,b\n")
     for arguments, message in (
-        ([classifier / "run", "--input", two], "which columns are the texts.*question, answer"),
+        ([classifier / "run", "--input", two], "several columns could be the texts: question, answer"),
         ([classifier / "run", "--input", two, "--text_columns", "reply"], "no column 'reply'"),
         ([tmp_path, "--input", classifier / "texts.jsonl"], "expected a folder or Hub repo"),
         ([classifier / "run", "--input", tmp_path / "gone.csv"], "does not exist"),
         ([classifier / "run", "--input", classifier / "texts.jsonl", "--num_samples", -1], "num_samples must be >= 0"),
         ([classifier / "run", "--input", classifier / "texts.jsonl", "--coverage", 0.5], "needs a --calibration_file"),
-        ([classifier / "run", "--input", classifier / "texts.jsonl", "--batch_size", 0], "--batch_size must be >= 1"),
+        ([classifier / "run", "--input", classifier / "texts.jsonl", "--batch_size", 0], "batch_size must be >= 1"),
     ):
         assert predict(*arguments, "--output", tmp_path / "p.jsonl") == 2
         error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -191,8 +191,7 @@ def test_only_missing_blocks_are_predicted(tiny, tmp_path, monkeypatch):
         append(self, rows)
 
     monkeypatch.setattr(RowFile, "append", stops)
-    with pytest.raises(KeyboardInterrupt):
-        run_tiny(tiny, tmp_path / "p.jsonl")
+    assert run_tiny(tiny, tmp_path / "p.jsonl") == 130
     assert len(lines(tmp_path / "p.jsonl")) == 16  # are on the disk
     assert run_tiny(tiny, tmp_path / "p.jsonl") == 0
     assert sizes == [8, 8, 8, 8, 6]

@@ -95,7 +95,7 @@ def test_tokenization_truncates_and_keeps_only_what_the_model_takes(tmp_path):
         ([{**ROWS[0], "label": [1]}], {}, "labels must be integers or strings, got a list"),
         ([ROWS[0]], {}, "every row of train has the label '1'"),
         ([ROWS[0], {**ROWS[1], "label": None}], {}, "row 1 of train has no label in column 'label' .1 of 2 rows"),
-        ([{"title": "a", "body": "b", "label": 1}], {}, "several columns could be the texts: title, body; .*--text_co"),
+        ([{"title": "a", "body": "b", "label": 1}], {}, "several columns could be the texts: title, body; .*text_co"),
         ([{**ROWS[0], "text": "c"}], {}, "several columns could be the texts: sentence1, sentence2, text"),
         ([{"a": 1, "label": 1}], {}, "no column has texts"),
         ([{"a": 1, "label": 1}], {"text_columns": ["a"]}, "holds int64, not texts"),

@@ -284,7 +284,8 @@ def test_mistakes_are_one_line(tmp_path):
     data = Dataset.from_dict({"a": ["w4"], "b": ["w5"]})
     for inputs, message in (
         ([], "nothing to predict"), ([3], "row 0 is not a text"), ([("w4", "w5"), "w6"], "row 1 has 1 texts"),
-        ({"texts": ["w4"]}, "has input_ids; this one has texts"), (7, "not int"), (data, "which columns.*a, b"),
+        ({"texts": ["w4"]}, "has input_ids; this one has texts"), (7, "not int"),
+        (data, "several columns could be the texts: a, b"),
         (DatasetDict(test=data), "splits test"), ([("w4", "w5", "w6")], "row 0 has 3 texts"),
         ({"input_ids": [[4, 5]], "attention_mask": [[1, 1], [1, 1]]}, "different numbers of rows"),
     ):  # fmt: skip

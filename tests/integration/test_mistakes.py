@@ -73,7 +73,7 @@ BOTH = [
 ]
 CLASSIFIER = [
     (["--demo", "--max_length", "0"], "max_length must be >= 1, got 0"),
-    (["--task_name", "sst2"], "task_name must be one of rte, mrpc, cola, wic, boolq"),
+    (["--task_name", "snli"], "task_name must be one of rte, mrpc, cola, wic, boolq"),
     (["--task_name", "rte"], "cannot get the dataset 'nyu-mll/glue'"),
     (["--demo", "--text_columns", "premise"], "no column 'premise'"),
     (["--demo", "--label_column", "answer"], "no column 'answer'"),
@@ -150,7 +150,7 @@ def test_the_blob_command_says_what_is_wrong(tmp_path, capfd, arguments, message
     (tmp_path / "adapter").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / "adapter" / name).write_text("{}")
-    places = {"ADAPTER": tmp_path / "adapter", "OUT": tmp_path / "out"}
+    places = {"ADAPTER": tmp_path / "adapter", "OUT": tmp_path / "out.jsonl"}
     code = run_blob(*(places.get(one, one) for one in arguments))
     assert_one_line(code, capfd.readouterr().err, message)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.jsonl").exists()

@@ -7,7 +7,7 @@ import pytest
 from helpers.running import GLUE, SUMMARIZATION
 from helpers.running import run_script as run
 from huggingface_hub import ModelCard
-from peft import AutoPeftModel, AutoPeftModelForSeq2SeqLM
+from peft import AutoPeftModelForSeq2SeqLM, AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 
 from blob_hf import BlobModel, cli
@@ -55,7 +55,7 @@ def test_classification_leaves_every_artifact(monkeypatch, tmp_path, capsys):
     assert "posterior_samples" in (tmp_path / "README.md").read_text()
     BlobModel.from_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="prior_std"):
-        AutoPeftModel.from_pretrained(str(tmp_path))
+        AutoPeftModelForSequenceClassification.from_pretrained(str(tmp_path))
 
 
 def test_the_report_says_what_the_kl_did_and_tells_shifted_data_from_own(monkeypatch, tmp_path, capsys):

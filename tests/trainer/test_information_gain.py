@@ -64,7 +64,15 @@ def test_without_rows_there_is_nothing_to_know():
 
 def test_a_posterior_at_the_prior_that_still_predicts_is_not_called_collapsed(tmp_path):
     """The case that the weights alone got wrong: nearly all of them at the prior, and the task learned all the same."""
-    run = trainer(tmp_path, max_steps=120, learning_rate=0.1, kl_cycle_steps=None, kl_pull=1.6, data=rows(48))
+    run = trainer(
+        tmp_path,
+        max_steps=120,
+        learning_rate=0.1,
+        kl_cycle_steps=None,
+        kl_pull=1.6,
+        kl_schedule="uniform",
+        data=rows(48),
+    )
     run.train()
     verdict = run.kl_verdict
     if verdict.figures.kl_per_weight >= 0.05:
