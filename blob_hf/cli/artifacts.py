@@ -210,7 +210,8 @@ class Run:
             name = "nll_by_samples" if split == "validation" else f"nll_by_samples_{split}"
             self.add_plot(name, lambda path: plot_nll_curve(curve, mean_nll, path, unit))
             count, everything = curve.enough, curve.samples[-1]
-            said = f"{count} samples are as good as all {everything} ({split}): their NLL is within 1 % of theirs"
+            few = "1 sample is" if count == 1 else f"{count} samples are"
+            said = f"{few} as good as all {everything} ({split}): the NLL is within 1 % of theirs"
             self.notes.append(said)
 
 

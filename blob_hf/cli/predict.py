@@ -1,7 +1,7 @@
 """Predict for new texts: `blob predict ADAPTER --input FILE --output FILE`, with what the samples say of its certainty.
 
-The file needs no labels and may be of any length: it is read in pieces, and every piece's rows are on the disk before
-the next is read. The same command goes on after a kill. Under `accelerate launch -m blob_hf predict ...` (or torchrun)
+The file needs no labels and may be long: it is predicted in pieces, and the rows of a piece are on the disk before
+the next is begun. The same command goes on after a kill. Under `accelerate launch -m blob_hf predict ...` (or torchrun)
 all processes share the work, and the file is that of one process.
 """
 

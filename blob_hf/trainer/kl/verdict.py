@@ -22,6 +22,7 @@ COLLAPSED = 0.05  # nats per weight: what a mean of 0 and a std at 78 % of the p
 FORGOTTEN = 0.01  # nats by which the predictive is better than without the task: below, it has not learned it
 SMALL_STD = 0.01  # std / |mean|: below, a sample differs from the mean by less than 1 %
 DIVERGED = 1.0  # nats by which the training NLL has risen: a run that only forgets its task comes back to its start
+OUT_OF_THE_WAY = 1.0  # nats of training NLL: the pull of `adaptive` is there a twentieth of kl_pull
 AGREE = 0.001  # the samples' own NLL is less than 0.1 % above that of their average
 
 ADVICE = {
@@ -148,11 +149,22 @@ def judge(
             return Verdict("prior collapse", reason, figures)
         near = f"; most weights are at the prior, but the predictive is {gain:.3f} nats better than without the task"
     if sample_gap is None and figures.std_to_mean < SMALL_STD:
-        return Verdict("deterministic", f"median std / |mean| < {SMALL_STD:g}", figures)
+        return Verdict("deterministic", f"median std / |mean| < {SMALL_STD:g}{_not_learned(figures)}", figures)
     if sample_gap is not None and sample_gap < AGREE:
-        return Verdict("deterministic", f"the samples' NLLs agree within {AGREE:.1%} of their predictive's", figures)
+        agree = f"the samples' NLLs agree within {AGREE:.1%} of their predictive's"
+        return Verdict("deterministic", f"{agree}{_not_learned(figures)}", figures)
     differ = "not a point" if sample_gap is None else "the samples differ in what they predict"
     return Verdict("healthy", f"the KL was applied, and {differ}{near}", figures)
+
+
+def _not_learned(figures: KLFigures) -> str:
+    """What a schedule that follows the training NLL waits for."""
+    if figures.schedule != "adaptive" or figures.nll_end is None or figures.nll_end < OUT_OF_THE_WAY:
+        return ""
+    return (
+        f", and the training NLL is still {figures.nll_end:.2f} nats, where the adaptive KL keeps out of the way: "
+        "train longer before anything else"
+    )
 
 
 def _divergence(figures: KLFigures) -> str:

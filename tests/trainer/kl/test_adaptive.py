@@ -1,6 +1,7 @@
 """The adaptive schedule against pandas' running mean: in trainings, resumed ones, of both kinds of model."""
 
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ from blob_hf import BlobConfig, get_blob_model
 from blob_hf.trainer.kl.adaptive import AT_NLL, AdaptiveSchedule
 from blob_hf.trainer.kl.rate import PUBLISHED_RATE, default_pull
 from blob_hf.trainer.kl.state import plan_kl
+from blob_hf.trainer.kl.verdict import judge
 
 
 def expected_weights(nlls, cycle):
@@ -117,3 +119,14 @@ def test_its_rate_is_the_pulls_at_its_nll(tmp_path):
     run.train()
     expected = default_pull(24, 8.0) * 0.2 * 1e-2 * run.kl.schedule.cycle_steps
     assert run.kl.step.kl_learning_rate == pytest.approx(expected) != PUBLISHED_RATE
+
+
+def test_the_verdict_on_a_run_that_has_not_learned_says_what_the_kl_waits_for(tmp_path):
+    run = make_trainer(tmp_path, kl_cycle_steps=None, learning_rate=1e-5, max_steps=3)
+    run.train()
+    run.judge_kl()
+    figures = replace(run.kl_verdict.figures, exposure=1.0, std_by_kl_alone=2.0)
+    found = judge(figures, sample_gap=0.0)
+    assert found.name == "deterministic" and "training NLL is still 1." in found.reason and "train longer" in str(found)
+    assert "train longer" not in str(judge(replace(figures, nll_end=0.3), sample_gap=0.0))
+    assert "train longer" not in str(judge(replace(figures, schedule="uniform"), sample_gap=0.0))
