@@ -100,6 +100,19 @@ def plain_evaluation(trainer: Trainer) -> Iterator[None]:
             trainer.is_deepspeed_enabled = True
 
 
+def check_not_for_inference(trainer: Trainer) -> None:
+    """Refuse to train a model that DeepSpeed has wrapped to be evaluated: that engine has no backward.
+
+    Raises:
+        BlobError: ZeRO-3, and the model was evaluated before its training.
+    """
+    if trainer.deepspeed is not None and trainer.accelerator.deepspeed_engine_wrapped is None:
+        raise BlobError(
+            "ZeRO-3 cannot train a model in the process that has evaluated it untrained; leave that evaluation out, or "
+            "take ZeRO-2"
+        )
+
+
 def join_deepspeed(args: TrainingArguments) -> None:
     """Tell DeepSpeed of the processes that training arguments have connected.
 

@@ -39,6 +39,7 @@ from blob_hf.trainer.engines import (
     check_deepspeed,
     check_fsdp_evaluation,
     check_fsdp_training,
+    check_not_for_inference,
     decorrelate_noise,
     engine_of,
     plain_evaluation,
@@ -196,6 +197,7 @@ class BlobTrainerMixin(_Base):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         check_fsdp_training(self.accelerator, self.model)
+        check_not_for_inference(self)
         optimizer = super().create_optimizer(model)
         bare = getattr(optimizer, "optimizer", optimizer)  # of a second call to train()
         if self.kl is None or (self.kl.step is not None and self.kl.step.optimizer is bare):
