@@ -8,6 +8,7 @@ all processes share the work, and the file is that of one process.
 import argparse
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -76,7 +77,7 @@ def predict_file(args: argparse.Namespace) -> int:
         BlobError: The adapter or the file cannot be read, it is not clear which columns are the texts, or the output
             is of another adapter, input or settings.
     """
-    state = PartialState()
+    state = _processes()
     ready: list[Any] = [None]
     if state.is_main_process:  # alone: it changes the output's end
         try:
@@ -93,6 +94,12 @@ def predict_file(args: argparse.Namespace) -> int:
     if state.num_processes > 1:
         state.destroy_process_group()
     return source.count
+
+
+def _processes() -> PartialState:
+    """This process among all; accelerate joins those that torchrun has started without a GPU only if it is told to."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return PartialState() if alone or torch.cuda.is_available() else PartialState(cpu=True)
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Path, TextFile, int]:
@@ -247,9 +254,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     with user_errors(_GO_ON):
         args = parser().parse_args(argv)
-        setup_logging(PartialState().is_main_process, quiet_libraries=True)
+        setup_logging(_processes().is_main_process, quiet_libraries=True)
         count = predict_file(args)
-        if PartialState().is_main_process:
+        if _processes().is_main_process:
             print(f"{count} predictions are in {args.output}")
 
 
