@@ -249,6 +249,7 @@ def test_the_wrong_adapter_and_missing_temperatures_are_refused(monkeypatch, tmp
     assert "was saved without temperatures" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_blob_goes_on_from_other_methods_but_not_from_stds_of_zero(monkeypatch, tmp_path, capfd, plain):
     own = ["--method", "mc_dropout", "--max_steps", 2, "--do_train", "--output_dir", tmp_path / "dropout"]
     fit = ["--method", "tfb", "--num_anchors", 10, "--do_train", "--adapter_name_or_path", plain]
@@ -271,6 +272,7 @@ def test_a_warning_names_what_is_ignored(monkeypatch, tmp_path, caplog):
     assert "--method map ignores --gamma, --eval_samples, --noise, --calibration_samples" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_calibrated_lora_goes_on_as_blob_and_the_mean_of_blob_as_lora(monkeypatch, tmp_path, plain):
     short = [*QUICK, "--max_steps", 2, "--kl_cycle_steps", 2, "--do_train"]
     scaled = [*short, "--method", "lora", "--temperature_scaling", "--output_dir", tmp_path / "lora"]
@@ -295,6 +297,7 @@ def test_a_calibrated_lora_goes_on_as_blob_and_the_mean_of_blob_as_lora(monkeypa
     assert scaled[0]["eval_temperature"] > 0
 
 
+@pytest.mark.slow
 def test_the_report_of_an_ensemble_tells_how_its_members_were_trained(monkeypatch, tmp_path):
     own = ["--method", "ensemble", "--ensemble_size", 2, "--max_steps", 3, "--learning_rate", 0.004, "--do_train"]
     for _ in range(2):  # trained, and put together again from what is there

@@ -149,6 +149,7 @@ QUICK = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_script_fits_saves_and_shows_it(monkeypatch, tmp_path, capsys):
     flags = [*QUICK, "--posterior_scale", "fit", "--output_dir", tmp_path]
     assert run_script(monkeypatch, GLUE, *flags) == 0
@@ -166,6 +167,7 @@ def test_the_script_fits_saves_and_shows_it(monkeypatch, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_summarizer_is_fitted_to_and_stopped_by_held_out_dialogues(monkeypatch, tmp_path):
     flags = [
         "--demo", "--max_steps", "6", "--max_train_samples", "40", "--max_eval_samples", "2", "--max_predict_samples",

@@ -180,6 +180,7 @@ def command(*arguments):
     return 0
 
 
+@pytest.mark.slow
 def test_the_command_works_on_an_adapter_from_disk(trained, tmp_path, capsys):
     anchors = demo.CLASSIFICATION_FILES["validation"]
     quick = ["--anchor_file", anchors, "--max_length", 64, "--num_anchors", 60]

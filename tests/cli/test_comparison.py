@@ -40,6 +40,7 @@ def test_the_least_certain_texts_come_first_and_once():
     assert "BLoB no 0.60, LoRA yes 0.98, truth no: vague" in shown[1]
 
 
+@pytest.mark.slow
 def test_the_rival_is_what_method_lora_trains(monkeypatch, tmp_path, capsys):
     assert run_script(monkeypatch, GLUE, *QUICK, "--output_dir", tmp_path / "blob") == 0
     printed = capsys.readouterr().out

@@ -97,6 +97,7 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_written(tmp_path, damage
     assert not (tmp_path / "ours" / STD_FILE).exists() and not list(tmp_path.glob("ours/*"))
 
 
+@pytest.mark.slow
 def test_a_taken_destination_and_a_missing_source_exit_with_2(tmp_path):
     authors_checkpoint(tmp_path)
     command = [sys.executable, "-m", "blob_hf.cli.convert", str(tmp_path / "theirs")]

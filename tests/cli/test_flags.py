@@ -35,8 +35,8 @@ FLAGS = {
     "run_glue_blob": (
         f"{_MODEL} ignore_mismatched_sizes task_name dataset_name dataset_config_name {_FILES} max_seq_length {_ROWS} "
         "shuffle_train_dataset shuffle_seed text_column_names label_column_name text_column_delimiter do_regression "
-        "metric_name remove_splits remove_columns train_split_name validation_split_name test_split_name overwrite_output_dir "
-        "use_auth_token"
+        "metric_name remove_splits remove_columns train_split_name validation_split_name test_split_name "
+        "overwrite_output_dir use_auth_token"
     ).split(),
     "run_summarization_blob": (
         f"{_MODEL} lang dataset_name dataset_config_name text_column summary_column {_FILES} {_ROWS} "

@@ -42,6 +42,7 @@ def test_experiment_iii(tmp_path, adapters, capsys):
     assert f"| ROUGE-1 | {shown} +-" in text
 
 
+@pytest.mark.slow
 def test_experiment_iv(tmp_path, adapters, capsys):
     assert run_experiment(*sampling(tmp_path, adapters)) == 0
     text = (tmp_path / "report.md").read_text()

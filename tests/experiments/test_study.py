@@ -228,6 +228,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_fork_launcher_runs_scripts_like_any_other(tmp_path, monkeypatch):
     script = tmp_path / "own_script.py"
     script.write_text(
@@ -333,6 +334,7 @@ def test_of_one_setting_there_are_no_ranks(tmp_path, runs):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_the_picture_shows_the_pooled_reliability_and_the_closest_call(tmp_path, runs, capsys):
     study_report.write(tmp_path, runs, {}, {}, [])
     rows = [

@@ -94,6 +94,7 @@ def test_methods(table):
     assert all(number(row["evaluation"]) > 0 and number(row["peak memory"]) > 0 for row in rows.values())
 
 
+@pytest.mark.slow
 def test_costs_of_each_method(monkeypatch):
     """Every method that there is, in this process, without its memory."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

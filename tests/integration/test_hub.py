@@ -110,6 +110,7 @@ def files_on(hub, folder, revision="main", name="alice/adapter"):
     return folder
 
 
+@pytest.mark.slow
 def test_push_several_commits_and_pull_each_in_a_fresh_process(hub, alice, tmp_path):
     pushed = alice.run("""
 first = fresh(0)
@@ -295,6 +296,7 @@ def test_a_script_pushes_its_run_with_its_card(hub, alice):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_an_ensemble_goes_through_the_hub_and_a_later_adapter_leaves_nothing_of_it(alice):
     pushed = alice.run(
         """

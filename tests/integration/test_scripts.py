@@ -58,6 +58,7 @@ def test_classification_leaves_every_artifact(monkeypatch, tmp_path, capsys):
         AutoPeftModelForSequenceClassification.from_pretrained(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_report_says_what_the_kl_did_and_tells_shifted_data_from_own(monkeypatch, tmp_path, capsys):
     other = tmp_path / "letters.jsonl"
     other.write_text("".join(json.dumps({"text": f"{c} {c} {c}"}) + "\n" for c in "abcdefgh"))
@@ -113,6 +114,7 @@ def test_evaluation_of_a_saved_run_gives_its_numbers_again(monkeypatch, tmp_path
         assert after[name] == pytest.approx(before[name], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_lora_runs_in_the_same_script_and_can_be_bayesianized_afterwards(monkeypatch, tmp_path, capsys):
     options = [*QUICK_SUMMARIZATION, "--do_train", "--do_eval"]
     assert run(monkeypatch, SUMMARIZATION, *options, "--method", "lora", "--output_dir", tmp_path / "lora") == 0
@@ -123,6 +125,7 @@ def test_lora_runs_in_the_same_script_and_can_be_bayesianized_afterwards(monkeyp
     assert (tmp_path / "blob" / "posterior_std.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_search_finds_the_best_of_its_trials(monkeypatch, tmp_path, capsys):
     optuna = pytest.importorskip("optuna")
     storage = f"sqlite:///{tmp_path}/search.db"
@@ -150,6 +153,7 @@ def test_a_search_finds_the_best_of_its_trials(monkeypatch, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_untrained_base_is_kept_with_its_adapter(monkeypatch, tmp_path):
     model = [
         "--config_name", "bart", "--tokenizer_name", demo.BACKBONE_DIR, "--config_overrides",
@@ -164,6 +168,7 @@ def test_an_untrained_base_is_kept_with_its_adapter(monkeypatch, tmp_path):
     assert read(tmp_path / "eval_results.json")["eval_nll"] == pytest.approx(before["eval_nll"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_saved_adapter_knows_its_beta_and_its_card_stays(monkeypatch, tmp_path):
     options = [*QUICK_GLUE, "--output_dir", tmp_path]
     assert run(monkeypatch, GLUE, *options, "--do_train", "--beta", "0.1", "--target_modules", "all-linear") == 0
@@ -174,6 +179,7 @@ def test_a_saved_adapter_knows_its_beta_and_its_card_stays(monkeypatch, tmp_path
     assert BlobModel.from_pretrained(tmp_path).blob_config.prior_std == 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoding", ["mean", "mbr", "predictive"])
 def test_decoding(monkeypatch, tmp_path, capsys, decoding):
     options = [*QUICK_SUMMARIZATION, "--decoding", decoding, "--num_beams", "2", "--output_dir", tmp_path]
@@ -191,6 +197,7 @@ def test_decoding(monkeypatch, tmp_path, capsys, decoding):
     assert "prediction-rejection ratios (test)" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_rouge_during_training_and_a_test_set_of_another_size(monkeypatch, tmp_path):
     options = [
         "--predict_with_generate",

@@ -168,6 +168,7 @@ def test_a_loss_that_another_process_finds_not_finite_stops_this_one(tmp_path, m
         run.compute_loss(run.model.train(), {"input_ids": random_ids(4, 8), "labels": torch.tensor([0, 1, 2, 0])})
 
 
+@pytest.mark.slow
 def test_auto_find_batch_size_halves_the_batch_and_plans_the_kl_anew(tmp_path, monkeypatch):
     run = make_trainer(tmp_path, blob_bert(), auto_find_batch_size=True, kl_cycle_steps=None, gamma=6.0, max_steps=3)
     sizes, inner = [], run.compute_loss
@@ -227,6 +228,7 @@ def test_a_layer_compiles_without_graph_break_or_recompilation(noise):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_compiled_run_trains_as_an_uncompiled_one(tmp_path):
     finals = []
     for compiled in (False, True):
