@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
 from blob_hf import BlobTrainer, BlobTrainingArguments, cli
-from blob_hf.cli.artifacts import CLASSIFICATION_METRICS, ClassifierRun
+from blob_hf.cli.classifier_run import CLASSIFICATION_METRICS, ClassifierRun
 from blob_hf.cli.evaluation import classification_metrics
 from blob_hf.cli.search import SearchArguments, check_backend, check_route, search, searchable
 from blob_hf.data import demo

@@ -13,9 +13,9 @@ from pathlib import Path
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, set_seed
 
 from blob_hf import BlobError, BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments, cli
-from blob_hf.cli.artifacts import SUMMARIZATION_METRICS, SummarizerRun
 from blob_hf.cli.bases import config_from_name, kept_base
 from blob_hf.cli.evaluation import rouge_compute_metrics, summaries_report
+from blob_hf.cli.summarizer_run import SUMMARIZATION_METRICS, SummarizerRun
 from blob_hf.data import demo
 from blob_hf.data.loading import FORMATS, hold_out
 from blob_hf.data.summarization import (

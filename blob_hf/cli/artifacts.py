@@ -2,35 +2,17 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from textwrap import shorten
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-
-from blob_hf.baselines.temperature import Temperatures, fit_temperature, scale
-from blob_hf.cli.comparison import abstentions, comparison_table
 from blob_hf.cli.costs import COSTS_FILE, training_costs
 from blob_hf.cli.held_out import settle_scale
 from blob_hf.cli.routes import Job, Route
-from blob_hf.cli.sentences import abstention_sentence, agreement_sentence, samples_sentence
-from blob_hf.metrics.agreement import closest_call, marked
-from blob_hf.metrics.calibration import calibration_metrics, confidence, reliability_bins
-from blob_hf.metrics.classification import class_report, rejection_curves
-from blob_hf.metrics.detection import detection_report
-from blob_hf.metrics.samples import NLLCurve, nll_curve
-from blob_hf.metrics.summaries import selective_summarization
-from blob_hf.metrics.uncertainty import predictive_entropy
-from blob_hf.reporting.class_tables import class_section
+from blob_hf.metrics.samples import NLLCurve
 from blob_hf.reporting.classification_plots import (
-    plot_confidence,
     plot_nll_curve,
-    plot_rejection,
-    plot_reliability,
-    plot_shift,
 )
-from blob_hf.reporting.generation_plots import SCORES, plot_risk_coverage
 from blob_hf.reporting.kl_plots import plot_kl, plot_posterior_std
 from blob_hf.reporting.model_card import write_model_card
 from blob_hf.reporting.report import REPORT, write_report
@@ -38,17 +20,13 @@ from blob_hf.reporting.run_summary import DataSource, Results
 from blob_hf.reporting.tables import results_table, to_text
 from blob_hf.trainer.engines import require_whole_models, shutdown
 from blob_hf.trainer.kl.history import FILE_NAME
-from blob_hf.trainer.predictions import ClassPredictions
 from blob_hf.trainer.summary import summarize
 from blob_hf.trainer.trainer import BlobTrainer
 from blob_hf.utils import files
-from blob_hf.utils.errors import BlobError
 
 VERDICT_FILE = "kl_verdict.json"
 TRAINED = "train_results.json"  # of a folder whose report is that of its training
 EVALUATION = "evaluation_report.md"
-CLASSIFICATION_METRICS = ["accuracy", "macro_f1", "ece", "nll", "brier"]
-SUMMARIZATION_METRICS = ["rouge1", "rouge2", "rougeL", "nll"]
 
 
 class Run:
@@ -213,237 +191,3 @@ class Run:
             few = "1 sample is" if count == 1 else f"{count} samples are"
             said = f"{few} as good as all {everything} ({split}): the NLL is within 1 % of theirs"
             self.notes.append(said)
-
-
-Inputs = Sequence[Mapping[str, Any]]
-
-
-class ClassifierRun(Run):
-    """A `Run` of a classifier."""
-
-    temperatures: Temperatures | None = None
-
-    def calibrate(self) -> None:
-        """Fit temperatures to the held-out rows and keep them with the adapter; without training, take the saved ones.
-
-        Raises:
-            BlobError: There is nothing to fit them to, and none was saved.
-        """
-        model, rows = self.trainer.blob_model, self.job.calibration_rows
-        if rows is not None:
-            output = self.trainer.predict(rows, metric_key_prefix="calibration")
-            self.trainer.save_metrics("calibration", output.metrics)
-            predictions, labels = cast(ClassPredictions, output.predictions), np.asarray(output.label_ids)
-            found = [fit_temperature(scores, labels) for scores in (predictions.log_probs, predictions.mean_log_probs)]
-            model.set_companion(Temperatures(*found))
-            if self.writes:
-                Temperatures(*found).save(model, self.folder)
-        saved = model.companion(Temperatures.slot)
-        if not isinstance(saved, Temperatures):
-            raise BlobError(
-                "temperature_scaling: the adapter was saved without temperatures; fit them with --do_train "
-                "--temperature_scaling, which holds training rows out"
-            )
-        self.temperatures = saved
-
-    def _add_scaled(self, prefix: str, split: str, output: Any) -> None:
-        """Results with the temperatures, in {prefix}_temperature_results.json."""
-        if self.temperatures is None:
-            return
-        log_probs, _, mean = output.predictions
-        kinds = {"": (log_probs, self.temperatures.predictive), "mean_": (mean, self.temperatures.mean)}
-        metrics: dict[str, float] = {}
-        for kind, (values, temperature) in kinds.items():
-            scaled = calibration_metrics(scale(values, temperature), output.label_ids)
-            metrics |= {f"{prefix}_{kind}{metric}": value for metric, value in scaled.items()}
-            metrics[f"{prefix}_{kind}temperature"] = temperature
-        count = self.num_samples
-        self.trainer.save_metrics(f"{prefix}_temperature", metrics | {f"{prefix}_num_samples": count})
-        table = results_table(metrics, prefix, [*self.metric_names, "temperature"], count)
-        title = f"{self.data.name}, {split}, temperature-scaled"
-        table = table.dropna(how="all").dropna(how="all", axis="columns")
-        self.results.append(Results(title, split, table, in_index=False))
-
-    @property
-    def class_names(self) -> list[str]:
-        """Of the classes, in the order of their ids."""
-        config: Any = self.trainer.blob_model.get_base_model().config
-        return [config.id2label[index] for index in range(config.num_labels)]
-
-    def add_predictions(self, prefix: str, split: str, output: Any, inputs: Inputs = ()) -> None:
-        """Save metrics and predictions of a split, and draw what they show; without labels the predictions alone.
-
-        Args:
-            output: Of `BlobTrainer.predict`: log_probs, sample_log_probs, mean_log_probs.
-            inputs: What tells its rows from one another, to write beside their predictions.
-        """
-        log_probs, samples, mean = output.predictions
-        labels, num_samples = output.label_ids, self.num_samples
-        self._write_predictions(split, log_probs, mean, labels, inputs)
-        if labels is None:
-            self.trainer.save_metrics(prefix, output.metrics | {f"{prefix}_num_samples": num_samples})
-            self.notes.append(
-                f"{split}: {len(mean)} rows without labels were predicted, not scored: {split}_predictions.jsonl"
-            )
-            return
-        self.add_results(prefix, output.metrics, split, f"{len(mean)} examples")
-        self._add_scaled(prefix, split, output)
-        nlls = output.metrics[f"{prefix}_nll"], output.metrics[f"{prefix}_mean_nll"]
-        said = samples_sentence(*nlls, num_samples, "example"), abstention_sentence(log_probs, labels)
-        self.sentences[split] = " ".join(filter(None, said))
-        shown = {"posterior mean (N=0)": mean} | ({f"{num_samples} samples": log_probs} if num_samples else {})
-        suffix = "" if split == "validation" else f"_{split}"
-        bins = {title: reliability_bins(scores, labels) for title, scores in shown.items()}
-        self.add_plot(f"reliability{suffix}", lambda path: plot_reliability(bins, path))
-        sure = {title: confidence(scores, labels) for title, scores in shown.items()}
-        self.add_plot(f"confidence{suffix}", lambda path: plot_confidence(sure, path))
-        curves = rejection_curves(samples, mean, labels)
-        self.add_plot(f"accuracy_rejection{suffix}", lambda path: plot_rejection(curves, path))
-        if num_samples:
-            curve = nll_curve(samples, labels, self.args.antithetic)
-            self.add_nll_curve(curve, output.metrics[f"{prefix}_mean_nll"], split, "example")
-        report = class_report(log_probs, labels, self.class_names)
-        title = f"Classes: {self.data.name}, {split}, N={num_samples}"
-        self.sections.append(class_section(title, report.table, report.confusion))
-
-    def add_unscaled(self, split: str, output: Any) -> None:
-        """Save what a split's predictions were before the posterior is scaled, so that one sees what the scale does."""
-        log_probs, _, mean = output.predictions
-        self.add_results("unscaled", output.metrics, f"{split}, posterior not scaled", f"{len(mean)} examples", True)
-        self._write_predictions(f"unscaled_{split}", log_probs, mean, output.label_ids)
-
-    def _write_predictions(self, name: str, log_probs: Any, mean: Any, labels: Any | None, inputs: Inputs = ()) -> None:
-        """A row for each input: the most probable class by its name, and all log-probabilities.
-
-        Args:
-            labels: Class ids, None where they are not known.
-        """
-        names = self.class_names
-
-        def row(index: int) -> dict[str, Any]:
-            scores = log_probs[index]
-            best = int(scores.argmax())
-            found = {"prediction": names[best], "probability": float(np.exp(scores[best]))}
-            if labels is not None:
-                found |= {"label": int(labels[index]), "label_name": names[int(labels[index])]}
-            found |= {"log_probs": scores.tolist(), "mean_log_probs": mean[index].tolist()}
-            return {**(inputs[index] if inputs else {}), **found}
-
-        rows = ({"index": index, **row(index)} for index in range(len(mean)))
-        self.write_rows(f"{name}_predictions.jsonl", rows)
-
-    def add_comparison(self, ours: Any, rival: Any, texts: Sequence[str], names: Sequence[str]) -> None:
-        """Show this run beside plain LoRA on the same rows, and the inputs that it would abstain from.
-
-        Args:
-            ours, rival: Outputs of `BlobTrainer.predict` with labels.
-            texts: The inputs.
-            names: Of the classes.
-        """
-        scores, others, labels = ours.predictions.log_probs, rival.predictions.log_probs, np.asarray(ours.label_ids)
-        self.trainer.save_metrics("lora", rival.metrics)
-        table = comparison_table(scores, others, labels, f"{self.route.name}, N={self.num_samples}")
-        title = f"{self.data.name}, validation: against plain LoRA, all else equal"
-        self.results.append(Results(title, "validation", table, in_index=False))
-        self.examples.append(abstentions(scores, others, labels, texts, names))
-
-    def add_shift(self, name: str, inside: Any, outside: Any) -> None:
-        """Save how well uncertainty tells other data from the run's own, in ood_{name}_results.json.
-
-        Args:
-            name: Of the other data.
-            inside: Output of `BlobTrainer.predict` on the run's own evaluation split.
-            outside: The same on the other data; with metrics of its own if its labels mean the same.
-        """
-        prefix = f"ood_{name}"
-        metrics = dict(outside.metrics or {})
-        reports = {"": "sample_log_probs"} if self.num_samples else {}
-        scores: dict[str, tuple[Any, Any]] = {}
-        for kind, field in (reports | {"mean_": "mean_log_probs"}).items():
-            pair = [getattr(output.predictions, field) for output in (inside, outside)]
-            own, other = pair if kind == "" else [np.expand_dims(one, 1) for one in pair]
-            metrics |= {f"{prefix}_{kind}{key}": value for key, value in detection_report(own, other).items()}
-            title = f"{self.num_samples} samples" if kind == "" else "posterior mean (N=0)"
-            scores[title] = predictive_entropy(own), predictive_entropy(other)
-        self.trainer.save_metrics(prefix, metrics)
-        kinds = ("entropy", "max_prob", "mutual_information")
-        detected = [f"{kind}_{metric}" for kind in kinds for metric in ("auroc", "aupr", "fpr95")]
-        shifted = [metric for metric in CLASSIFICATION_METRICS if f"{prefix}_mean_{metric}" in metrics]
-        table = results_table(metrics, prefix, shifted + detected, self.num_samples)
-        table = table.dropna(how="all").dropna(how="all", axis="columns")
-        log_probs, _, mean = outside.predictions
-        count = len(mean)
-        self.results.append(Results(f"out of distribution: {name} ({count} examples)", name, table, in_index=False))
-        self._write_predictions(prefix, log_probs, mean, outside.label_ids)
-        own, other = ({title: pair[i] for title, pair in reversed(scores.items())} for i in (0, 1))
-        self.add_plot(prefix, lambda path: plot_shift(own, other, (self.data.name, name), path))
-
-
-class SummarizerRun(Run):
-    """A `Run` of a summarizer."""
-
-    def add_sentence(
-        self, metrics: Mapping[str, float], prefix: str, rows: Sequence[Mapping[str, Any]], split: str
-    ) -> None:
-        """Say in plain words what an evaluation came to."""
-        nlls = metrics[f"{prefix}_nll"], metrics[f"{prefix}_mean_nll"]
-        said = samples_sentence(*nlls, self.num_samples, "token"), agreement_sentence(rows)
-        self.sentences[split] = " ".join(filter(None, said))
-
-    def add_samples(self, mean_nll: float, split: str) -> None:
-        """Draw the NLL of the references by the number of samples, from the last scoring of a split."""
-        if self.num_samples and self.trainer.nll_by_samples is not None:
-            nll = np.asarray(self.trainer.nll_by_samples, dtype=float)
-            curve = NLLCurve(np.arange(1, len(nll) + 1), nll, np.zeros_like(nll))
-            self.add_nll_curve(curve, mean_nll, split, "token")
-
-    def add_unreferenced(self, prefix: str, metrics: dict[str, float], split: str, count: int) -> None:
-        """Save {prefix}_results.json of a split without references: how long it took, and no scores."""
-        self.trainer.save_metrics(prefix, metrics | {f"{prefix}_num_samples": self.num_samples})
-        self.notes.append(f"{split}: {count} summaries are written; without references they have no ROUGE and no NLL")
-
-    def add_selective(self, rows: Sequence[Mapping[str, Any]], split: str) -> None:
-        """Draw risk against coverage for each uncertainty score of generated summaries, and keep the ratios."""
-        if self.num_samples and len(rows) > 1 and "uncertainty" in rows[0]:
-            curves, ratios = selective_summarization(rows)
-            self.add_plot(
-                f"risk_coverage_{split}", lambda path: plot_risk_coverage(curves, "error: 1 - ROUGE-L of those", path)
-            )
-            shown = ", ".join(f"{SCORES.get(name, name)} {value:.3f}" for name, value in ratios.items())
-            if any(np.isnan(value) for value in ratios.values()):
-                shown = "undefined, because all summaries are equally good: there is nothing to tell apart"
-            self.notes.append(
-                f"prediction-rejection ratios ({split}): {shown} (1: the worst are rejected first, 0: any)"
-            )
-
-    def add_examples(self, rows: Sequence[Mapping[str, Any]], texts: Sequence[str], split: str) -> None:
-        """Show the dialogue that the networks agree on most, one that divides them over a word, and the one least.
-
-        Args:
-            texts: The dialogues, in the order of the rows.
-        """
-        if self.num_samples < 2 or len(rows) < 2 or "uncertainty" not in rows[0]:
-            return
-        doubts = [row["uncertainty"]["dissimilarity"] for row in rows]
-        chosen: dict[str, int | None] = {
-            "agree most": int(np.argmin(doubts)),
-            "are divided over a word or two": closest_call(
-                [row["mean_summary"] for row in rows], [row["samples"] for row in rows]
-            ),
-            "disagree most": int(np.argmax(doubts)),
-        }
-        for title, index in chosen.items():
-            if index is not None:
-                lines = [f"Where the {self.num_samples} networks {title} ({split}, {rows[index]['id']}):", ""]
-                lines += [f"    {line}" for line in texts[index].splitlines()]
-                self.examples.append("\n".join([*lines, "", *_summaries(rows[index])]))
-
-
-def _summaries(row: Mapping[str, Any]) -> list[str]:
-    """The mean's summary with what divides the samples marked, and three of the samples, different ones first."""
-    samples = list(dict.fromkeys(row["samples"])) + list(row["samples"])
-    lines = [f"    mean:     {marked(row['mean_summary'], row['samples'])}"]
-    return lines + [
-        f"    sample {number}: {shorten(text, 150, placeholder=' ...')}"
-        for number, text in enumerate(samples[:3], start=1)
-    ]

@@ -29,6 +29,7 @@ from blob_hf.data.summarization import DEFAULT_PROMPT
 from blob_hf.inference.answers import Prediction, TextPrediction
 from blob_hf.inference.predictor import DECODINGS
 from blob_hf.tuner.adapter_files import NAMES, resolve
+from blob_hf.tuner.base_model import is_sequence_classifier
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.registry import companion_files
 from blob_hf.tuner.sampling import Sampling
@@ -49,7 +50,7 @@ class Predictor:
         self.model = BlobModel.from_pretrained(folder).eval().to(device)
         base: Any = self.model.get_base_model()
         self.options: dict[str, Any] = {"max_length": args.max_length, "batch_size": args.batch_size}
-        if not type(base).__name__.endswith("ForSequenceClassification"):
+        if not is_sequence_classifier(base):
             written = args.prompt or (DEFAULT_PROMPT if base.config.is_encoder_decoder else None)
             self.options |= {
                 "prompt": written, "decoding": args.decoding, "max_new_tokens": args.max_new_tokens,
@@ -231,7 +232,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--delimiter", help="of csv files; default: found in the file")
     own.add_argument("--output", required=True, help="jsonl, csv or tsv file to write, or to go on with")
     own.add_argument("--overwrite_output", action="store_true", help="replace the output instead of going on with it")
-    own.add_argument("--text_columns", nargs="+", help="one or two columns; default: the only one with text")
+    own.add_argument("--text_columns", nargs="+", help="one or two columns; default: those that can only be meant")
     own.add_argument("--num_samples", type=int, default=Sampling.num_samples, help="posterior samples; 0: the mean")
     own.add_argument("--seed", type=int, default=Sampling.seed, help="names the samples")
     own.add_argument("--posterior_batch_size", type=int, help="samples together, to bound memory")

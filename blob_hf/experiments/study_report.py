@@ -272,9 +272,15 @@ def overall_text(results: pd.DataFrame) -> str:
 
 
 def ranked(results: pd.DataFrame, metric: str) -> Ranks | None:
-    """Mean ranks over the settings of the methods that every setting has; None for fewer than two settings."""
+    """Mean ranks over the settings of the methods that every setting has; None for fewer than two settings.
+
+    In each setting the means of the seeds that all its methods have: a seed that one of them lacks would favour some.
+    """
     shown = [name for name in dict.fromkeys(results["method"]) if name in RANKED or not set(name) & set(",+")]
-    table = results[results["method"].isin(shown)].pivot_table(index="setting", columns="method", values=metric)
+    rows = results[results["method"].isin(shown) & results[metric].notna()]
+    methods = rows.groupby("setting")["method"].transform("nunique")
+    rows = rows[rows.groupby(["setting", "seed"])["method"].transform("nunique") == methods]
+    table = rows.pivot_table(index="setting", columns="method", values=metric)
     table = table.dropna(axis="index", how="all").dropna(axis="columns")
     if len(table) < 2 or table.shape[1] < 2:
         return None
@@ -300,9 +306,9 @@ def ranks_text(results: pd.DataFrame) -> str:
     test = ["Friedman p", *(f"{found.p_value:.2g}" for found in columns.values() if found)]
     head = ("method", *(SHOWN[metric][0] for metric in columns))
     return markdown_table(head, [*rows, last, test]) + (
-        "\n\nOne row a method, and of LoRA its cheap cures. 1 is best; ranks of the means over seeds, averaged over "
-        "settings (those of one task share test rows). Two methods differ (Nemenyi, 5 %) where "
-        "their ranks are further apart than the critical difference (Demsar, 2006)."
+        "\n\nOne row a method, and of LoRA its cheap cures. 1 is best; ranks of the means over the seeds that all "
+        "of them have, averaged over settings (those of one task share test rows). Two methods differ (Nemenyi, 5 %) "
+        "where their ranks are further apart than the critical difference (Demsar, 2006)."
     )
 
 

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from blob_hf.data.columns import find_text_columns
 from blob_hf.data.summarization import Prompt
 from blob_hf.tuner.adapter_files import TOKENIZER_FILES
+from blob_hf.tuner.base_model import is_sequence_classifier
 from blob_hf.tuner.model import BlobModel
 from blob_hf.utils.errors import BlobError
 
@@ -159,7 +160,7 @@ def _tokenized(model: BlobModel, inputs: Any) -> dict[str, list[Tensor]]:
 def _accepted(model: BlobModel) -> set[str]:
     """Names of the inputs that the model is given."""
     base: Any = model.get_base_model()
-    if not type(base).__name__.endswith("ForSequenceClassification"):
+    if not is_sequence_classifier(base):
         return {"input_ids", "attention_mask"}  # what `generate` goes on from, and texts are read back with
     return set(inspect.signature(base.forward).parameters) - set(_LABELS)
 

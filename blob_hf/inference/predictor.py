@@ -24,6 +24,7 @@ from blob_hf.metrics.similarity import (
     rouge_utility,
 )
 from blob_hf.metrics.uncertainty import expected_entropy, mutual_information, predictive_log_probs
+from blob_hf.tuner.base_model import is_sequence_classifier
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import sampling_of
 from blob_hf.tuner.registry import VERBS
@@ -54,10 +55,10 @@ def predict(
         model: A sequence classifier, an encoder-decoder or a causal model, with an adapter of any method.
         inputs: A text, a list of texts or of pairs; a tokenized batch; a `datasets.Dataset` of either.
         tokenizer: Default the one saved with the adapter, else the base model's.
-        sampling: S samples, or their number; 0 is the posterior mean. An adapter that is a point has no samples, an
-            ensemble all of its members.
+        sampling: S samples, or their number; 0 is the posterior mean. An adapter that is a point has no samples; one
+            that is several networks has all of them.
         batch_size: Inputs that share a forward (`Sampling.batch_size`: samples that do).
-        text_columns: Of a dataset, one or two; default sentence1 and sentence2, or the only one with texts.
+        text_columns: Of a dataset, one or two; default those that can only be meant (`find_text_columns`).
         max_length: Longest input in tokens, what is longer is cut; default what tokenizer and model allow.
         options: For models that write: see `write_texts`.
 
@@ -68,7 +69,7 @@ def predict(
         raise BlobError(f"batch_size must be >= 1, got {batch_size}")
     drawn = sampling_of(model, Sampling.of(sampling))
     base: Any = model.get_base_model()
-    classifies, writes = type(base).__name__.endswith("ForSequenceClassification"), _writes(base)
+    classifies, writes = is_sequence_classifier(base), _writes(base)
     if classifies and options:
         raise BlobError(f"{', '.join(options)}: not for a classifier")
     if not classifies and not writes:

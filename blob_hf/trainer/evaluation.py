@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from blob_hf.inference.predict import (
     IGNORED_LABEL,
@@ -175,6 +177,12 @@ def information_gain(
         counts = all_labels.bincount().double()
         reference = -torch.special.xlogy(counts, counts / len(all_labels)).sum().item()
     return (reference - predictive) / len(all_labels)
+
+
+def spread(rows: Any, count: int) -> Any:
+    """At most `count` rows of a data set, spread over it: a file may be sorted by class."""
+    chosen = list(range(0, len(rows), max(1, len(rows) // count)))[:count]
+    return rows.select(chosen) if isinstance(rows, Dataset) else Subset(rows, chosen)
 
 
 def _scores(model: nn.Module, inputs: dict[str, Any], labels: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Which checkpoint is the best: the metric that says so, and whether less of it is better."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from blob_hf.utils.errors import BlobError
 
@@ -34,3 +34,8 @@ def check_metric(metric: str, known: Iterable[str], prefix: str = "eval_") -> No
     )
     if metric.removeprefix(prefix) not in names:
         raise BlobError(f"metric_for_best_model must be one of {', '.join(names)}, got {metric!r}")
+
+
+def eval_nll(metrics: Mapping[str, float]) -> float:
+    """NLL of the predictive on the evaluation set, nats: what a search minimises."""
+    return metrics["eval_nll"]

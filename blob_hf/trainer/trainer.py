@@ -1,6 +1,5 @@
 """`BlobTrainer`: transformers' trainer with the BLoB objective and posterior evaluation."""
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from transformers import (
     DataCollator,
     EvalPrediction,
@@ -47,13 +46,13 @@ from blob_hf.trainer.engines import (
 from blob_hf.trainer.kl.history import LOGGED
 from blob_hf.trainer.kl.state import KLState
 from blob_hf.trainer.kl.verdict import Verdict
-from blob_hf.trainer.selection import check_metric
+from blob_hf.trainer.log_state import LogState
+from blob_hf.trainer.selection import check_metric, eval_nll
 from blob_hf.trainer.summary import last_evaluation, summarize
 from blob_hf.trainer.training_args import BlobTrainingArguments, as_blob_arguments
 from blob_hf.tuner.model import BlobModel, as_blob_model
 from blob_hf.tuner.posterior import gaussian_layers, sampling_of
 from blob_hf.tuner.sampling import Sampling
-from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError, NonFiniteLossError
 from blob_hf.utils.numbers import number_or_word
 from blob_hf.utils.sharding import is_sharded
@@ -65,7 +64,6 @@ else:
 
 logger = logging.getLogger(__name__)
 
-LOG_STATE = "log_state.json"
 Rows: TypeAlias = Dataset | torch.utils.data.Dataset[Any]
 VERDICT_ROWS = 64  # on which a finished training looks at what its samples predict
 
@@ -336,20 +334,15 @@ class BlobTrainerMixin(_Base):
             self.kl.save(folder, self._mean_over_processes, self.args.should_save, for_resuming=True)
         loss = self._mean_over_processes(self._tr_loss).item()
         if self.args.should_save:
-            state: dict[str, Any] = {"nll_since_last_log": loss, "last_logged_step": self._globalstep_last_logged}
-            state["engine"] = engine_of(self.accelerator)
-            files.write_text(folder / LOG_STATE, json.dumps(state) + "\n")
+            LogState(loss, self._globalstep_last_logged, engine_of(self.accelerator)).save(folder)
 
     def check_resumable(self, folder: Path) -> None:
         """Refuse a checkpoint whose optimizer state this engine cannot read."""
-        if not (folder / LOG_STATE).is_file():
-            return
-        saved = json.loads((folder / LOG_STATE).read_text(encoding="utf-8")).get("engine")
-        engine = engine_of(self.accelerator)
-        if saved not in (None, engine):
+        saved, engine = LogState.load(folder), engine_of(self.accelerator)
+        if saved is not None and saved.engine not in (None, engine):
             raise BlobError(
-                f"{folder} was saved under {saved}, but this run is {engine}: optimizer states are not exchangeable; "
-                f"resume under {saved}, or continue from its adapter ({folder}) in a new run"
+                f"{folder} was saved under {saved.engine}, but this run is {engine}: optimizer states are not "
+                f"exchangeable; resume under {saved.engine}, or continue from its adapter ({folder}) in a new run"
             )
 
     def resume_own_state(self) -> None:
@@ -361,18 +354,13 @@ class BlobTrainerMixin(_Base):
         folder = Path(resumed_from)
         if self.kl is not None:
             self.kl.resume(folder)
-        if (folder / LOG_STATE).is_file():
-            state = json.loads((folder / LOG_STATE).read_text(encoding="utf-8"))
-            self._globalstep_last_logged = state["last_logged_step"]
-            unlogged = state.get("nll_since_last_log")
+        state = LogState.load(folder, None if self.kl is None else self.kl.history.rows)
+        if state is not None:
+            self._globalstep_last_logged = state.last_logged_step
             if self.kl is not None:
-                self.kl.history.last_logged = self._globalstep_last_logged
-                if unlogged is None:  # an earlier version kept the NLL + pi_t KL here
-                    rows = (row for row in self.kl.history.rows if row["step"] > self._globalstep_last_logged)
-                    unlogged = sum(row["nll"] for row in rows)
-            unlogged = state["loss_since_last_log"] if unlogged is None else unlogged
-            self._tr_loss += unlogged
-            self._total_loss_scalar -= unlogged  # train_loss is that of this call's steps
+                self.kl.history.last_logged = state.last_logged_step
+            self._tr_loss += state.nll_since_last_log
+            self._total_loss_scalar -= state.nll_since_last_log  # train_loss is that of this call's steps
 
     def save_history(self, folder: Path) -> None:
         """Write kl_history.csv into a folder (called on every process)."""
@@ -400,9 +388,9 @@ class BlobTrainerMixin(_Base):
         rows: Any = next((one for one in choices if has_length(one) and not isinstance(one, dict) and len(one)), None)
         if rows is None:
             return None
-        chosen = list(range(0, len(rows), max(1, len(rows) // VERDICT_ROWS)))[:VERDICT_ROWS]  # of sorted files, too
-        some = rows.select(chosen) if isinstance(rows, Dataset) else Subset(rows, chosen)
-        labelled = (batch for batch in self._batches(some) if batch.get("labels") is not None)
+        labelled = (
+            batch for batch in self._batches(evaluation.spread(rows, VERDICT_ROWS)) if batch.get("labels") is not None
+        )
         network: Any = self.model_wrapped if self.is_deepspeed_enabled else self.model  # which gathers its shards
         training = network.training
         network.eval()
@@ -516,11 +504,6 @@ class BlobTrainerMixin(_Base):
             summary = summarize(trainer, DataSource(dataset, dataset) if dataset else None, tasks, license=license)
             summary.results = last_evaluation(trainer)
             write_model_card(Path(str(self.args.output_dir)), summary)
-
-
-def eval_nll(metrics: Mapping[str, float]) -> float:
-    """NLL of the predictive on the evaluation set, nats: what a search minimises."""
-    return metrics["eval_nll"]
 
 
 def _adopt(model: nn.Module) -> nn.Module:

@@ -23,6 +23,11 @@ def has_task_head(base: nn.Module) -> bool:
     return type(base).__name__.endswith(_HEAD_CLASSES)
 
 
+def is_sequence_classifier(base: nn.Module) -> bool:
+    """Whether a model tells classes of whole texts."""
+    return type(base).__name__.endswith("ForSequenceClassification")
+
+
 def class_names(base: nn.Module) -> list[str] | None:
     """What a classifier's classes are called, in the order of their ids; None for transformers' own LABEL_0, ..."""
     names = getattr(getattr(base, "config", None), "id2label", None) if has_task_head(base) else None

@@ -326,6 +326,18 @@ def test_the_report_compares_on_the_same_seeds_and_corrects(tmp_path, runs, caps
         assert (tmp_path / "plots" / f"{name}.png").stat().st_size > 5000
 
 
+def test_ranks_are_of_the_seeds_that_all_methods_have():
+    """`blob` is the better one on the seed that both have; a second, bad seed that lora lacks must not count."""
+    nlls = {("blob", 1): 0.5, ("blob", 2): 9.0, ("lora", 1): 0.7}
+    rows = [
+        {"setting": setting, "method": method, "seed": seed, "nll": nll}
+        for setting in ("wic-128", "cola-128", "clinc-150")
+        for (method, seed), nll in nlls.items()
+    ]
+    ranks = study_report.ranked(pd.DataFrame(rows), "nll").ranks
+    assert ranks["blob"] == 1 and ranks["lora"] == 2
+
+
 def test_of_one_setting_there_are_no_ranks(tmp_path, runs):
     some = {key: path for key, path in runs.items() if key[0] == "cola-128"}
     study_report.write(tmp_path, some, {}, {}, [])

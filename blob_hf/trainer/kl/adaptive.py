@@ -32,12 +32,12 @@ class AdaptiveSchedule:
         self._observed = 0
 
     def __call__(self, step: int) -> float:
-        """The weight now; 0 in the first step, of whose NLL nothing is known."""
-        return 0.0 if self.nll is None else self.strength / self.cycle_steps
+        """The weight now."""
+        return self.strength / self.cycle_steps
 
     @property
     def strength(self) -> float:
-        """The pull now, in units of `kl_pull`."""
+        """The pull now, in units of `kl_pull`; 0 in the first step, before any NLL is known."""
         return 0.0 if self.nll is None else math.exp((AT_NLL - self.nll) / PER_FACTOR)
 
     def observe(self, rows: Sequence[Mapping[str, float]]) -> None:
