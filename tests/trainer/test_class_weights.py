@@ -18,8 +18,9 @@ from blob_hf.utils.errors import BlobError
 
 
 def uneven(count=24):
-    data = rows(count)
-    return data.map(lambda row, index: {"labels": [0, 0, 0, 0, 1, 2][index % 6]}, with_indices=True)
+    """Rows whose first half has mostly the class 0, the second all three alike."""
+    labels = [[0, 0, 0, 1, 0, 2, 0][index % 7] if index < count // 2 else index % 3 for index in range(count)]
+    return rows(count).remove_columns("labels").add_column("labels", labels)
 
 
 def test_the_weights_are_scikit_learns():
@@ -42,17 +43,19 @@ def lora(seed=0):
 
 @pytest.mark.parametrize(("batch", "steps"), [(12, 1), (3, 4), (5, 3)])
 def test_a_step_is_that_of_torchs_weighted_loss_on_the_whole_batch(tmp_path, batch, steps):
-    data = uneven(batch * steps)
+    data = uneven(2 * batch * steps)  # the step sees the first half: its weights' mean is not 1
     model = lora()
     reference = copy.deepcopy(model)
     fit = trainer(
         tmp_path, model, data, point_estimate=True, class_weights="balanced", per_device_train_batch_size=batch,
         gradient_accumulation_steps=steps, max_steps=1, optim="sgd", learning_rate=0.5, lr_scheduler_type="constant",
-        max_grad_norm=0.0,
+        max_grad_norm=0.0, train_sampling_strategy="sequential",
     )  # fmt: skip
     loss = fit.train().training_loss
     counts = np.bincount(data["labels"], minlength=3)
     weights = torch.tensor(len(data) / (3 * counts), dtype=torch.float32)
+    data = data.select(range(batch * steps))
+    assert weights[data["labels"]].mean() != pytest.approx(1, abs=1e-3)
     reference.eval()  # no dropout, as in training here
     logits = reference(input_ids=torch.tensor(data["input_ids"])).logits
     expected = nn.CrossEntropyLoss(weight=weights)(logits, torch.tensor(data["labels"]))
