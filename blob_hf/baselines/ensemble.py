@@ -8,8 +8,7 @@ one batch, or one `generate`, serves all members. A classification head is part 
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from blob_hf.trainer.training_args import DEFINING, BlobTrainingArguments, chang
 from blob_hf.tuner import adapter_files
 from blob_hf.tuner.adapter_files import NAMES
 from blob_hf.tuner.base_model import head_parameters
+from blob_hf.tuner.in_flight import Frozen
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import lora_layers
 from blob_hf.tuner.sampled import SampledLinear, layer_name
@@ -66,16 +66,6 @@ class MemberLinear(SampledLinear):
             self.register_buffer(f"_weight_{index}", weight.detach(), persistent=False)
             self.register_buffer(f"_bias_{index}", None if bias is None else bias.detach(), persistent=False)
         self.num_networks: int = 1 + len(others)
-        self._biases = torch.empty(0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
-        if self.bias is None:
-            return out
-        if self._samples is None:
-            return out + self.bias.to(out.dtype)
-        blocks = out.view(len(self._biases), -1, out.shape[-1]) + self._biases.to(out.dtype).unsqueeze(1)
-        return blocks.view_as(out)
 
     def scale_noise(self, factor: float) -> None:
         raise BlobError("an ensemble's members are networks of their own, not noise around one: nothing to scale")
@@ -100,16 +90,8 @@ class MemberLinear(SampledLinear):
             tensors[self.weight_name.removesuffix("weight") + "bias"] = self._stacked("bias", sample)[0]
         return tensors
 
-    @contextmanager
-    def frozen_samples(self, sampling: Sampling) -> Iterator[None]:
-        outer = self._biases
-        if self.bias is not None:
-            self._biases = self._stacked("bias", sampling)
-        try:
-            with super().frozen_samples(sampling):
-                yield
-        finally:
-            self._biases = outer
+    def freeze(self, sampling: Sampling) -> Frozen:
+        return Frozen(self.samples(sampling), None if self.bias is None else self._stacked("bias", sampling))
 
     @torch.no_grad()
     def fix_at_sample(self, sample: Sampling) -> None:

@@ -26,6 +26,7 @@ from blob_hf.inference.predict import ClassPrediction, log_mean_exp, predict_cla
 from blob_hf.reporting.run_summary import MethodCard
 from blob_hf.tuner.adapter_files import read_beside, write_beside
 from blob_hf.tuner.base_model import in_head
+from blob_hf.tuner.in_flight import Frozen, Later, fixed
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import lora_layers, posterior_mean, sampled_layers
 from blob_hf.tuner.sampled import SampledLinear, layer_name, standard_normal
@@ -377,10 +378,11 @@ def logit_covariance(model: nn.Module, inputs: dict[str, Any], num_classes: int)
     """
     layers = _laplace_layers(model)
     rows = len(next(value for value in inputs.values() if isinstance(value, Tensor) and value.dim()))
-    with torch.enable_grad(), posterior_mean(model):
-        copies = [layer.weight.detach().expand(rows, -1, -1).clone().requires_grad_() for layer in layers]
-        for layer, copy in zip(layers, copies, strict=True):
-            layer._samples = copy
+    copies = [layer.weight.detach().expand(rows, -1, -1).clone().requires_grad_() for layer in layers]
+    frozen: dict[SampledLinear, Frozen | Later] = {
+        layer: Frozen(copy) for layer, copy in zip(layers, copies, strict=True)
+    }
+    with torch.enable_grad(), posterior_mean(model), fixed(frozen):
         logits = model(**inputs).logits.float()
         per_class = [
             torch.autograd.grad(logits[:, c].sum(), copies, retain_graph=c < num_classes - 1)

@@ -9,7 +9,7 @@ from blob_hf.tuner import adapter_files
 from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.loading import save_config
 from blob_hf.tuner.model import BlobModel
-from blob_hf.tuner.posterior import samplable_layers
+from blob_hf.tuner.posterior import layer_samplings
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils import files
 
@@ -34,13 +34,17 @@ def export_samples(
         BlobError: num_samples < 1, no posterior, or the folder cannot be written.
     """
     drawn = Sampling.of(sampling, seed).required()
-    layers = samplable_layers(model)
+    layers = layer_samplings(model, drawn)
     mean, _ = model.adapter_tensors(str(model.active_adapter))
     config: Any = model.active_peft_config
     config = config.to_lora() if isinstance(config, BlobConfig) else config
     folders = []
     for sample in replace(drawn, batch_size=1).batches():
-        tensors = {name: tensor for layer in layers for name, tensor in layer.drawn(sample).items()}
+        tensors = {
+            name: tensor
+            for layer, own in layers.items()
+            for name, tensor in layer.drawn(replace(own, num_samples=1, first=sample.first)).items()
+        }
         folders.append(Path(out_dir, f"sample-{sample.first}"))
         with files.staged(folders[-1]) as staging:
             adapter_files.write(staging, mean={**mean, **tensors}, std={})

@@ -1,6 +1,7 @@
 """From what a user has (texts, pairs, a tokenized batch, a dataset) to the rows that a model reads."""
 
 import inspect
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from blob_hf.utils.errors import BlobError
 Inputs: TypeAlias = str | Sequence[str] | Sequence[Sequence[str]] | Mapping[str, Any] | Dataset
 
 _LABELS = ("label", "labels", "label_ids")
+_TOKENIZING = threading.Lock()  # truncating is a setting of a fast tokenizer, which one thread changes at a time
 _NO_LIMIT = 1_000_000  # tokenizers that know no longest input say 1e30
 
 
@@ -135,8 +137,10 @@ def _encode(
     if prompt is not None:
         if len(texts[0]) > 1:
             raise BlobError("a prompt has room for one text, but the rows are pairs")
-        return Prompt(prompt).encode([text for (text,) in texts], tokenizer, limit)
-    return tokenizer(*map(list, zip(*texts, strict=True)), truncation=True, max_length=limit)
+        with _TOKENIZING:
+            return Prompt(prompt).encode([text for (text,) in texts], tokenizer, limit)
+    with _TOKENIZING:
+        return tokenizer(*map(list, zip(*texts, strict=True)), truncation=True, max_length=limit)
 
 
 def _tokenized(model: BlobModel, inputs: Any) -> dict[str, list[Tensor]]:

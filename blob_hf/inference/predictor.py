@@ -1,16 +1,16 @@
 """From texts to answers: `BlobModel.predict`, over everything that predicts and generates on this floor."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from scipy.special import entr, log_softmax
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from blob_hf.inference.answers import Prediction, TextPrediction
+from blob_hf.inference.evaluating import evaluating
 from blob_hf.inference.generate import generate_mean, generate_predictive, generate_samples, generated_tokens, pad_to
 from blob_hf.inference.inputs import Inputs, Rows, find_tokenizer, rows_of
 from blob_hf.inference.predict import IGNORED_LABEL, calibration_of, predict_classes
@@ -97,18 +97,6 @@ def _require_classes(base: Any) -> None:
     kind = getattr(base.config, "problem_type", None)
     if base.config.num_labels < 2 or kind in ("regression", "multi_label_classification"):
         raise BlobError(f"predict needs one of two or more classes; this model has {base.config.num_labels} ({kind})")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _in_batches(

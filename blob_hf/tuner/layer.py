@@ -75,6 +75,10 @@ class GaussianA(SampledLinear):
         """KL(q(A) || N(0, prior_std^2)) of this layer, nats."""
         return gaussian_kl(self.weight, self.std, prior_std)
 
+    def noisy_weight(self) -> Tensor:
+        """One draw of A with its gradient, (rank, in_features)."""
+        return self.weight + (self.std * torch.randn_like(self.std)).to(self.weight.dtype)
+
     def train_forward(self, x: Tensor) -> Tensor:
         mean, std = self.weight, self.std
         if torch.is_autocast_enabled(x.device.type):

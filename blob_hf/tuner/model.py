@@ -1,12 +1,15 @@
 """`BlobModel`: a `PeftModel` whose LoRA adapters carry a Gaussian posterior over A. Build, save and load it here."""
 
+import logging
 import os
 import tempfile
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -18,11 +21,17 @@ from blob_hf.tuner import adapter_files, loading, posterior
 from blob_hf.tuner.adapter_files import SavedAdapter
 from blob_hf.tuner.base_model import check_targets, load_base_model, targets_head, untie_adapted_layers
 from blob_hf.tuner.config import BlobConfig
+from blob_hf.tuner.injection import remove_layers
 from blob_hf.tuner.registry import VERBS, Companion, companion_files
+from blob_hf.tuner.repeating import repeated, repeating
 from blob_hf.tuner.sampled import SampledLinear
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils import files, hub
 from blob_hf.utils.errors import BlobError
+
+logger = logging.getLogger(__name__)
+
+FORWARDS_WITHOUT_KL = 20  # after which a training without a KL is warned of
 
 
 class BlobModel(PeftModel):
@@ -44,23 +53,23 @@ class BlobModel(PeftModel):
     folders: dict[str, Path]
     tokenizers: dict[str, PreTrainedTokenizerBase]
     _head_snapshot: dict[str, Tensor]
+    unregularized_forwards = 0  # training forwards since the KL was last asked for; -1: no more counted
 
     def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any) -> None:
         super().__init__(model, peft_config, adapter_name, **kwargs)
         self.companions, self.adapter_heads, self.folders, self.tokenizers = {}, {}, {}, {}
-        if isinstance(peft_config, BlobConfig):
-            posterior.attach_posterior(self, peft_config, adapter_name)
         self.remember_head()
 
     # ----- the posterior -----------------------------------------------------------------------------------------
 
     @property
     def blob_config(self) -> BlobConfig:
-        """The active adapter's configuration."""
-        config = self.active_peft_config
-        if not isinstance(config, BlobConfig):
+        """The active adapter's configuration; of several active ones the first one's."""
+        configs = [self.peft_config[name] for name in self.active_adapters]
+        found = [config for config in configs if isinstance(config, BlobConfig)]
+        if not found:
             raise BlobError(f"the active adapter {self.active_adapter!r} has no posterior; bayesianize it first")
-        return config
+        return found[0]
 
     @property
     def has_posterior(self) -> bool:
@@ -71,25 +80,63 @@ class BlobModel(PeftModel):
         """Context in which the network is the posterior mean, also in train mode."""
         return posterior.posterior_mean(self)
 
-    def posterior_samples(self, sampling: Sampling | int, seed: int | None = None) -> AbstractContextManager[None]:
+    @contextmanager
+    def posterior_samples(
+        self, sampling: Sampling | int, seed: int | None = None, repeat: bool = False
+    ) -> Iterator[None]:
         """Context in which the network is frozen posterior samples over sample-major rows.
 
-        See `blob_hf.tuner.posterior.posterior_samples`.
+        See `blob_hf.tuner.posterior.posterior_samples`, also for what it cannot know of rows that you repeat.
+
+        Args:
+            repeat: Have `model(...)` and `model.generate(...)` repeat every tensor of the batch S times themselves:
+                outputs are sample-major, `out.unflatten(0, (S, -1))`.
         """
-        return posterior.posterior_samples(self, sampling, seed)
+        drawn = Sampling.of(sampling, seed).required()
+        with posterior.posterior_samples(self, drawn), repeating(self, drawn.num_samples if repeat else 1):
+            yield
 
     def kl_divergence(self) -> Tensor:
         """KL(q || p) of the active adapters, nats (scalar, differentiable)."""
-        return posterior.kl_divergence(self, self.blob_config.prior_std)
+        self.unregularized_forwards = -1
+        configs = {name: self.peft_config[name] for name in self.active_adapters}
+        parts = [
+            posterior.kl_divergence(self, config.prior_std, name)
+            for name, config in configs.items()
+            if isinstance(config, BlobConfig)
+        ]
+        return torch.stack(parts).sum() if parts else posterior.kl_divergence(self, self.blob_config.prior_std)
 
     def posterior_statistics(self) -> posterior.PosteriorStatistics:
         """Std, KL (nats) and signal-to-noise ratio, per layer and in total."""
         return posterior.posterior_statistics(self, self.blob_config.prior_std)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = repeated(self, args, kwargs)
+        if self.training and torch.is_grad_enabled() and self.unregularized_forwards >= 0:
+            self._count_forward()
+        return super().forward(*args, **kwargs)
+
+    def _count_forward(self) -> None:
+        """Warn once where a posterior is trained without its KL, by a plain `transformers.Trainer` for example."""
+        self.unregularized_forwards += 1
+        if self.unregularized_forwards == FORWARDS_WITHOUT_KL:
+            self.unregularized_forwards = -1
+            if self.has_posterior:
+                logger.warning(
+                    "%d training steps without the KL of the posterior: this trains LoRA with noise, not BLoB; use "
+                    "BlobTrainer (or BlobTrainerMixin with another trainer), or add model.kl_divergence() to the loss",
+                    FORWARDS_WITHOUT_KL,
+                )
+
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
-        super().add_adapter(adapter_name, peft_config, *args, **kwargs)
-        if isinstance(peft_config, BlobConfig):
-            posterior.attach_posterior(self, peft_config, adapter_name)
+        is_new = adapter_name not in self.peft_config
+        try:
+            super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+        except Exception:
+            if is_new:
+                remove_layers(self, adapter_name)
+            raise
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -112,6 +159,7 @@ class BlobModel(PeftModel):
             BlobError: See `blob_hf.inference.generate_posterior`.
         """
         if sampling is None:
+            args, kwargs = repeated(self, args, kwargs)
             return super().generate(*args, **kwargs)
         if args:
             kwargs["input_ids"] = args[0]
@@ -173,8 +221,8 @@ class BlobModel(PeftModel):
         Raises:
             BlobError: No posterior, or merged already.
         """
-        for layer in posterior.samplable_layers(self):
-            layer.fix_at_sample(Sampling(1, seed=seed, first=index))
+        for layer, sample in posterior.layer_samplings(self, Sampling(1, seed=seed, first=index)).items():
+            layer.fix_at_sample(sample)
         return self.merge_and_unload()
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -450,7 +498,13 @@ def get_blob_model(model: PreTrainedModel, config: BlobConfig, adapter_name: str
     """
     if not isinstance(config, BlobConfig):
         raise BlobError(f"get_blob_model needs a BlobConfig, got {type(config).__name__}")
-    return bayesianize(get_lora_model(model, config, adapter_name), config, adapter_name)
+    lora = config.to_lora()  # whose A are drawn like plain LoRA's, before any std
+    blob_model = get_lora_model(model, lora, adapter_name)
+    try:
+        return bayesianize(blob_model, config, adapter_name)
+    except BlobError:
+        remove_layers(blob_model, adapter_name)
+        raise
 
 
 def get_lora_model(model: PreTrainedModel, config: LoraConfig, adapter_name: str = "default") -> BlobModel:
@@ -464,7 +518,11 @@ def get_lora_model(model: PreTrainedModel, config: LoraConfig, adapter_name: str
     if targets_head(model, config):
         config.task_type = None
     check_targets(model, config)
-    return as_blob_model(get_peft_model(model, config, adapter_name))
+    try:
+        return as_blob_model(get_peft_model(model, config, adapter_name))
+    except Exception:
+        remove_layers(model, adapter_name)
+        raise
 
 
 def bayesianize(peft_model: PeftModel, config: BlobConfig | None = None, adapter_name: str | None = None) -> BlobModel:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 def shared_noise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """One draw of A per forward, the same for every row and token."""
-    return F.linear(x, mean + std * torch.randn_like(std))
+    return F.linear(x, (mean + std * torch.randn_like(std)).to(x.dtype))
 
 
 def local_noise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Verbs on a whole model's posterior: attach it, fix it at its mean or at samples, measure it."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,7 +10,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from blob_hf.tuner.config import BlobConfig
+from blob_hf.tuner.in_flight import Frozen, Later, fixed
+from blob_hf.tuner.injection import check_layer, has_adapter, make_gaussian
 from blob_hf.tuner.layer import GaussianA
+from blob_hf.tuner.parameters import make_sampled
 from blob_hf.tuner.sampled import SampledLinear, layer_name
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
@@ -21,27 +24,18 @@ def attach_posterior(model: nn.Module, config: BlobConfig, adapter: str) -> None
     """Replace the point-valued A of every LoRA layer of `adapter` by a `GaussianA` around it, in place.
 
     Raises:
-        BlobError: No LoRA layer of that name, or one that is not a linear layer (embeddings, convolutions).
+        BlobError: No LoRA layer of that name, or one whose A cannot be a posterior (see `injection`).
     """
-    found = False
-    for path, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        name = layer_name(path)
-        if adapter in module.lora_embedding_A:
-            raise BlobError(f"BLoB supports linear layers, but LoRA is attached to the embedding {name}; untarget it")
-        if adapter not in module.lora_A:
-            continue
-        linear = module.lora_A[adapter]
-        if not isinstance(linear, nn.Linear):
-            raise BlobError(
-                f"BLoB supports linear layers, but lora_A of {name} is {type(linear).__name__}; untarget it"
-            )
-        found = True
-        if not isinstance(linear, GaussianA):
-            module.lora_A[adapter] = GaussianA(linear, name, config.init_eps, config.std_parameterization, config.noise)
-    if not found:
+    layers = {path: module for path, module in model.named_modules() if has_adapter(module, adapter)}
+    if not layers:
         raise BlobError(f"the model has no LoRA layers of an adapter named {adapter!r}")
+    for path, layer in layers.items():  # all are looked at before the first is changed
+        check_layer(layer, layer_name(path), adapter)
+    for path in layers:
+        parent, _, name = path.rpartition(".")
+        make_sampled(model.get_submodule(parent), name)
+        layer = getattr(model.get_submodule(parent), name)
+        make_gaussian(layer, adapter, layer_name(path), config)
 
 
 def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
@@ -52,27 +46,70 @@ def lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer
 
 
 def gaussian_layers(model: nn.Module, adapter: str | None = None) -> dict[str, GaussianA]:
-    """The Gaussian A of every layer of one adapter (default: of all active ones), by layer name, in model order."""
-    layers = {}
+    """The Gaussian A of every layer of one adapter (default: of all active ones), by layer name, in model order.
+
+    Where a second active adapter is on the same layer, its A is called by layer and adapter.
+    """
+    layers: dict[str, GaussianA] = {}
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for key in module.active_adapters if adapter is None else [adapter]:
                 if key in module.lora_A and isinstance(layer := module.lora_A[key], GaussianA):
-                    layers[layer.name] = layer
+                    layers[f"{layer.name} of {key}" if layer.name in layers else layer.name] = layer
     return layers
+
+
+def check_complete(model: nn.Module) -> None:
+    """Refuse an adapter that says it is BLoB, but has layers with a point-valued A.
+
+    Raises:
+        BlobError: There is one.
+    """
+    for adapter, config in (getattr(model, "peft_config", None) or {}).items():
+        if isinstance(config, BlobConfig):
+            for path, module in lora_layers(model, adapter):
+                if not isinstance(module.lora_A[adapter], SampledLinear):
+                    raise BlobError(
+                        f"adapter {adapter!r} is a BlobConfig, but {layer_name(path)} is plain LoRA: something has "
+                        "replaced its A; bayesianize(model) makes it a posterior again"
+                    )
 
 
 def sampled_layers(model: nn.Module) -> list[SampledLinear]:
     """Every layer of the active adapters whose weights can be sampled: A, with some methods also B and heads."""
-    inactive = {
-        id(layer)
-        for module in model.modules()
-        if isinstance(module, LoraLayer)
-        for weights in (module.lora_A, module.lora_B)
-        for key, layer in weights.items()
-        if key not in module.active_adapters
-    }
-    return [module for module in model.modules() if isinstance(module, SampledLinear) and id(module) not in inactive]
+    return list(layer_positions(model))
+
+
+def layer_positions(model: nn.Module, inactive: bool = False) -> dict[SampledLinear, int]:
+    """`sampled_layers`, and of each how many active adapters come before its own on the same LoRA layer.
+
+    Args:
+        inactive: Those of adapters that are not active, at position 0, instead.
+    """
+    positions = {}
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for weights in (module.lora_A, module.lora_B):
+                for key, layer in weights.items():
+                    active = module.active_adapters.index(key) if key in module.active_adapters else -1
+                    positions[layer] = active
+    found = {}
+    for module in model.modules():
+        if isinstance(module, SampledLinear) and (positions.get(module, 0) < 0) == inactive:
+            found[module] = max(positions.get(module, 0), 0)
+    return found
+
+
+def layer_samplings(model: nn.Module, sampling: Sampling) -> dict[SampledLinear, Sampling]:
+    """The layers of a model that can be sampled from, and what each draws.
+
+    That is `sampling`, but a second active adapter on a layer has another seed: its noise is its own.
+
+    Raises:
+        BlobError: There is none, or the adapter is merged.
+    """
+    samplable_layers(model)
+    return {layer: sampling.of_adapter(position) for layer, position in layer_positions(model).items()}
 
 
 def samplable_layers(model: nn.Module) -> list[SampledLinear]:
@@ -81,6 +118,7 @@ def samplable_layers(model: nn.Module) -> list[SampledLinear]:
     Raises:
         BlobError: There is none, or the adapter is merged.
     """
+    check_complete(model)
     layers = sampled_layers(model)
     if not layers:
         raise BlobError("the model has no posterior to sample from; make one with get_blob_model or bayesianize")
@@ -92,15 +130,8 @@ def samplable_layers(model: nn.Module) -> list[SampledLinear]:
 @contextmanager
 def posterior_mean(model: nn.Module) -> Iterator[None]:
     """Inside the block the network is the posterior mean, also in train mode and inside `posterior_samples`."""
-    layers = sampled_layers(model)
-    outer = [(layer.mean_only, layer._samples) for layer in layers]
-    for layer in layers:
-        layer.mean_only, layer._samples = True, None
-    try:
+    with fixed(dict.fromkeys([*sampled_layers(model), *layer_positions(model, inactive=True)], Frozen(None))):
         yield
-    finally:
-        for layer, (mean_only, samples) in zip(layers, outer, strict=True):
-            layer.mean_only, layer._samples = mean_only, samples
 
 
 @contextmanager
@@ -112,13 +143,22 @@ def posterior_samples(model: nn.Module, sampling: Sampling | int, seed: int | No
     `generate_samples` and, flat, of `generate(sampling=...)`. One sample is one draw of all A matrices, the same for
     every token, layer and decoding step.
 
+    Rows that divide by S are taken for such blocks: that they are the *same* inputs S times, nobody can see here. What
+    was repeated by `repeat_interleave`, or not at all, gives samples of different texts. `model.predict` and
+    `BlobModel.posterior_samples(..., repeat=True)` repeat by themselves.
+
+    The samples belong to the thread (or asyncio task) that opened the block: others go on undisturbed, with their own
+    or without. Adapters that rows choose by PEFT's `adapter_names` are sampled, too.
+
     Raises:
         BlobError: S < 1, the model has no posterior, or its adapter is merged.
     """
     drawn = Sampling.of(sampling, seed).required()
-    with ExitStack() as stack:
-        for layer in samplable_layers(model):
-            stack.enter_context(layer.frozen_samples(drawn))
+    frozen: dict[SampledLinear, Frozen | Later] = {
+        layer: layer.freeze(own) for layer, own in layer_samplings(model, drawn).items()
+    }
+    frozen |= {layer: Later(layer, drawn) for layer in layer_positions(model, inactive=True)}
+    with fixed(frozen):
         yield
 
 
@@ -131,12 +171,12 @@ def sampling_of(model: nn.Module, wanted: Sampling) -> Sampling:
     return replace(wanted, num_samples=min(given)) if given else wanted
 
 
-def kl_divergence(model: nn.Module, prior_std: float) -> Tensor:
-    """KL(q || p) over all A matrices of the active adapters, nats, differentiable (scalar float32).
+def kl_divergence(model: nn.Module, prior_std: float, adapter: str | None = None) -> Tensor:
+    """KL(q || p) over all A matrices of an adapter (default: of all active ones), nats, differentiable scalar float32.
 
     Under ZeRO-3 the shards are gathered for reading, so the result carries no gradient.
     """
-    layers = list(gaussian_layers(model).values())
+    layers = list(gaussian_layers(model, adapter).values())
     parameters = [parameter for layer in layers for parameter in (layer.weight, layer.rho)]
     with gathered(parameters):
         return torch.stack([full_tensor(layer.kl(prior_std)) for layer in layers]).sum()

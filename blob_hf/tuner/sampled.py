@@ -5,23 +5,23 @@ What makes a posterior sample one network is here; what the samples are drawn fr
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blob_hf.tuner.in_flight import Frozen, fixed, frozen_linear, frozen_now, sample_major_linear
 from blob_hf.tuner.sampling import Sampling
-from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import full_tensor, gathered
 
 
 class SampledLinear(nn.Linear):
     """A linear layer without bias, in the place of LoRA's A or B, whose weights can be frozen at samples.
 
-    What `forward(x)` uses: frozen samples if there are any (see `frozen_samples`); else its weight, in train mode
-    through `train_forward`.
+    What `forward(x)` uses: what its weight is frozen at in this context, if it is (see `in_flight`); else its weight,
+    in train mode through `train_forward`.
 
     Args:
         linear: What it takes the place of; the weight stays the same parameter.
@@ -40,22 +40,28 @@ class SampledLinear(nn.Linear):
         self.weight = linear.weight
         self.register_parameter("bias", None)
         self.name = layer if part == "lora_A" else f"{layer}.{part}"  # names its random numbers
-        self.weight_name = f"base_model.model.{layer}.{part}.weight"  # in the files of an adapter
+        self.weight_name = weight_name(layer, part)
         self.mean_only = False
         self.noise_scale = 1.0  # of the samples, beside what `draw` draws
-        self._samples: Tensor | None = None
+        self.is_frozen_somewhere = False
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._samples is not None:
-            return _sample_major_linear(x, self._samples, self.name)
+        if self.is_frozen_somewhere:
+            if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+                return frozen_linear(x, self.weight, self.bias, id(self), self.name)
+            frozen = frozen_now(self)
+            if frozen is not None and frozen.weight is not None:
+                return sample_major_linear(x, frozen, self.name)
+            if frozen is not None:
+                return F.linear(x, self.weight, self.bias)
         if self.mean_only or not self.training:
-            return F.linear(x, self.weight)
+            return F.linear(x, self.weight, self.bias)
         return self.train_forward(x)
 
     def train_forward(self, x: Tensor) -> Tensor:
         """The layer in train mode, where a subclass may add noise."""
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
     def draw(self, sampling: Sampling) -> Tensor:
         """The samples of the weight, shape (num_samples, out_features, in_features).
@@ -77,14 +83,13 @@ class SampledLinear(nn.Linear):
         """Make the samples lie `factor` times as far from the weight: a temperature factor^2 of the posterior."""
         self.noise_scale *= factor
 
-    @contextmanager
-    def frozen_samples(self, sampling: Sampling) -> Iterator[None]:
+    def freeze(self, sampling: Sampling) -> Frozen:
+        """What this layer is at samples."""
+        return Frozen(self.samples(sampling))
+
+    def frozen_samples(self, sampling: Sampling) -> AbstractContextManager[None]:
         """Use these samples inside the block (sample-major rows)."""
-        outer, self._samples = self._samples, self.samples(sampling)
-        try:
-            yield
-        finally:
-            self._samples = outer
+        return fixed({self: self.freeze(sampling)})
 
     def drawn(self, sample: Sampling) -> dict[str, Tensor]:
         """The tensors of one sample (of one alone) by their names in the files of an adapter."""
@@ -102,24 +107,14 @@ class SampledLinear(nn.Linear):
         self.weight.copy_(self.samples(sample)[0])
 
 
-def _sample_major_linear(x: Tensor, samples: Tensor, name: str) -> Tensor:
-    """x (S * rows, ..., in) times its own W_s (S, out, in) per block of rows -> (S * rows, ..., out)."""
-    num_samples = samples.shape[0]
-    samples = samples.to(x.dtype)
-    if num_samples == 1:
-        return F.linear(x, samples[0])
-    if x.shape[0] % num_samples:
-        raise BlobError(
-            f"{num_samples} posterior samples are frozen, so inputs must be {num_samples} equal blocks of rows "
-            f"(sample-major), got {x.shape[0]} rows in {name}; repeat the batch with tensor.repeat({num_samples}, 1)"
-        )
-    out = x.reshape(num_samples, -1, x.shape[-1]) @ samples.transpose(1, 2)
-    return out.view(*x.shape[:-1], samples.shape[1])
-
-
 def layer_name(path: str) -> str:
     """Name of a LoRA layer from its path in the PEFT model."""
     return path.removeprefix("base_model.model.")
+
+
+def weight_name(layer: str, part: str = "lora_A") -> str:
+    """What the weight of a LoRA layer is called in the files of an adapter."""
+    return f"base_model.model.{layer}.{part}.weight"
 
 
 def sample_generator(name: str, seed: int, index: int) -> torch.Generator:

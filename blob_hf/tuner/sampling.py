@@ -3,6 +3,7 @@
 It is here and not beside `predict` and `generate`, which use it, because the layer at the other end reads it, too.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -58,6 +59,13 @@ class Sampling:
         if self.num_samples < 1:
             raise BlobError(f"num_samples must be >= 1, got {self.num_samples}; for no samples use posterior_mean()")
         return self
+
+    def of_adapter(self, position: int) -> "Sampling":
+        """What an adapter draws that comes so many places after the first active one: for the first, this."""
+        if position == 0:
+            return self
+        digest = hashlib.sha256(f"{self.seed}/adapter {position}".encode()).digest()
+        return replace(self, seed=int.from_bytes(digest[:8], "little", signed=True))
 
     @property
     def indices(self) -> range:

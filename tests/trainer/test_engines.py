@@ -218,13 +218,14 @@ def test_a_layer_compiles_without_graph_break_or_recompilation(noise):
     layer.eval()
     x = torch.randn(6, 3, 16)
     torch.testing.assert_close(compiled(x), layer(x))
-    with layer.frozen_samples(Sampling(3, seed=0)):
+    with torch.no_grad(), layer.frozen_samples(Sampling(3, seed=0)):
         torch.testing.assert_close(compiled(x), layer(x))
     frames = counter.frame_count
     for seed in (1, 2):  # other samples are other values of the same graph
-        with layer.frozen_samples(Sampling(3, seed)):
+        with torch.no_grad(), layer.frozen_samples(Sampling(3, seed)):
             torch.testing.assert_close(compiled(x), layer(x))
     assert counter.frame_count == frames
+    torch.testing.assert_close(compiled(x), layer(x))  # and none in another context
     torch._dynamo.reset()
 
 

@@ -107,5 +107,5 @@ def test_bad_input():
             super().__init__()
             self.conv = nn.Conv2d(3, 4, 3)
 
-    with pytest.raises(BlobError, match="linear layers, but lora_A of conv is Conv2d"):
+    with pytest.raises(BlobError, match="conv is Conv2d: its A is a convolution"):
         attach_posterior(get_peft_model(Net(), LoraConfig(target_modules=["conv"])), BlobConfig(), "default")

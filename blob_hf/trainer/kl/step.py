@@ -6,6 +6,7 @@ partition, an FSDP shard. Decoupling matters: Adam would normalise the huge, spi
 would crush the NLL's (Wang et al., NeurIPS 2024, section 4 and the authors' code).
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 
 from blob_hf.tuner.kl import kl_gradient_mean, kl_gradient_rho
 from blob_hf.tuner.layer import rho_from_std
+from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import gaussian_layers
 from blob_hf.utils.errors import BlobError
+
+logger = logging.getLogger(__name__)
 
 
 class DecoupledKLStep:
@@ -44,6 +48,10 @@ class DecoupledKLStep:
         self.weight = 0.0
         self.prior_std, self.parameterization, self.kl_learning_rate = prior_std, parameterization, kl_learning_rate
         split_posterior_groups(optimizer, model)
+        for module in model.modules():
+            if isinstance(module, BlobModel):
+                module.unregularized_forwards = -1  # its KL is applied from now on
+        self._unseen: dict[Tensor, str] | None = {layer.rho: name for name, layer in gaussian_layers(model).items()}
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
     @property
@@ -63,6 +71,7 @@ class DecoupledKLStep:
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._look_for_unreached(optimizer)
         for group in optimizer.param_groups:
             role = group.get("blob_role")
             if role is None:
@@ -73,6 +82,19 @@ class DecoupledKLStep:
                     self.apply(parameter, role, rate)
                 if role == "rho" and self.parameterization == "square":
                     _keep_positive(parameter, optimizer.state.get(parameter, {}))
+
+    def _look_for_unreached(self, optimizer: torch.optim.Optimizer) -> None:
+        """After the first step: warn of layers whose A no forward has called, so that their noise teaches nothing."""
+        if self._unseen is None:
+            return
+        held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        names = [name for rho, name in self._unseen.items() if rho in held and rho.grad is None and rho.requires_grad]
+        if names:  # where an engine holds the parameters in another form, nothing is known
+            logger.warning(
+                "the network does not use the LoRA of %d layers (%s ...): they get the KL alone, and end at the prior",
+                len(names), names[0],
+            )  # fmt: skip
+        self._unseen = None
 
     def apply(self, parameter: Tensor, role: str, rate: float) -> None:
         """One SGD step on the KL, in place."""
