@@ -151,7 +151,7 @@ def test_the_covariance_of_the_logits_is_that_of_finite_differences():
         flat = jacobian.flatten(2)
         expected += flat @ sigma @ flat.transpose(1, 2)
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-3)
-    assert not any(layer._samples is not None for layer in layers.values())
+    assert not any(layer.is_frozen_somewhere for layer in layers.values())
 
 
 def test_narrow_posteriors_predict_alike_linearised_and_sampled():
