@@ -95,10 +95,13 @@ def frozen_now(layer: "SampledLinear") -> Frozen | None:
     """What a layer is frozen at in this context; None: at nothing.
 
     Raises:
-        BlobError: A backward pass recomputes a layer in a thread that does not know the samples (gradient
-            checkpointing on a GPU): the gradient would be that of another network.
+        BlobError: The layer is a copy that `nn.DataParallel` made, which knows no samples; or a backward pass
+            recomputes it in a thread that does not know them (gradient checkpointing on a GPU): the gradient would be
+            that of another network.
     """
     frozen = _found(id(layer))
+    if getattr(layer, "_is_replica", False):
+        raise BlobError("nn.DataParallel cannot hold posterior samples; run one process for each GPU instead")
     if frozen is None and layer.is_frozen_somewhere and torch._C._current_graph_task_id() != -1:
         raise BlobError(
             "gradient checkpointing cannot recompute frozen posterior samples in the backward pass of another thread; "

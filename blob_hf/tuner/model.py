@@ -227,6 +227,7 @@ class BlobModel(PeftModel):
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Merge the posterior mean into the base weights: PEFT's, after untying an `lm_head` that has LoRA."""
+        self._refuse_while_sampling()
         untie_adapted_layers(self)
         tuner: Any = self.base_model
         base = tuner.merge_and_unload(*args, **kwargs)
@@ -238,9 +239,17 @@ class BlobModel(PeftModel):
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Merge without unloading: PEFT's, after untying an `lm_head` that has LoRA."""
+        self._refuse_while_sampling()
         untie_adapted_layers(self)
         tuner: Any = self.base_model
         tuner.merge_adapter(*args, **kwargs)
+
+    def _refuse_while_sampling(self) -> None:
+        if any(isinstance(module, SampledLinear) and module.is_frozen_somewhere for module in self.modules()):
+            raise BlobError(
+                "inside posterior_samples or posterior_mean the adapter cannot be merged: the samples would be gone; "
+                "merge_posterior_sample(seed, index) outside of them merges one"
+            )
 
     # ----- companions --------------------------------------------------------------------------------------------
 

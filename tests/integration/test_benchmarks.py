@@ -27,6 +27,7 @@ SMOKE = {
         "--methods", "blob", "tfb", "--memory_processes", 1,
     ],
     "engines": ["--layers", 2, "--hidden", 256, "--steps", 4, "--engines", ENGINE],
+    "server": ["--minutes", 0.01, "--threads", 4],
 }  # fmt: skip
 
 
@@ -62,6 +63,13 @@ def test_evaluation(table):
     assert list(rows) == ["3 plain LoRA evaluations", "3 samples, one per forward", "3 samples, all in one forward"]
     ratios = [number(row["ratio"]) for row in rows.values()]
     assert ratios[0] == 1 and all(ratio > 0 for ratio in ratios)
+
+
+def test_server(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["server.py", *map(str, SMOKE["server"])])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "benchmarks" / "server.py"), run_name="__main__")
+    assert end.value.code == 0 and "0 wrong" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers.models import TINY
 from transformers import Trainer, TrainingArguments
 
 from blob_hf import BlobConfig, BlobModel, Sampling, get_blob_model
 from blob_hf.inference.evaluating import evaluating
 from blob_hf.tuner.posterior import gaussian_layers
 from blob_hf.utils.errors import BlobError
-from tests.helpers.models import TINY
 
 X = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]])
 
@@ -117,6 +117,22 @@ def test_a_backward_pass_in_another_thread_does_not_recompute_with_other_weights
         thread.start()
         thread.join()
     assert "gradient checkpointing cannot recompute" in str(errors[0])
+
+
+def test_merging_inside_is_refused(model):
+    for context in (model.posterior_samples(2), model.posterior_mean()):
+        with context, pytest.raises(BlobError, match="cannot be merged"):
+            model.merge_adapter()
+    model.merge_adapter()
+
+
+def test_copies_of_data_parallel_are_refused(model):
+    layer = next(iter(gaussian_layers(model).values()))
+    with layer.frozen_samples(Sampling(2)):
+        copy = layer._replicate_for_data_parallel()
+        copy.weight = layer.weight
+        with pytest.raises(BlobError, match="DataParallel cannot hold posterior samples"):
+            copy(torch.randn(2, 16))
 
 
 # ----- batches that repeat themselves -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+from helpers.models import TINY
 from peft import LoraConfig, PeftModel
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer, LoraModel
@@ -15,7 +16,6 @@ from blob_hf.tuner import injection
 from blob_hf.tuner.layer import GaussianA
 from blob_hf.tuner.posterior import gaussian_layers, posterior_samples
 from blob_hf.utils.errors import BlobError
-from tests.helpers.models import TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 WIDE = {"r": 2, "lora_alpha": 4, "init_eps": 0.8}  # stds that one sees

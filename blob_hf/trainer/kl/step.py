@@ -165,6 +165,11 @@ def split_posterior_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -
                 groups.append({**group, "params": members})
             elif members:
                 posterior.append({**group, "params": members, "blob_role": role, "weight_decay": 0.0})
+    if not any(parameter.requires_grad for parameter in roles):
+        raise BlobError(
+            "A is frozen, so its posterior cannot be learned: LoRA-FA's optimizer and set_requires_grad(False) do "
+            "that; use another optimizer, or train plain LoRA"
+        )
     if not posterior:
         raise BlobError("the optimizer holds no posterior parameters: make it after the BLoB model")
     optimizer.param_groups[:] = groups + posterior

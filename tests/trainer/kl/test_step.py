@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.models import random_ids, randomize_b, tiny_bert
+from peft.optimizers import create_lorafa_optimizer
 
 from blob_hf import BlobConfig, get_blob_model
 from blob_hf.trainer.kl.step import DecoupledKLStep
@@ -167,3 +168,24 @@ def test_optimizers_that_cannot_carry_the_kl_step_are_refused():
     other = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1e-3)
     with pytest.raises(BlobError, match="no posterior parameters"):
         attach(model, other, kl_learning_rate=0.01)
+
+
+def test_lora_fa_which_freezes_a_is_refused():
+    model = make()
+    optimizer = create_lorafa_optimizer(model, r=8, lora_alpha=8, lr=1e-3)
+    with pytest.raises(BlobError, match="A is frozen, so its posterior cannot be learned: LoRA-FA"):
+        attach(model, optimizer)
+
+
+def test_layers_that_the_network_does_not_use_are_named(caplog):
+    """Their A gets no gradient from the NLL, and the KL alone would take it to the prior."""
+    model = make()
+    unused = model.base_model.model.bert.encoder.layer[1]
+    unused.forward = lambda hidden, *args, **kwargs: hidden  # a network that skips a layer
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
+    attach(model, optimizer)
+    with caplog.at_level("WARNING", "blob_hf"):
+        nll_step(model, optimizer)
+        nll_step(model, optimizer)
+    assert len(caplog.records) == 1
+    assert "does not use the LoRA of 2 layers (bert.encoder.layer.1.attention.self.query ...)" in caplog.text
