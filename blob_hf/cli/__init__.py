@@ -2,6 +2,7 @@
 
 from blob_hf.cli.adapters import AdapterArguments, PublishedDefaults, known_classes, require_split
 from blob_hf.cli.arguments import parse_arguments
+from blob_hf.cli.choices import padding_token, saved_scoring
 from blob_hf.cli.comparison import is_comparable, rival_arguments
 from blob_hf.cli.evaluation import check_best_metric
 from blob_hf.cli.folders import claim_folder, claim_output_dir, name_of_files, with_output_dir
@@ -36,9 +37,11 @@ __all__ = [
     "known_classes",
     "make_model",
     "name_of_files",
+    "padding_token",
     "parse_arguments",
     "require_split",
     "rival_arguments",
+    "saved_scoring",
     "settle_head",
     "setup_logging",
     "split_names",

@@ -62,7 +62,7 @@ def make_model(
     """The model that a run starts with: a new adapter, or a saved one to train or to evaluate.
 
     Args:
-        task_type: PEFT's, `SEQ_CLS` or `SEQ_2_SEQ_LM`.
+        task_type: PEFT's, `SEQ_CLS`, `SEQ_2_SEQ_LM` or `CAUSAL_LM`.
         adapter: The saved one.
     """
     posterior = posterior_settings(adapter_args, args)
@@ -88,7 +88,8 @@ def _adapted(adapter_args: AdapterArguments, base: Any, task_type: str) -> dict[
     if task_type == "SEQ_CLS":
         targets, trained = head_targets(adapter_args, base)
     else:
-        targets = adapter_args.target_modules or default_target_modules(base.config.model_type, "summarization")
+        task = "choices" if task_type == "CAUSAL_LM" else "summarization"
+        targets = adapter_args.target_modules or default_target_modules(base.config.model_type, task)
         trained = None
     # PEFT knows this word, but not in a list
     names = "all-linear" if targets == ["all-linear"] else targets

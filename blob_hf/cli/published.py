@@ -22,12 +22,19 @@ _PUBLISHED = frozenset(
 )  # fmt: skip
 
 
-def with_kl_rate(args: Arguments, *others: Any, varied: Collection[str] = ()) -> Arguments:
+def with_kl_rate(
+    args: Arguments,
+    *others: Any,
+    varied: Collection[str] = (),
+    tasks: Collection[str] = PUBLISHED,
+    rate: float = PUBLISHED_RATE,
+) -> Arguments:
     """The training arguments of a script, with the published KL rate where everything else is published, too.
 
     Args:
         others: Argument dataclasses beside the training arguments.
         varied: Arguments that a search varies.
+        tasks: That were published, with this rate.
     """
     changed = [
         one.name
@@ -39,10 +46,10 @@ def with_kl_rate(args: Arguments, *others: Any, varied: Collection[str] = ()) ->
         logger.info("training for %g epochs; the default number of steps is switched off", args.num_train_epochs)
     if any(getattr(part, "train_head", "auto") == "true" for part in others):
         changed.append("train_head")
-    tasks = [getattr(part, "task_name", None) for part in others]
-    changed += [f"task_name {task}" for task in tasks if task not in (None, *PUBLISHED)]
+    chosen = [getattr(part, "task_name", None) for part in others]
+    changed += [f"task_name {task}" for task in chosen if task not in (None, *tasks)]
     changed += _PUBLISHED.union({"kl_learning_rate"}).intersection(varied)
     if args.kl_learning_rate != "auto" or changed:
         return args
-    logger.info("a published experiment: its KL rate is %g", PUBLISHED_RATE)
-    return changed_arguments(args, kl_learning_rate=PUBLISHED_RATE)
+    logger.info("a published experiment: its KL rate is %g", rate)
+    return changed_arguments(args, kl_learning_rate=rate)

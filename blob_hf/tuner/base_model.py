@@ -55,8 +55,14 @@ def name_classes(base: nn.Module, names: Sequence[str]) -> None:
     """Put names of classes into the configuration of a classifier that has as many."""
     config: Any = getattr(base, "config", None)
     if config is not None and has_task_head(base) and len(names) == config.num_labels:
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: index for index, name in enumerate(names)}
+        call_classes(base, names)
+
+
+def call_classes(base: nn.Module, names: Sequence[str]) -> None:
+    """Put names of classes into a model's configuration, whatever it has there."""
+    config: Any = base.config
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
 
 
 def in_head(base: nn.Module, name: str) -> bool:

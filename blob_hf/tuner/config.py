@@ -19,6 +19,12 @@ CLASSIFICATION_TARGETS = {
     "bart": ["q_proj", "v_proj", "classification_head.dense", "classification_head.out_proj"],
     "t5": ["q", "v", "classification_head.dense", "classification_head.out_proj"],
 }
+# What the published experiments on Llama adapt, and its equivalents.
+_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3")
+CHOICE_TARGETS = {
+    **{family: ["q_proj", "v_proj", "lm_head"] for family in _LLAMA_LIKE},
+    "gpt2": ["c_attn", "lm_head"],
+}
 SEQ2SEQ_TARGETS = {
     "bart": ["q_proj", "k_proj", "v_proj", "lm_head"],
     "t5": ["q", "k", "v", "lm_head"],
@@ -104,7 +110,9 @@ def default_target_modules(model_type: str, task: str) -> list[str] | str:
 
     Args:
         model_type: `config.model_type` of the base model, for example `"roberta"`.
-        task: `"classification"` or `"summarization"`.
+        task: `"classification"`, `"summarization"` or `"choices"`.
     """
-    presets = {"classification": CLASSIFICATION_TARGETS, "summarization": SEQ2SEQ_TARGETS}[task]
+    presets = {"classification": CLASSIFICATION_TARGETS, "summarization": SEQ2SEQ_TARGETS, "choices": CHOICE_TARGETS}[
+        task
+    ]
     return presets.get(model_type, "all-linear")

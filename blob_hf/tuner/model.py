@@ -19,7 +19,13 @@ from transformers.utils import ModelOutput
 
 from blob_hf.tuner import adapter_files, loading, posterior
 from blob_hf.tuner.adapter_files import SavedAdapter
-from blob_hf.tuner.base_model import check_targets, load_base_model, targets_head, untie_adapted_layers
+from blob_hf.tuner.base_model import (
+    check_targets,
+    is_sequence_classifier,
+    load_base_model,
+    targets_head,
+    untie_adapted_layers,
+)
 from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.injection import remove_layers
 from blob_hf.tuner.registry import VERBS, Companion, companion_files
@@ -115,7 +121,16 @@ class BlobModel(PeftModel):
         args, kwargs = repeated(self, args, kwargs)
         if self.training and torch.is_grad_enabled() and self.unregularized_forwards >= 0:
             self._count_forward()
+        for companion in self.companions.get(str(self.active_adapter), {}).values():
+            if companion.asked_by in kwargs:
+                return companion.answer(super().forward, kwargs)
         return super().forward(*args, **kwargs)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether what it predicts are classes: of whole texts, or the choices of a question."""
+        companions = self.companions.get(str(self.active_adapter), {}).values()
+        return is_sequence_classifier(self.get_base_model()) or any(one.asked_by for one in companions)
 
     def _count_forward(self) -> None:
         """Warn once where a posterior is trained without its KL, by a plain `transformers.Trainer` for example."""

@@ -3,7 +3,7 @@
 Like PEFT's registry of tuners: what is registered is found by name, and nothing here knows what there is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -24,11 +24,21 @@ class Companion:
         slot: What it is; an adapter has at most one companion in a slot.
         files: Names (or glob patterns) of its files in the adapter's folder.
         name: What it says of the adapter, for example the name of the method that made it.
+        asked_by: The model input by which a batch asks for what `answer` gives; None: it answers nothing.
     """
 
     slot: ClassVar[str]
     files: ClassVar[tuple[str, ...]] = ()
     name: ClassVar[str]
+    asked_by: ClassVar[str | None] = None
+
+    def answer(self, network: Callable[..., Any], inputs: Mapping[str, Any]) -> ModelOutput:
+        """The output of a forward in the place of the network's own.
+
+        Args:
+            network: The network's forward, as it is in this context: at the mean, noisy, or at samples.
+        """
+        raise NotImplementedError
 
     @classmethod
     def load(cls, folder: Path) -> "Companion | None":

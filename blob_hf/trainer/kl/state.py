@@ -202,7 +202,7 @@ def plan_kl(
 
 
 def _generates(model: nn.Module) -> bool:
-    return bool(getattr(model, "can_generate", lambda: False)())
+    return not getattr(model, "classifies", False) and bool(getattr(model, "can_generate", lambda: False)())
 
 
 def _lr_shape(args: "BlobTrainingArguments", total_steps: int) -> list[float]:

@@ -1,0 +1,290 @@
+"""Questions with choices: tasks by name, data sets of the Hub, or the user's own files, and how they are asked.
+
+All become rows of `question`, `choices` (a list), `label` (an index) and, where there is one, `passage`.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from string import ascii_uppercase
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedTokenizerBase
+
+from blob_hf.data.loading import load_files, load_hub, require_columns
+from blob_hf.utils.errors import BlobError
+
+logger = logging.getLogger(__name__)
+Row = Mapping[str, Any]
+MOST_CHOICES = len(ascii_uppercase)
+MAX_PASSAGE = 1024  # characters, as in the authors' code
+
+
+# ----- how a question is asked ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Templates of a question.
+
+    Attributes:
+        letter: What precedes the letter; fields question, passage, lettered (choices, one a line).
+        text: What precedes a choice's text; fields question, passage.
+        separator: Between that and the text.
+    """
+
+    letter: str
+    text: str = "Question: {question}\nAnswer:"
+    separator: str = " "
+
+
+# Prompts of Wang et al. (github Wang-ML-Lab/bayesian-peft), choices as "A) text"
+_LABEL_OF_ANSWER = (
+    "Return the label of the correct answer for the question below.\n\n"
+    "Question: {question}\nChoices:\n{lettered}\nAnswer:"
+)
+_OF_PASSAGE = "{passage}\n\nQuestion: {question}\nChoices:\n{lettered}\nAnswer:"
+PUBLISHED = Asking(_LABEL_OF_ANSWER)
+READING = Asking(_OF_PASSAGE, "{passage}\nQuestion: {question}?\nAnswer:")
+CONTINUED = Asking(_LABEL_OF_ANSWER, "{question}")  # OpenBookQA's stems are to be continued
+
+
+@dataclass(frozen=True)
+class ChoiceTask:
+    """A named task.
+
+    Attributes:
+        dataset, config: On the Hub.
+        read: From a row there to a row of ours.
+        asking: How it is asked.
+        test: Its split of unseen labelled questions, if it has one.
+    """
+
+    dataset: str
+    config: str | None
+    read: Callable[[Row], dict[str, Any]]
+    asking: Asking = PUBLISHED
+    test: str | None = "test"
+
+
+def _read_arc(row: Row) -> dict[str, Any]:
+    labels = [str(label) for label in row["choices"]["label"]]
+    question = row.get("question") or row.get("question_stem")
+    return {"question": question, "choices": row["choices"]["text"], "label": labels.index(str(row["answerKey"]))}
+
+
+def _read_winogrande(row: Row) -> dict[str, Any]:
+    answer = str(row.get("answer") or "")
+    label = int(answer) - 1 if answer else None
+    return {"question": row["sentence"], "choices": [row["option1"], row["option2"]], "label": label}
+
+
+def _read_boolq(row: Row) -> dict[str, Any]:
+    answer = row.get("answer", row.get("label"))
+    return {
+        "question": row["question"], "passage": row["passage"][:MAX_PASSAGE], "choices": ["false", "true"],
+        "label": int(answer),
+    }  # fmt: skip
+
+
+_ARC, _WINOGRANDE = "allenai/ai2_arc", "allenai/winogrande"
+TASKS = {
+    "arc_challenge": ChoiceTask(_ARC, "ARC-Challenge", _read_arc),
+    "arc_easy": ChoiceTask(_ARC, "ARC-Easy", _read_arc),
+    "openbookqa": ChoiceTask("allenai/openbookqa", "main", _read_arc, CONTINUED),
+    "winogrande_s": ChoiceTask(_WINOGRANDE, "winogrande_s", _read_winogrande, test=None),
+    "winogrande_m": ChoiceTask(_WINOGRANDE, "winogrande_m", _read_winogrande, test=None),
+    "boolq": ChoiceTask("google/boolq", None, _read_boolq, READING, test=None),
+}
+
+
+def find_task(name: str) -> ChoiceTask:
+    """The task of a name.
+
+    Raises:
+        BlobError: There is none.
+    """
+    if name not in TASKS:
+        raise BlobError(f"task_name must be one of {', '.join(TASKS)}, got {name!r}; for own data use --train_file")
+    return TASKS[name]
+
+
+# ----- loading ----------------------------------------------------------------------------------------------------
+
+
+def load_choices(
+    task_name: str | None = None, files: Mapping[str, str] | None = None, dataset: tuple[str, str | None] | None = None
+) -> DatasetDict:
+    """Questions by split.
+
+    Args:
+        task_name: A key of `TASKS`: where the data is unless files are given, and how it is asked.
+        files: Paths by split: train, validation, test, calibration.
+        dataset: A data set of the Hub or a folder of one, and its configuration.
+
+    Raises:
+        BlobError: Nothing to load; a column missing; a question with an empty choice, fewer than 2 or more than 26, or
+            a label that is none of them.
+    """
+    task = None if task_name is None else find_task(task_name)
+    own = {split: path for split, path in (files or {}).items() if split != "calibration"}
+    if own or (task is None and dataset is None):
+        if not own:
+            raise BlobError("no data: give --task_name, --train_file, --validation_file or --dataset_name")
+        data = load_files(dict(files or {}))
+    else:
+        name, config = dataset or (task.dataset, task.config)  # type: ignore[union-attr]
+        data = load_hub(name, config, "--train_file and --validation_file")
+        data.update(load_files({split: path for split, path in (files or {}).items() if split == "calibration"}))
+    read = _reader(data, task)
+    return DatasetDict({split: _rows(split, rows, read) for split, rows in data.items()})
+
+
+def _reader(data: DatasetDict, task: ChoiceTask | None) -> Callable[[Row], dict[str, Any]]:
+    """The reader of a named task for files in its own columns, else that of `question`, `choices` and `label`."""
+    columns = set(next(iter(data.values())).column_names)
+    if task is not None and not {"question", "choices", "label"} <= columns:
+        return task.read
+    if {"sentence", "option1", "option2"} <= columns:
+        return _read_winogrande
+    if {"choices", "answerKey"} <= columns:
+        return _read_arc
+    if {"question", "passage"} <= columns and "choices" not in columns:
+        return _read_boolq
+    require_columns(data, ("question", "choices"), "--train_file")
+    return _read_own
+
+
+def _read_own(row: Row) -> dict[str, Any]:
+    found = {"question": row["question"], "choices": row["choices"], "label": row.get("label")}
+    return found | ({"passage": row["passage"]} if row.get("passage") is not None else {})
+
+
+def _rows(split: str, rows: Dataset, read: Callable[[Row], dict[str, Any]]) -> Dataset:
+    found = []
+    for number, row in enumerate(rows, start=1):
+        where = f"{split}, question {number}"
+        try:
+            one = read(row)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise BlobError(f"{where}: cannot be read as a question with choices ({error!r})") from error
+        one["choices"] = _choices(one["choices"], where)
+        one["label"] = _label(one["label"], one["choices"], where)
+        if not isinstance(one["question"], str) or not one["question"].strip():
+            raise BlobError(f"{where} is empty")
+        found.append({**({"id": row["id"]} if "id" in row else {}), **one})
+    if not found:
+        raise BlobError(f"{split} has no questions")
+    if all(one["label"] is None for one in found):
+        for one in found:
+            del one["label"]
+    elif any(one["label"] is None for one in found):
+        missing = next(number for number, one in enumerate(found, start=1) if one["label"] is None)
+        raise BlobError(f"{split}, question {missing} has no label, but others have; leave all out, or none")
+    return Dataset.from_list(found)
+
+
+def _choices(choices: Any, where: str) -> list[str]:
+    if not isinstance(choices, (list, tuple)) or not all(isinstance(one, str) for one in choices):
+        raise BlobError(f"{where}: choices must be a list of texts, got {str(choices)[:60]!r}")
+    if not 2 <= len(choices) <= MOST_CHOICES:
+        raise BlobError(f"{where} has {len(choices)} choices; it must have 2 to {MOST_CHOICES}")
+    if any(not one.strip() for one in choices):
+        raise BlobError(f"{where}: choice {ascii_uppercase[[bool(c.strip()) for c in choices].index(False)]} is empty")
+    return [one.strip() for one in choices]
+
+
+def _label(label: Any, choices: Sequence[str], where: str) -> int | None:
+    """An index, or the letter or the text of a choice, as an index."""
+    if label is None or label == "":
+        return None
+    if isinstance(label, str):
+        letter = label.strip().upper()
+        if label in choices:
+            return choices.index(label)
+        if re.fullmatch("[A-Z]", letter) and ascii_uppercase.index(letter) < len(choices):
+            return ascii_uppercase.index(letter)
+    elif int(label) == label and 0 <= label < len(choices):
+        return int(label)
+    raise BlobError(
+        f"{where}: the label {label!r} is none of its {len(choices)} choices (index from 0, letter or text)"
+    )
+
+
+# ----- asking -----------------------------------------------------------------------------------------------------
+
+
+def letter_prompt(row: Row, asking: Asking) -> str:
+    """A question up to the letter of its answer."""
+    lettered = "\n".join(f"{letter}) {text}" for letter, text in zip(ascii_uppercase, row["choices"], strict=False))
+    return asking.letter.format(question=row["question"], passage=row.get("passage") or "", lettered=lettered).lstrip()
+
+
+def continuations(row: Row, asking: Asking) -> Iterator[tuple[str, str]]:
+    """What precedes each choice's text, and the text. In a question with a blank `_` the rest of it, after the choice.
+
+    The latter scores the same words under each choice (Trinh & Le, 2018), as lm-evaluation-harness does WinoGrande.
+    """
+    before, blank, after = row["question"].partition("_")
+    for choice in row["choices"]:
+        if blank:
+            yield before + choice, f" {after.strip()}"
+        else:
+            context = asking.text.format(question=row["question"], passage=row.get("passage") or "").lstrip()
+            yield context, asking.separator + choice
+
+
+@dataclass
+class _Cut:
+    """Questions that were too long, and lost their beginning."""
+
+    count: int = 0
+
+
+def tokenize_choices(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, asking: Asking, scoring: str, max_length: int,
+    normalization: str = "none", **mapping: Any,
+) -> Dataset:  # fmt: skip
+    """Rows for `blob_hf.inference.choices.ChoiceCollator`; what is too long loses its beginning, and the log counts it.
+
+    Raises:
+        BlobError: A choice's text alone is longer than allowed.
+    """
+    cut = _Cut()
+
+    def shortened(ids: list[int]) -> list[int]:
+        cut.count += len(ids) > max_length
+        return ids[-max_length:]
+
+    def encode(row: Row) -> dict[str, Any]:
+        found: dict[str, Any] = {"num_choices": len(row["choices"])}
+        if row.get("label") is not None:
+            found["labels"] = row["label"]
+        if scoring == "letter":
+            return found | {"input_ids": shortened(tokenizer(letter_prompt(row, asking)).input_ids)}
+        parts = [_encoded(tokenizer, *pair) for pair in continuations(row, asking)]
+        if any(len(text) >= max_length for _, text in parts):  # nothing would be left to continue
+            raise BlobError(f"a choice of {row['question'][:40]!r} alone is longer than max_length {max_length}")
+        lengths = {"none": lambda i: 1.0, "characters": lambda i: float(len(row["choices"][i]))}
+        length = lengths.get(normalization, lambda i: float(len(parts[i][1])))
+        return found | {
+            "input_ids": [shortened(context + text) for context, text in parts],
+            "choice_tokens": [len(text) for _, text in parts],
+            "choice_lengths": [length(index) for index in range(len(parts))],
+        }
+
+    mapping.setdefault("load_from_cache_file", False)  # the count below is made on the way
+    tokenized = rows.map(encode, remove_columns=rows.column_names, **mapping)
+    if cut.count:
+        logger.warning("%d of the prompts are longer than %d tokens and lose their beginning", cut.count, max_length)
+    return tokenized
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, context: str, text: str) -> tuple[list[int], list[int]]:
+    """Tokens of a context and of what follows, encoded together, as lm-evaluation-harness does."""
+    stripped = context.rstrip()
+    context, text = stripped, context[len(stripped) :] + text
+    whole, start = tokenizer(context + text).input_ids, tokenizer(context).input_ids
+    return whole[: len(start)], whole[len(start) :]

@@ -1,0 +1,189 @@
+"""Multiple choice with a model that writes: the probabilities of the choices, as a classifier's of its classes.
+
+`letter`: a softmax over the logits of the choices' letters after the prompt (Wang et al., NeurIPS 2024). `text`: a softmax over the log-likelihoods of the choices' texts, of whole texts or per character. Either way a
+forward of the model gives `(rows, choices)` logits, so that training, the posterior predictive, calibration and reports
+are those of a classifier. A choice that a row does not have gets no probability.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from blob_hf.tuner.base_model import call_classes
+from blob_hf.tuner.model import BlobModel
+from blob_hf.tuner.registry import Companion, register_companion
+from blob_hf.utils.errors import BlobError
+
+SCORINGS = ("letter", "text")
+NORMALIZATIONS = ("none", "characters", "tokens")
+ASKED_BY = "num_choices"  # the input by which a batch asks for choices
+LETTERS = tuple(ascii_uppercase)
+_NO_CHOICE = -1e9  # finite: its probability is 0, and 0 times its log is 0, not NaN
+FILE_NAME = "multiple_choice.json"
+
+
+@register_companion
+@dataclass(frozen=True)
+class ChoiceScoring(Companion):
+    """How an adapter answers questions of multiple choice; kept with it.
+
+    Attributes:
+        scoring: `letter` or `text`.
+        tokens: Of the letters, in their order; of `text` as many zeros as there may be choices.
+        normalization: Of a text's log-likelihood: by nothing, its characters or its tokens.
+        prompt: Template of the question (see `blob_hf.data.multiple_choice`), to ask the same way again.
+
+    Raises:
+        BlobError: Not one of these.
+    """
+
+    scoring: str = "letter"
+    tokens: tuple[int, ...] = ()
+    normalization: str = "none"
+    prompt: str = ""
+
+    slot = "choices"
+    files = (FILE_NAME,)
+    name = "multiple choice"
+    asked_by = ASKED_BY
+
+    def __post_init__(self) -> None:
+        for field, allowed in (("scoring", SCORINGS), ("normalization", NORMALIZATIONS)):
+            if getattr(self, field) not in allowed:
+                raise BlobError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
+        if not 2 <= len(self.tokens) <= len(LETTERS):
+            raise BlobError(f"a question has 2 to {len(LETTERS)} choices, got {len(self.tokens)}")
+        if self.scoring == "letter" and len(set(self.tokens)) < len(self.tokens):
+            raise BlobError("two letters have the same token; use the scoring of texts")
+
+    @property
+    def names(self) -> list[str]:
+        """Of the choices: their letters."""
+        return list(LETTERS[: len(self.tokens)])
+
+    def answer(self, network: Callable[..., Any], inputs: Mapping[str, Any]) -> SequenceClassifierOutput:
+        """Logits `(rows, choices)` of a batch of `ChoiceCollator`; softmax of them are the probabilities."""
+        inputs = dict(inputs)
+        counts = inputs.pop(ASKED_BY)
+        scores = self._of_letters(network, inputs) if self.scoring == "letter" else self._of_texts(network, inputs)
+        scores = F.pad(scores.float(), (0, len(self.tokens) - scores.shape[1]))
+        missing = torch.arange(len(self.tokens), device=scores.device) >= counts.unsqueeze(1)
+        return SequenceClassifierOutput(logits=scores.masked_fill(missing, _NO_CHOICE))
+
+    def _of_letters(self, network: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
+        """Logits of the letters at the last position, which is the same for all rows: they are padded on the left."""
+        logits = network(**_positioned(inputs), logits_to_keep=1).logits
+        return logits[:, -1].index_select(1, torch.tensor(self.tokens, device=logits.device))
+
+    def _of_texts(self, network: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
+        """Log-likelihood of each choice's text after its context, divided by its length; (rows, choices, length) in."""
+        of_choice, lengths = inputs.pop("choice_mask"), inputs.pop("choice_lengths")
+        rows, choices, _ = of_choice.shape
+        flat = {name: value.flatten(0, 1) for name, value in inputs.items()}
+        kept = int(of_choice.shape[2] - of_choice.flatten(0, 1).any(0).int().argmax()) + 1
+        logits = network(**_positioned(flat), logits_to_keep=kept).logits[:, :-1]
+        targets = flat["input_ids"][:, -kept + 1 :]
+        nll = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        scores = -(nll * of_choice.flatten(0, 1)[:, -kept + 1 :]).sum(1).view(rows, choices)
+        return scores / lengths.clamp(min=1)
+
+    @classmethod
+    def load(cls, folder: Path) -> "ChoiceScoring | None":
+        file = folder / FILE_NAME
+        if not file.is_file():
+            return None
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            return cls(**{**settings, "tokens": tuple(settings["tokens"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise BlobError(f"{file} is damaged ({error}); get the adapter again") from error
+
+    def attach(self, model: BlobModel, folder: Path) -> None:
+        call_classes(model.get_base_model(), self.names)
+
+    def save(self, model: BlobModel, folder: Path) -> None:
+        (folder / FILE_NAME).write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+
+    def settings(self) -> dict[str, object]:
+        found: dict[str, object] = {"scoring": self.scoring}
+        return found | ({"length normalization": self.normalization} if self.scoring == "text" else {})
+
+
+def letter_tokens(tokenizer: PreTrainedTokenizerBase, count: int, before: str) -> tuple[int, ...]:
+    """The token of each letter as it follows a prompt.
+
+    Args:
+        before: What the prompt ends with.
+
+    Raises:
+        BlobError: The tokenizer splits a letter, or merges it with what is before.
+    """
+    start = tokenizer(before).input_ids
+    found = []
+    for letter in LETTERS[:count]:
+        whole = tokenizer(f"{before} {letter}").input_ids
+        if whole[:-1] != start:
+            raise BlobError(
+                f"the tokenizer has no token for the answer {' ' + letter!r} after {before[-12:]!r}; "
+                "use the scoring of texts"
+            )
+        found.append(whole[-1])
+    return tuple(found)
+
+
+def _positioned(inputs: dict[str, Any]) -> dict[str, Any]:
+    """With the positions that left padding leaves out: transformers' forward counts padding, too."""
+    mask = inputs["attention_mask"]
+    return {**inputs, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+
+@dataclass(frozen=True)
+class ChoiceCollator:
+    """Questions to a batch, padded on the left: all of them end where the answer begins.
+
+    Attributes:
+        pad: Token that fills up.
+        scoring: As of `ChoiceScoring`.
+    """
+
+    pad: int
+    scoring: str
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        of_letters = self.scoring == "letter"
+        batch = self._padded([row["input_ids"] for row in rows]) if of_letters else self._texts(rows)
+        batch[ASKED_BY] = torch.tensor([row[ASKED_BY] for row in rows])
+        if all(row.get("labels") is not None for row in rows):
+            batch["labels"] = torch.tensor([row["labels"] for row in rows])
+        return batch
+
+    def _texts(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """As many choices as the row with the most has; those that others do not have are a single token."""
+        width = max(len(row["input_ids"]) for row in rows)
+        empty: list[int] = [self.pad]
+        sequences, counts, lengths = [], [], []
+        for row in rows:
+            missing = width - len(row["input_ids"])
+            sequences += [*row["input_ids"], *[empty] * missing]
+            counts += [*row["choice_tokens"], *[0] * missing]
+            lengths += [*row["choice_lengths"], *[1.0] * missing]
+        batch = self._padded(sequences)
+        place = torch.arange(batch["input_ids"].shape[1])
+        batch["choice_mask"] = place >= place.numel() - torch.tensor(counts).unsqueeze(1)
+        batch = {name: value.unflatten(0, (len(rows), width)) for name, value in batch.items()}
+        return batch | {"choice_lengths": torch.tensor(lengths).view(len(rows), width)}
+
+    def _padded(self, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        longest = max(map(len, sequences))
+        ids = [[self.pad] * (longest - len(one)) + list(one) for one in sequences]
+        mask = [[0] * (longest - len(one)) + [1] * len(one) for one in sequences]
+        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
