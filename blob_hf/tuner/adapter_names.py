@@ -1,7 +1,7 @@
 """Which tensors of a PEFT model belong to an adapter, and what its files call them.
 
-Found by structure. PEFT's own saving looks for `.{adapter}.` in names, and takes an adapter "0" beside another one for the number
-of a layer: the other is then saved without that layer.
+Found by structure. PEFT's own saving looks for `.{adapter}.` in names, and takes an adapter "0" beside another one for
+the number of a layer: the other is then saved without that layer.
 """
 
 import re
@@ -14,6 +14,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import Tensor, nn
 
+from blob_hf.tuner.posterior import lora_layers
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import full_tensor
 
@@ -63,17 +64,14 @@ def own_tensors(model: PeftModel, adapter: str, state_dict: Mapping[str, Tensor]
 
 
 def _biases(model: PeftModel, adapter: str, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """The base model's biases that are trained with an adapter (`bias` "all" or "lora_only"); never another adapter's."""
+    """The base model's biases that are trained with an adapter (`bias` is "all" or "lora_only")."""
     config: LoraConfig = model.peft_config[adapter]  # type: ignore[assignment]
     if config.bias == "none":
         return {}
     if config.bias == "all":
         adapters = {own for name in model.peft_config for own in own_parameters(model, name).values()}
         return {name: name for name in state if name.endswith(".bias") and name not in adapters}
-    layers = (
-        path for path, module in model.named_modules() if isinstance(module, LoraLayer) and adapter in module.lora_A
-    )
-    return {name: name for path in layers if (name := f"{path}.base_layer.bias") in state}
+    return {name: name for path, _ in lora_layers(model, adapter) if (name := f"{path}.base_layer.bias") in state}
 
 
 def embedding_tensors(model: PeftModel, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -121,7 +119,7 @@ def saved_vocabulary_size(base: nn.Module, tensors: Mapping[str, Tensor]) -> int
 
 
 def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
-    """Tensors by other names: the first pattern that occurs in a name, less PEFT's prefix, is replaced (as PEFT does)."""
+    """Tensors by other names, as PEFT does it: the first pattern in a name, less PEFT's prefix, is replaced."""
     return {_rename(name, key_mapping or {}): tensor for name, tensor in tensors.items()}
 
 

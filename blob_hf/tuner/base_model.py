@@ -120,7 +120,7 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
 
 
 def _is_target(config: LoraConfig, name: str) -> bool:
-    """PEFT's own answer: it is false-like for a layer that does not match, and of a class of its own for an excluded one."""
+    """PEFT's own answer, which is of a class of its own for an excluded layer."""
     answer = check_target_module_exists(config, name)
     return bool(answer) and type(answer) in (bool, re.Match)
 

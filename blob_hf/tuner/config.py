@@ -12,7 +12,7 @@ from blob_hf.utils.errors import BlobError
 STD_PARAMETERIZATIONS = ("square", "softplus")
 NOISES = ("flipout", "local", "shared")
 
-# Values of init_lora_weights that move a part of the base model's weights into the adapter, and those that BLoB refuses.
+# Values of init_lora_weights that take a part out of the base model's weights, and those that BLoB refuses.
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _FROM_DATA = (
     "takes a part out of the base weights that depends on data: loading the adapter could not take it out again"
@@ -24,7 +24,11 @@ _REFUSED_INITS = {
     "loftq": "replaces the base weights by quantised ones; load the base model quantised instead (bitsandbytes)",
 }
 # Fields of LoraConfig that make it something else than plain LoRA, beside those that PEFT marks as variants.
-_REFUSED_FIELDS = {"use_qalora": "it pools what A reads, for GPTQ bases", "megatron_config": "its layers shard A"}
+_REFUSED_FIELDS = {
+    "use_qalora": "it pools what A reads, for GPTQ bases",
+    "megatron_config": "its layers shard A",
+    "target_parameters": "PEFT adds B A to a parameter without calling A, so no noise would reach it",
+}
 
 # What LoRA is attached to, by `config.model_type`: the published settings for RoBERTa and BART, their equivalents
 # for BERT and T5. A classification head in the list gets LoRA on frozen random weights (as published).

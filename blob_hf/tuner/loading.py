@@ -78,11 +78,11 @@ def warn_of_changed_base(configs: Mapping[str, LoraConfig]) -> None:
     """Say that an adapter whose initialisation changes the base model's weights is beside another one."""
     changing = [name for name, config in configs.items() if changes_base(config)]
     if changing and len(configs) > 1:
-        name = changing[0]
+        name, init = changing[0], getattr(configs[changing[0]], "init_lora_weights", None)
         warnings.warn(
-            f"adapter {name!r} has init_lora_weights={configs[name].init_lora_weights!r}, which changes the base model's weights "
-            f"under the other adapters, too ({', '.join(key for key in configs if key != name)}): none of them is what it is on a "
-            "base model of its own; use init_lora_weights=True for adapters that share a base model",
+            f"adapter {name!r} has init_lora_weights={init!r}, which changes the base model's weights, under "
+            f"{', '.join(key for key in configs if key != name)}, too: adapters beside it are not what they are on a "
+            "base model of their own; use init_lora_weights=True for adapters that share a base model",
             stacklevel=3,
         )
 
@@ -221,8 +221,8 @@ def check_shares(model: PeftModel, saved: SavedAdapter, adapter: str) -> None:
         odd = [name for name, value in shared.items() if not _same(full_tensor(value), saved.mean[name])]
     if odd:
         raise BlobError(
-            f"{saved.folder} brings weights of its own for what the adapters of this model share ({odd[0]} ...), for example a "
-            f"frozen head: {', '.join(name for name in model.peft_config if name != adapter)} would predict something else; "
+            f"{saved.folder} brings weights of its own for what all adapters of this model share ({odd[0]} ...): "
+            f"{', '.join(name for name in model.peft_config if name != adapter)} would predict something else; "
             "load it on a base model of its own"
         )
 

@@ -249,8 +249,9 @@ class BlobModel(PeftModel):
             raise BlobError("safe_serialization=False writes pickles, which blob_hf refuses; leave it on")
         if path_initial_model_for_weight_conversion is not None:
             raise BlobError(
-                "path_initial_model_for_weight_conversion: half of a converted A is fixed, which is no posterior (its KL is "
-                "infinite); train with init_lora_weights=True, or convert samples into plain adapters by export_samples"
+                "path_initial_model_for_weight_conversion: half of a converted A is fixed: no posterior (its KL is "
+                "infinite); train with init_lora_weights=True, or save the mean or a sample merged into the base "
+                "model (merge_and_unload, merge_posterior_sample)"
             )
         harmless = ("save_function", "max_shard_size")
         loading.refuse_unknown("save_pretrained", {key: kwargs[key] for key in kwargs if key not in harmless})
