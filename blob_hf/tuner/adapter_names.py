@@ -27,7 +27,18 @@ def own_parameters(model: PeftModel, adapter: str) -> dict[str, str]:
 
     LoRA's matrices (the rho of a Gaussian A among them), `modules_to_save` and trainable tokens.
     """
-    known, names = set(model.state_dict()), {}
+    return _parameters(model, adapter)[0]
+
+
+def absent_parameters(model: PeftModel, adapter: str) -> dict[str, str]:
+    """What PEFT looks for in the files of an adapter although it has none: the trained tokens of another one."""
+    return _parameters(model, adapter)[1]
+
+
+def _parameters(model: PeftModel, adapter: str) -> tuple[dict[str, str], dict[str, str]]:
+    known = set(model.state_dict())
+    names: dict[str, str] = {}
+    absent: dict[str, str] = {}
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer):
             for part in module.adapter_layer_names:
@@ -39,9 +50,9 @@ def own_parameters(model: PeftModel, adapter: str) -> dict[str, str]:
                         names[f"{path}.{part}.{key}"] = f"{path}.{part}.{adapter}.{key}"
         elif isinstance(module, AuxiliaryTrainingWrapper):
             for saved, own in module.adapter_state_dict_load_map(adapter).items():
-                if f"{path}.{own}" in known:
-                    names[f"{path}.{saved}"] = f"{path}.{own}"
-    return names
+                there = names if f"{path}.{own}" in known else absent
+                there[f"{path}.{saved}"] = f"{path}.{own}"
+    return names, absent
 
 
 def own_tensors(model: PeftModel, adapter: str, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -190,7 +190,7 @@ def is_resized(base: Any, config: LoraConfig) -> bool:
     if not isinstance(own, PreTrainedConfig) or not name:
         return False
     try:
-        saved = type(own).from_pretrained(name, revision=config.revision, local_files_only=True)
+        saved = type(own).from_pretrained(name, revision=config.revision or "main", local_files_only=True)
     except (OSError, ValueError):  # not there, or of another class
         return False
     sizes = [getattr(one.get_text_config(), "vocab_size", None) for one in (own, saved)]

@@ -75,10 +75,8 @@ class BlobConfig(LoraConfig):
             value = getattr(self, name)
             if value not in allowed:
                 raise BlobError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        for name, rank in {
-            "r": self.r,
-            **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()},
-        }.items():
+        patterns = {f"rank_pattern[{key!r}]": rank for key, rank in (self.rank_pattern or {}).items()}
+        for name, rank in {"r": self.r, **patterns}.items():
             if isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1:
                 raise BlobError(f"{name} must be an integer >= 1 (the rank of LoRA), got {rank!r}")
         self._refuse_other_methods()

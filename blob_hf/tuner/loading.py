@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from blob_hf.tuner import adapter_files, adapter_names
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _RHO = ".rho"  # GaussianA keeps rho next to lora_A's weight
 _MEAN = ".weight"
+_A = ".lora_A.weight"
 
 
 # ----- saving ----------------------------------------------------------------------------------------------------
@@ -54,8 +56,29 @@ def adapter_tensors(
     rhos = {name.removesuffix(_RHO) + _MEAN: weights.pop(name) for name in list(weights) if name.endswith(_RHO)}
     config: Any = model.peft_config[adapter]
     parameterization = config.std_parameterization if isinstance(config, BlobConfig) else ""
+    if isinstance(config, BlobConfig):
+        _require_stds(weights, rhos)
     embeddings = _embeddings_to_save(model, config, state_dict, save_embeddings)
+    if (head or embeddings) and is_merged(model):
+        raise BlobError(
+            "the adapter is merged into base weights that are saved with it (a head, embeddings): "
+            "unmerge_adapter() first"
+        )
     return {**head, **embeddings, **weights}, {name: std_to_save(rho, parameterization) for name, rho in rhos.items()}
+
+
+def _require_stds(weights: Mapping[str, Tensor], rhos: Mapping[str, Tensor]) -> None:
+    lost = [name for name in weights if name.endswith(_A) and name not in rhos]
+    if lost:
+        raise BlobError(
+            f"{lost[0]} has no std any more ({len(lost)} layers): something has put a plain layer in the place of the "
+            "Gaussian A (initialize_lora_eva_weights does); bayesianize(model) gives it one"
+        )
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether an adapter is merged into the base weights."""
+    return any(isinstance(module, LoraLayer) and module.merged for module in model.modules())
 
 
 def _embeddings_to_save(
@@ -74,7 +97,7 @@ def _embeddings_to_save(
     return embeddings
 
 
-def warn_of_changed_base(configs: Mapping[str, LoraConfig]) -> None:
+def warn_of_changed_base(configs: Mapping[str, PeftConfig]) -> None:
     """Say that an adapter whose initialisation changes the base model's weights is beside another one."""
     changing = [name for name, config in configs.items() if changes_base(config)]
     if changing and len(configs) > 1:
@@ -158,6 +181,19 @@ def refuse_unknown(function: str, keywords: Mapping[str, Any], why: str = "") ->
         if value is not None and not (value is False and name in _REASONS):
             reason = _REASONS.get(name, why)
             raise BlobError(f"{function} does not take {name}={value!r}" + (f": {reason}" if reason else ""))
+
+
+def check_memory(config: LoraConfig, low_cpu_mem_usage: bool) -> None:
+    """Refuse `low_cpu_mem_usage` for an adapter whose initialisation has to change the base model.
+
+    Raises:
+        BlobError: It is such a one.
+    """
+    if low_cpu_mem_usage and changes_base(config):
+        raise BlobError(
+            f"low_cpu_mem_usage=True leaves out init_lora_weights={config.init_lora_weights!r}, which changes the base "
+            "model's weights: leave it off"
+        )
 
 
 # ----- loading ---------------------------------------------------------------------------------------------------
@@ -282,9 +318,12 @@ def fill(
                 model, str(saved.folder), adapter, is_trainable, autocast_adapter_dtype=autocast_adapter_dtype
             )
         else:
+            absent = adapter_names.absent_parameters(model, adapter)
+            tensors = {**saved.mean, **dict.fromkeys(absent, torch.empty(0))}
             result = set_peft_model_state_dict(
-                model, dict(saved.mean), adapter_name=adapter, low_cpu_mem_usage=low_cpu_mem_usage
+                model, tensors, adapter_name=adapter, low_cpu_mem_usage=low_cpu_mem_usage
             )
+            result.unexpected_keys[:] = [key for key in result.unexpected_keys if key not in absent.values()]
             tuner: Any = model.base_model
             tuner._cast_adapter_dtype(adapter_name=adapter, autocast_adapter_dtype=autocast_adapter_dtype)
     own = {name for name in adapter_names.own_parameters(model, adapter).values() if not name.endswith(_RHO)}

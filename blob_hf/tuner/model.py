@@ -362,6 +362,9 @@ class BlobModel(PeftModel):
         saved = adapter_files.read(adapter_files.resolve(model_id, revision, subfolder, token, cache_dir))
         saved = loading.with_key_mapping(saved, key_mapping)
         new = adapter_name not in self.peft_config
+        if not new and loading.is_merged(self):
+            raise BlobError(f"adapter {adapter_name!r} is merged into the base weights: unmerge_adapter() first")
+        loading.check_memory(saved.config, low_cpu_mem_usage)
         if new:
             config = BlobConfig.from_lora(saved.config, saved.config if isinstance(saved.config, BlobConfig) else None)
             config.inference_mode = not is_trainable
@@ -464,6 +467,7 @@ class BlobModel(PeftModel):
         if not isinstance(own, BlobConfig) and not saved.companions:
             own = BlobConfig.from_lora(own, config)
         own.inference_mode = not is_trainable
+        loading.check_memory(own, low_cpu_mem_usage)
         if model is None:
             model = load_base_model(saved.folder, own, token, base_kwargs)
             saved = loading.with_key_mapping(saved, key_mapping or getattr(model, _KEY_MAPPING, None))
@@ -523,14 +527,19 @@ def get_blob_model(model: PreTrainedModel, config: BlobConfig, adapter_name: str
 
 
 def get_lora_model(
-    model: PreTrainedModel, config: LoraConfig, adapter_name: str = "default", **peft_options: bool
+    model: PreTrainedModel,
+    config: LoraConfig,
+    adapter_name: str = "default",
+    *,
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
 ) -> BlobModel:
     """A plain LoRA model with all else as in `get_blob_model`, the head's treatment and saving included.
 
     For comparing BLoB with LoRA. It has no posterior until `bayesianize`.
 
     Args:
-        peft_options: `autocast_adapter_dtype` and `low_cpu_mem_usage` of `peft.get_peft_model`.
+        autocast_adapter_dtype, low_cpu_mem_usage: See `BlobModel.from_pretrained`.
 
     Raises:
         BlobError: target_modules match nothing.
@@ -538,7 +547,9 @@ def get_lora_model(
     if targets_head(model, config):
         config.task_type = None
     check_targets(model, config)
-    return as_blob_model(get_peft_model(model, config, adapter_name, **peft_options))
+    memory = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
+    peft_model: Any = get_peft_model(model, config, adapter_name, **memory)  # type: ignore[call-overload]
+    return as_blob_model(peft_model)
 
 
 def bayesianize(peft_model: PeftModel, config: BlobConfig | None = None, adapter_name: str | None = None) -> BlobModel:

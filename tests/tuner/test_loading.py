@@ -360,3 +360,50 @@ def test_plain_peft_trains_on_from_our_folder(tmp_path):
     for one in (plain, auto):
         assert torch.equal(logits(one.eval(), inputs), logits(model, inputs))
     assert_same(bayesianize(plain), bayesianize(plain), inputs)
+
+
+def test_trained_tokens_beside_an_adapter_without_any(tmp_path):
+    model, inputs = blob(tiny_bert(), trainable_token_indices=[4, 5]), inputs_for("bert")
+    base = copy.deepcopy(model).unload()
+    model.add_adapter("plain", BlobConfig(target_modules=["query"], r=2, init_eps=0.9))
+    model.save_pretrained(tmp_path)
+    loaded = BlobModel.from_pretrained(tmp_path, model=base)
+    result = loaded.load_adapter(tmp_path, "plain", subfolder="plain")
+    assert not result.missing_keys and not result.unexpected_keys
+    for adapter in ("default", "plain"):
+        model.set_adapter(adapter)
+        loaded.set_adapter(adapter)
+        assert_same(loaded, model, inputs)
+
+
+def test_merged_weights_are_neither_saved_with_an_adapter_nor_loaded_over(tmp_path):
+    model = trained("bert", tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_adapter()
+    one_line(
+        r"merged into base weights that are saved with it.*unmerge_adapter\(\)", lambda: model.save_pretrained(tmp_path)
+    )
+    one_line("'default' is merged into the base weights", lambda: model.load_adapter(tmp_path / "adapter", "default"))
+    without_head = blob(tiny_bert())
+    without_head.merge_adapter()
+    without_head.save_pretrained(tmp_path / "adapter")
+
+
+def test_a_posterior_that_lost_a_layer_is_not_saved(tmp_path):
+    """As after PEFT's `initialize_lora_eva_weights` with other ranks: the file could not be loaded again."""
+    model = blob(tiny_bert())
+    layer = model.get_base_model().bert.encoder.layer[1].attention.self.value
+    layer.lora_A["default"] = nn.Linear(16, 4, bias=False)
+    one_line(
+        r"layer.1.attention.self.value.lora_A.weight has no std any more \(1 layers\)",
+        lambda: model.save_pretrained(tmp_path),
+    )
+    bayesianize(model).save_pretrained(tmp_path)
+
+
+def test_pissa_without_memory_is_refused(tmp_path):
+    blob(tiny_bert(), init_lora_weights="pissa").save_pretrained(tmp_path)
+    one_line(
+        "low_cpu_mem_usage=True leaves out init_lora_weights='pissa'",
+        lambda: BlobModel.from_pretrained(tmp_path, model=tiny_bert(), low_cpu_mem_usage=True),
+    )
