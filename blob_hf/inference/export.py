@@ -72,7 +72,8 @@ def _with(taken: Mapping[str, Tensor], tensors: Mapping[str, Tensor], config: Lo
         dim = 0 if ".lora_A." in name else 1
         both = torch.cat([tensors[name], own.to(tensors[name])], dim)
         layer = layer_name(name.rsplit(".lora_", 1)[0])
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), layer), config.r)
+        ranks = config.rank_pattern or {}
+        rank = ranks.get(get_pattern_key(list(ranks), layer), config.r)
         lacking = rank - both.shape[dim]  # PiSSA's and OLoRA's A has no more rows than the layer has outputs
         found[name] = F.pad(both, (0, 0, 0, lacking) if dim == 0 else (0, lacking))
     return found
@@ -99,7 +100,8 @@ def _taken_from_base(model: BlobModel, config: LoraConfig, saved: Collection[str
     """
     original, adapter, taken = _original_base(model, config), str(model.active_adapter), {}
     for path, module in lora_layers(model, adapter):
-        rank, rest = module.r[adapter], module.get_base_layer().weight
+        rank, base_layer = module.r[adapter], module.get_base_layer()
+        rest: Any = base_layer.weight
         whole: Any = rest if f"{path}.base_layer.weight" in saved else original.get_submodule(layer_name(path)).weight
         lack = (whole.double().cpu() - rest.detach().double().cpu()) / module.scaling[adapter]
         lack = lack.T if getattr(module, "fan_in_fan_out", False) else lack

@@ -60,6 +60,7 @@ class SavedAdapter:
         mean: adapter_model.safetensors.
         std: posterior_std.safetensors; None for an adapter without a posterior.
         companions: What was saved beside.
+        key_mapping: By which the names of its tensors were changed after reading.
     """
 
     folder: Path
@@ -67,6 +68,7 @@ class SavedAdapter:
     mean: dict[str, Tensor]
     std: dict[str, Tensor] | None
     companions: list[Companion]
+    key_mapping: dict[str, str] | None = None
 
 
 # ----- writing ---------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from blob_hf.tuner.base_model import (
 from blob_hf.tuner.config import BlobConfig, changes_base
 from blob_hf.tuner.layer import GaussianA, std_to_save
 from blob_hf.tuner.posterior import gaussian_layers, lora_layers
+from blob_hf.tuner.registry import Companion
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import full_tensor, gathered
 
@@ -183,6 +184,30 @@ def refuse_unknown(function: str, keywords: Mapping[str, Any], why: str = "") ->
             raise BlobError(f"{function} does not take {name}={value!r}" + (f": {reason}" if reason else ""))
 
 
+def check_name(adapter: str) -> None:
+    """Refuse what torch cannot take for the name of a submodule.
+
+    Raises:
+        BlobError: Empty, with a dot in it, or an attribute of `nn.ModuleDict`.
+    """
+    if not adapter or "." in adapter or hasattr(nn.ModuleDict(), adapter):
+        raise BlobError(f"an adapter cannot be called {adapter!r} (PyTorch has no submodule of that name); rename it")
+
+
+def check_companions(saved: SavedAdapter) -> None:
+    """Refuse an adapter beside others whose method changes layers: that is done when it is loaded as a model's own.
+
+    Raises:
+        BlobError: It is of such a method.
+    """
+    names = [one.name for one in saved.companions if type(one).attach is not Companion.attach]
+    if names and saved.std is None:
+        raise BlobError(
+            f"{saved.folder} is of the method {names[0]!r}, which changes layers of the model, so it cannot be one of "
+            "several adapters; load it by BlobModel.from_pretrained on a base model of its own"
+        )
+
+
 def check_memory(config: LoraConfig, low_cpu_mem_usage: bool) -> None:
     """Refuse `low_cpu_mem_usage` for an adapter whose initialisation has to change the base model.
 
@@ -205,10 +230,10 @@ def as_named_here(model: PeftModel, saved: SavedAdapter, adapter: str) -> SavedA
     return replace(saved, mean=adapter_names.as_in_this_transformers(model, adapter, saved.mean), std=std)
 
 
-def with_key_mapping(saved: SavedAdapter, key_mapping: Mapping[str, str] | None) -> SavedAdapter:
+def with_key_mapping(saved: SavedAdapter, key_mapping: dict[str, str] | None) -> SavedAdapter:
     """A saved adapter with its tensors renamed as the caller says (see `adapter_names.renamed`)."""
     std = saved.std and adapter_names.renamed(saved.std, key_mapping)
-    return replace(saved, mean=adapter_names.renamed(saved.mean, key_mapping), std=std)
+    return replace(saved, mean=adapter_names.renamed(saved.mean, key_mapping), std=std, key_mapping=key_mapping)
 
 
 def check_fits(model: PeftModel, saved: SavedAdapter, adapter: str) -> None:
@@ -312,11 +337,13 @@ def fill(
             saved.folder,
             min(missing),
         )
+    result: Any
     with gathered(list(head_parameters(model).values()), write=True):
         if _is_offloaded(model):  # PEFT then spreads the model anew, and reads the file once more for it
             result = PeftModel.load_adapter(
-                model, str(saved.folder), adapter, is_trainable, autocast_adapter_dtype=autocast_adapter_dtype
-            )
+                model, str(saved.folder), adapter, is_trainable,
+                autocast_adapter_dtype=autocast_adapter_dtype, key_mapping=saved.key_mapping,
+            )  # fmt: skip
         else:
             absent = adapter_names.absent_parameters(model, adapter)
             tensors = {**saved.mean, **dict.fromkeys(absent, torch.empty(0))}

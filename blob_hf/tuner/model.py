@@ -356,8 +356,10 @@ class BlobModel(PeftModel):
 
         Raises:
             BlobError: Files missing, damaged or not fitting this model or one another; a keyword that is not known;
-                the adapter brings another frozen head than those of this model share.
+                the adapter brings another frozen head than those of this model share, or is of a method that changes
+                more than its own weights.
         """
+        loading.check_name(adapter_name)
         loading.refuse_unknown("load_adapter", {"ephemeral_gpu_offload": ephemeral_gpu_offload, **kwargs})
         saved = adapter_files.read(adapter_files.resolve(model_id, revision, subfolder, token, cache_dir))
         saved = loading.with_key_mapping(saved, key_mapping)
@@ -366,7 +368,10 @@ class BlobModel(PeftModel):
             raise BlobError(f"adapter {adapter_name!r} is merged into the base weights: unmerge_adapter() first")
         loading.check_memory(saved.config, low_cpu_mem_usage)
         if new:
-            config = BlobConfig.from_lora(saved.config, saved.config if isinstance(saved.config, BlobConfig) else None)
+            loading.check_companions(saved)
+            config = saved.config
+            if not isinstance(config, BlobConfig) and not saved.companions:
+                config = BlobConfig.from_lora(config)
             config.inference_mode = not is_trainable
             kwargs = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
             self.add_adapter(adapter_name, config, **kwargs)
@@ -374,11 +379,16 @@ class BlobModel(PeftModel):
                 self.set_requires_grad(adapter_name)
             loading.warn_of_changed_base(self.peft_config)
         try:
-            return self._fill(saved, adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage, shares=new)
+            result = self._fill(
+                saved, adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage, shares=new
+            )
         except (BlobError, RuntimeError):
             if new:
                 self.delete_adapter(adapter_name)
             raise
+        if new and saved.companions:
+            self.companions[adapter_name] = {companion.slot: companion for companion in saved.companions}
+        return result
 
     def _fill(
         self,
@@ -459,6 +469,11 @@ class BlobModel(PeftModel):
             path_or_repo, model = model, path_or_repo  # type: ignore[assignment]
         if not isinstance(path_or_repo, (str, os.PathLike)) or isinstance(model, (str, os.PathLike)):
             raise BlobError(f"from_pretrained needs the folder or Hub repo of an adapter, got {path_or_repo!r}")
+        if isinstance(model, PeftModel):
+            raise BlobError("model= has adapters already: give its base model, or call its load_adapter(path, name)")
+        if config is not None and not isinstance(config, BlobConfig):
+            raise BlobError(f"config= is for the posterior's settings, a BlobConfig; got {type(config).__name__}")
+        loading.check_name(adapter_name)
         loading.refuse_unknown("from_pretrained", {"ephemeral_gpu_offload": ephemeral_gpu_offload})
         if model is not None:
             loading.refuse_unknown("from_pretrained", base_kwargs, "with model= there is no base model to load by it")

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from blob_hf import BlobConfig, BlobModel, bayesianize, get_blob_model
+from blob_hf import BlobConfig, BlobModel, attach_mc_dropout, bayesianize, get_blob_model
+from blob_hf.baselines import MapState
 from blob_hf.tuner.adapter_files import STD_FILE
 from blob_hf.tuner.posterior import gaussian_layers
 from blob_hf.utils.errors import BlobError
@@ -407,3 +408,35 @@ def test_pissa_without_memory_is_refused(tmp_path):
         "low_cpu_mem_usage=True leaves out init_lora_weights='pissa'",
         lambda: BlobModel.from_pretrained(tmp_path, model=tiny_bert(), low_cpu_mem_usage=True),
     )
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "keys"])
+def test_names_that_no_submodule_can_have(name, tmp_path):
+    model = blob(tiny_bert())
+    model.save_pretrained(tmp_path)
+    one_line("an adapter cannot be called", lambda: model.load_adapter(tmp_path, name))
+    one_line("an adapter cannot be called", lambda: BlobModel.from_pretrained(tmp_path, tiny_bert(), name))
+
+
+def test_what_is_no_base_model_and_no_posterior(tmp_path):
+    model = blob(tiny_bert())
+    model.save_pretrained(tmp_path)
+    one_line("model= has adapters already", lambda: BlobModel.from_pretrained(tmp_path, model=model))
+    one_line(
+        "a BlobConfig; got LoraConfig",
+        lambda: BlobModel.from_pretrained(tmp_path, model=tiny_bert(), config=LoraConfig()),
+    )
+
+
+def test_an_adapter_of_another_method_beside_others_stays_what_it_is(tmp_path):
+    """Not a plain LoRA adapter that gets a posterior nobody has trained."""
+    point = get_lora_model(tiny_bert(), LoraConfig(target_modules=["query"], lora_dropout=0.1))
+    point.set_companion(MapState(0.5))
+    point.save_pretrained(tmp_path / "map")
+    attach_mc_dropout(point).save_pretrained(tmp_path / "mc_dropout")
+    model = blob(tiny_bert())
+    model.load_adapter(tmp_path / "map", "map")
+    one_line("is of the method 'mc_dropout'", lambda: model.load_adapter(tmp_path / "mc_dropout", "other"))
+    assert list(model.peft_config) == ["default", "map"] and not gaussian_layers(model, "map")
+    model.set_adapter("map")
+    assert model.method == "map"
