@@ -20,6 +20,7 @@ from blob_hf.utils.sharding import full_tensor
 
 _PREFIX = "base_model.model."
 _FSDP = "_fsdp_wrapped_module."
+_INNER = ("", ".base_layer", ".original_module", ".token_adapter.base_layer")  # where PEFT keeps what it wraps
 
 
 def own_parameters(model: PeftModel, adapter: str) -> dict[str, str]:
@@ -66,7 +67,8 @@ def own_tensors(model: PeftModel, adapter: str, state_dict: Mapping[str, Tensor]
     missing = [own for own in names.values() if own.replace(_FSDP, "") not in state and own not in state]
     if missing:
         raise BlobError(
-            f"the state_dict to save has no {missing[0]} of adapter {adapter!r} ({len(missing)} are missing)"
+            f"the state_dict to save has no {missing[0]} of adapter {adapter!r} ({len(missing)} are missing); "
+            "under ZeRO-3 set stage3_gather_16bit_weights_on_model_save"
         )
     return {
         saved.replace(_FSDP, ""): full_tensor(state[own] if own in state else state[own.replace(_FSDP, "")])
@@ -88,14 +90,15 @@ def _biases(model: PeftModel, adapter: str, state: Mapping[str, Tensor]) -> dict
 def embedding_tensors(model: PeftModel, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The base model's token embeddings, input and output, by their names in the files of an adapter."""
     state = model.state_dict() if state_dict is None else state_dict
+    return {name: full_tensor(state[name]) for name in embedding_names(model) if name in state}
+
+
+def embedding_names(model: PeftModel) -> list[str]:
+    """Names that parameters of the token embeddings, input and output, have in the model if it has them."""
     base = model.get_base_model()
     layers = {id(layer) for layer in _embeddings(base)}
     paths = [path for path, module in base.named_modules() if id(module) in layers]
-    names = [f"{_PREFIX}{path}{inner}.{kind}" for path in paths for inner in _INNER for kind in ("weight", "bias")]
-    return {name: full_tensor(state[name]) for name in names if name in state}
-
-
-_INNER = ("", ".base_layer", ".original_module", ".token_adapter.base_layer")  # where PEFT keeps what it wraps
+    return [f"{_PREFIX}{path}{inner}.{kind}" for path in paths for inner in _INNER for kind in ("weight", "bias")]
 
 
 def _embeddings(base: nn.Module) -> list[nn.Module]:

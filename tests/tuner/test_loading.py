@@ -18,10 +18,12 @@ from transformers.core_model_loading import WeightRenaming
 from blob_hf import BlobConfig, BlobModel, attach_mc_dropout, bayesianize, get_blob_model
 from blob_hf.baselines import MapState
 from blob_hf.tuner.adapter_files import STD_FILE
-from blob_hf.tuner.posterior import gaussian_layers
+from blob_hf.tuner.model import get_lora_model
+from blob_hf.tuner.posterior import attach_posterior, gaussian_layers
 from blob_hf.utils.errors import BlobError
 
 MEAN_FILE = "adapter_model.safetensors"
+NAMES = ("layer", "model", "weight", "lora_A")
 
 
 def blob(base, **config):
@@ -158,7 +160,7 @@ def test_what_is_no_adapters_name_or_folder(tmp_path):
 # ----- vocabularies ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("family", [pytest.param("bert", marks=pytest.mark.slow), "gpt2"])
 def test_a_resized_vocabulary_is_saved_and_comes_back(family, tmp_path, caplog):
     base = saved_base(family, tmp_path / "base")
     base.resize_token_embeddings(65)
@@ -238,7 +240,7 @@ def test_a_model_of_plain_torch(tmp_path):
 # ----- names -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["0", "layer", "model", "weight", "lora_A"])
+@pytest.mark.parametrize("name", ["0", *(pytest.param(s, marks=pytest.mark.slow) for s in NAMES)])
 def test_adapters_named_like_a_part_of_the_model(name, tmp_path):
     """PEFT saves the adapter beside it without every layer that has the name in its path."""
     model, inputs = blob(tiny_bert(), modules_to_save=["classifier"]), inputs_for("bert")
@@ -290,7 +292,7 @@ def test_names_of_an_earlier_transformers(tmp_path, monkeypatch):
     assert_same(loaded, model, inputs)
 
 
-@pytest.mark.parametrize("parameterization", ["square", "softplus"])
+@pytest.mark.parametrize("parameterization", [pytest.param("square", marks=pytest.mark.slow), "softplus"])
 def test_an_adapter_that_plain_peft_saved_with_rho_inside(parameterization, tmp_path):
     model, inputs = blob(tiny_bert(), std_parameterization=parameterization), inputs_for("bert")
     base = copy.deepcopy(model).unload()
@@ -310,6 +312,20 @@ def test_an_adapter_that_plain_peft_saved_with_rho_inside(parameterization, tmp_
         one_line(message, lambda: BlobModel.from_pretrained(tmp_path, model=base))
     save_file({name: value for name, value in mean.items() if name != first}, tmp_path / MEAN_FILE)
     one_line("stds for other layers", lambda: BlobModel.from_pretrained(tmp_path, model=base))
+
+
+def test_an_adapter_that_transformers_saved(tmp_path):
+    base, inputs = tiny_bert(), inputs_for("bert")
+    original, config = copy.deepcopy(base), BlobConfig(target_modules=["query", "value"], r=4, init_eps=0.9)
+    base.add_adapter(config)
+    attach_posterior(base, config, "default")
+    randomize_b(base)
+    base.eval().save_pretrained(tmp_path)
+    loaded = BlobModel.from_pretrained(tmp_path, model=original)
+    assert torch.equal(logits(loaded, inputs), logits(base, inputs))
+    assert all(
+        torch.equal(layer.std, gaussian_layers(loaded)[name].std) for name, layer in gaussian_layers(base).items()
+    )
 
 
 # ----- what else would be silent ---------------------------------------------------------------------------------
@@ -410,12 +426,12 @@ def test_pissa_without_memory_is_refused(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "keys"])
-def test_names_that_no_submodule_can_have(name, tmp_path):
+def test_names_that_no_submodule_can_have(tmp_path):
     model = blob(tiny_bert())
     model.save_pretrained(tmp_path)
-    one_line("an adapter cannot be called", lambda: model.load_adapter(tmp_path, name))
-    one_line("an adapter cannot be called", lambda: BlobModel.from_pretrained(tmp_path, tiny_bert(), name))
+    for name in ("", "a.b", "keys"):
+        one_line("an adapter cannot be called", lambda name=name: model.load_adapter(tmp_path, name))
+        one_line("an adapter cannot be", lambda name=name: BlobModel.from_pretrained(tmp_path, adapter_name=name))
 
 
 def test_what_is_no_base_model_and_no_posterior(tmp_path):

@@ -15,6 +15,11 @@ from blob_hf import BlobConfig, BlobModel, get_blob_model
 from blob_hf.tuner.posterior import gaussian_layers
 from blob_hf.utils.errors import BlobError
 
+# Fields that take ways of their own through our code: these rows are tried in every run, the others with `-m slow`.
+QUICK = {
+    "bias", "fan_in_fan_out", "init_lora_weights", "layer_replication", "lora_bias", "modules_to_save", "rank_pattern",
+    "target_modules", "trainable_token_indices",
+}  # fmt: skip
 WORKING = [feature for feature in FEATURES if feature.outcome == "works"]
 REFUSED = [feature for feature in FEATURES if feature.outcome == "refused"]
 
@@ -23,9 +28,16 @@ def named(feature: Feature) -> str:
     return f"{feature.field}={feature.text}"
 
 
-@pytest.mark.parametrize("feature", WORKING, ids=named)
+def row(feature: Feature) -> object:
+    first = next(one for one in WORKING if one.field == feature.field)
+    marks = () if feature is first and feature.field in QUICK else pytest.mark.slow
+    return pytest.param(feature, marks=marks, id=named(feature))
+
+
+@pytest.mark.parametrize("feature", [row(feature) for feature in WORKING])
 def test_works(feature, tmp_path):
     base, inputs = TINY[feature.family](), inputs_for(feature.family)
+    (tmp_path / "README.md").write_text("A card, so that none is made.")
     original = copy.deepcopy(base)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's: of fields that another one switches on, of those it does not know
