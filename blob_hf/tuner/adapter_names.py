@@ -37,7 +37,8 @@ def absent_parameters(model: PeftModel, adapter: str) -> dict[str, str]:
 
 
 def _parameters(model: PeftModel, adapter: str) -> tuple[dict[str, str], dict[str, str]]:
-    known = set(model.state_dict())
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
     names: dict[str, str] = {}
     absent: dict[str, str] = {}
     for path, module in model.named_modules():
