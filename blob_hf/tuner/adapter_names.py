@@ -37,6 +37,7 @@ def absent_parameters(model: PeftModel, adapter: str) -> dict[str, str]:
 
 
 def _parameters(model: PeftModel, adapter: str) -> tuple[dict[str, str], dict[str, str]]:
+    # not model.state_dict(): of an FSDP2 model it is for all processes, and only one of them saves
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
     names: dict[str, str] = {}
