@@ -298,7 +298,10 @@ METHODS = (
     Method("get_layer_status", _COUNTS),
     Method("get_model_status", _COUNTS),
     Method("set_requires_grad", _COUNTS, remark="means and stds together"),
-    Method("create_or_update_model_card", "integration/test_hub.py::test_a_card_of_the_repo_stays_and_names_that_lead_out_are_refused"),
+    Method(
+        "create_or_update_model_card",
+        "integration/test_hub.py::test_a_card_of_the_repo_stays_and_names_that_lead_out_are_refused",
+    ),
     Method(
         "supports_lora_conversion", _MODEL + "plain_peft_loads_the_posterior_mean_bit_for_bit",
         remark="the mean is plain LoRA",
