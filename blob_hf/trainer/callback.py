@@ -1,4 +1,4 @@
-"""What `BlobTrainer` does at the events of training: plan the KL, keep its history, judge it, complete a push."""
+"""What `BlobTrainer` does at the events of training: plan the KL, weigh it, keep its history, judge it, push."""
 
 import logging
 from contextlib import ExitStack
@@ -46,6 +46,16 @@ class BlobCallback(TrainerCallback):
                 for warning in diagnosis.warnings:
                     logger.warning("%s", warning)
         trainer.resume_own_state()
+
+    def on_step_begin(  # type: ignore[override]
+        self, args: BlobTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.begin_step()
+
+    def on_pre_optimizer_step(  # type: ignore[override]
+        self, args: BlobTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.end_step()
 
     def on_save(  # type: ignore[override]
         self, args: BlobTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -44,14 +44,14 @@ from blob_hf.trainer.engines import (
     plain_evaluation,
 )
 from blob_hf.trainer.kl.history import LOGGED
-from blob_hf.trainer.kl.state import KLState
+from blob_hf.trainer.kl.state import AtStep, KLState
 from blob_hf.trainer.kl.verdict import Verdict
 from blob_hf.trainer.log_state import LogState
 from blob_hf.trainer.selection import check_metric, eval_nll
 from blob_hf.trainer.summary import last_evaluation, summarize
 from blob_hf.trainer.training_args import BlobTrainingArguments, as_blob_arguments
 from blob_hf.tuner.model import BlobModel, as_blob_model
-from blob_hf.tuner.posterior import gaussian_layers, sampling_of
+from blob_hf.tuner.posterior import gaussian_layers, kl_divergence, sampling_of
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError, NonFiniteLossError
 from blob_hf.utils.numbers import number_or_word
@@ -76,7 +76,8 @@ class BlobTrainerMixin(_Base):
         args: `BlobTrainingArguments` (or the Seq2Seq ones); to transformers' own BLoB's defaults are added.
         model_init: Makes the model, instead of `model`; anew in every training.
         point_estimate: Train a model without a posterior by its NLL alone, with all else equal.
-        compute_loss_func: Not used: the objective is the trainer's own.
+        compute_loss_func: Of transformers' trainer: the loss of a training batch in place of the NLL (and of
+            `label_smoothing_factor`); the KL goes on top. Evaluation keeps the NLL of the predictive.
         kwargs: These and all others: as of transformers' trainer.
 
     Attributes:
@@ -94,7 +95,9 @@ class BlobTrainerMixin(_Base):
     arguments_class: type[BlobTrainingArguments] = BlobTrainingArguments
     card_from_run = False  # whether a script writes the model card
     _step_nll: Tensor | None = None  # of the last micro-batch
-    loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole accumulated batch
+    _is_scaled: bool | None = None
+    _kl_in_loss = False  # whether the KL's gradient came through the loss of this step
+    _loss_before: Tensor | None = None  # of the steps since the last log, before this one
 
     def __init__(
         self,
@@ -128,6 +131,10 @@ class BlobTrainerMixin(_Base):
         self.kl: KLState | None = KLState() if gaussian_layers(self.model) else None
         self.add_callback(BlobCallback(self))  # type: ignore[arg-type]
         self._check_model()
+        if self.args.class_weights is not None and compute_loss_func is not None:
+            raise BlobError(
+                "class_weights weighs the trainer's own NLL, which compute_loss_func replaces; leave one of them out"
+            )
         self.class_weights: Tensor | None = None
         if self.args.class_weights is not None and train_dataset is not None:
             self.class_weights = balanced_weights(train_dataset, base.config.num_labels).to(self.args.device)
@@ -241,21 +248,64 @@ class BlobTrainerMixin(_Base):
             nll = nll + self._nll(model, inputs, num_items_in_batch)[0]
         nll = nll / self.args.train_samples
         self._step_nll = nll.detach()
-        loss = nll if self.kl is None else nll + self._weighted_kl(self.kl, nll)
-        if not self._all_finite(loss):
-            raise NonFiniteLossError(self._non_finite(loss))
+        loss = nll if self.kl is None else nll + self._weighted_kl(self.kl)
+        self._require_finite(loss)
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def loss_is_scaled_for_ga(self) -> bool | None:
+        """Whether the last loss is a share of the whole accumulated batch's, or the mean of its own micro-batch.
+
+        Ours is a share. That of another `compute_loss` is taken for a mean, unless its class says otherwise by setting
+        this, as for transformers' trainer.
+        """
+        return self._step_nll is not None if self._is_scaled is None else self._is_scaled
+
+    @loss_is_scaled_for_ga.setter
+    def loss_is_scaled_for_ga(self, value: bool | None) -> None:
+        self._is_scaled = value
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """transformers' step, which returns what the log shows as `loss`: the NLL alone, not the objective.
 
         Under the published weights pi_t KL is thousands of nats in some steps and 0 in most: nobody could compare it.
+        The loss of another `compute_loss` stands for the NLL.
         """
         self._step_nll = None
         loss = super().training_step(*args, **kwargs)
-        return loss if self._step_nll is None else self._step_nll
+        if self._step_nll is None:
+            self._require_finite(loss)
+        nll = loss if self._step_nll is None else self._step_nll
+        if self.kl is not None:
+            self.kl.record(self._kl_now(self.kl), nll)
+        return nll
+
+    def begin_step(self) -> None:
+        """Before the batches of an optimizer step: set its pi_t, whatever will compute its loss."""
+        if self.kl is not None:
+            self._kl_now(self.kl)
+            self._kl_in_loss, self._loss_before = False, self._tr_loss.clone()
+
+    def end_step(self) -> None:
+        """Before the optimizer's step: its loss must have had the KL in it, and the history an NLL.
+
+        Raises:
+            BlobError: `kl_gradient="loss"`, and a `compute_loss` of a subclass has left the KL out.
+        """
+        if self.kl is None:
+            return
+        if self.args.kl_gradient == "loss" and not self._kl_in_loss:
+            raise BlobError(
+                f"kl_gradient='loss' needs the KL in the loss, but compute_loss of {type(self).__name__} leaves it "
+                "out: add to what super().compute_loss returns, or use kl_gradient='decoupled'"
+            )
+        now = self._kl_now(self.kl)
+        if not self.kl.history.has(now.step) and self._loss_before is not None:  # of another training_step
+            self.kl.record(now, self._tr_loss - self._loss_before)
 
     def _nll(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> tuple[Tensor, Any]:
+        if self.compute_loss_func is not None and model.training:
+            return self._users_loss(self.compute_loss_func, model, inputs, num_items)
         inputs = dict(inputs)
         labels = self._aligned_labels(inputs)
         outputs = model(**inputs)
@@ -274,9 +324,23 @@ class BlobTrainerMixin(_Base):
             return total / (count if weights is None else total_weight([{"labels": labels}], weights)), outputs
         if isinstance(num_items, Tensor):
             num_items = num_items.flatten()[0].to(total.device)
-        # num_items counts all processes, over which DDP takes the mean of the gradients
-        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return total * scale / num_items, outputs
+        return total * self._loss_scale(num_items) / num_items, outputs
+
+    def _users_loss(
+        self, loss: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None
+    ) -> tuple[Tensor, Any]:
+        """`compute_loss_func` as transformers calls it: on the labels of the batch, which the model does not see."""
+        inputs = dict(inputs)
+        labels = inputs.get("labels")
+        if labels is not None:
+            self._aligned_labels(inputs)
+        outputs = model(**inputs)
+        return loss(outputs, labels, num_items_in_batch=num_items) * self._loss_scale(num_items), outputs
+
+    def _loss_scale(self, num_items: Tensor | int | None) -> int:
+        """`num_items` counts all processes, over which DDP takes the mean of the gradients."""
+        averaged = num_items is not None and self.args.average_tokens_across_devices
+        return self.accelerator.num_processes // self.get_tp_size() if averaged else 1
 
     def _aligned_labels(self, inputs: dict[str, Any]) -> Tensor:
         """Pop the labels, shifted so that they line up with the logits, and give a decoder its inputs.
@@ -294,12 +358,26 @@ class BlobTrainerMixin(_Base):
             inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
         return labels
 
-    def _weighted_kl(self, kl: KLState, nll: Tensor) -> Tensor:
-        """This micro-batch's share of pi_t * KL."""
-        prior_std, through_loss = self.blob_model.blob_config.prior_std, self.args.kl_gradient == "loss"
-        step = self.state.global_step + 1
-        weighted = kl.share(self.model, prior_std, nll, step, through_loss, self._mean_over_processes)
-        return weighted / getattr(self, "current_gradient_accumulation_steps", 1)
+    def _kl_now(self, kl: KLState) -> AtStep:
+        step, prior_std = self.state.global_step + 1, self.blob_model.blob_config.prior_std
+        return kl.at_step(step, self.model, prior_std, self._mean_over_processes)
+
+    def _weighted_kl(self, kl: KLState) -> Tensor:
+        """This micro-batch's share of pi_t * KL; with a gradient if that goes through the loss."""
+        now = self._kl_now(kl)
+        value = now.kl
+        if self.args.kl_gradient == "loss":
+            value = kl_divergence(self.model, self.blob_model.blob_config.prior_std)
+            if value.requires_grad:
+                value.register_hook(self._note_kl_gradient)
+        return now.weight * value / getattr(self, "current_gradient_accumulation_steps", 1)
+
+    def _note_kl_gradient(self, gradient: Tensor) -> None:
+        self._kl_in_loss = True
+
+    def _require_finite(self, loss: Tensor) -> None:
+        if not self._all_finite(loss):
+            raise NonFiniteLossError(self._non_finite(loss))
 
     def _all_finite(self, loss: Tensor) -> bool:
         """Whether the loss is finite on every process: all of them stop together, none waits for one that is gone."""
@@ -388,9 +466,8 @@ class BlobTrainerMixin(_Base):
         rows: Any = next((one for one in choices if has_length(one) and not isinstance(one, dict) and len(one)), None)
         if rows is None:
             return None
-        labelled = (
-            batch for batch in self._batches(evaluation.spread(rows, VERDICT_ROWS)) if batch.get("labels") is not None
-        )
+        batches = self._batches(evaluation.spread(rows, VERDICT_ROWS))
+        labelled = (batch for batch in batches if _has_classes(batch.get("labels")))
         network: Any = self.model_wrapped if self.is_deepspeed_enabled else self.model  # which gathers its shards
         training = network.training
         network.eval()
@@ -509,6 +586,10 @@ class BlobTrainerMixin(_Base):
 def _adopt(model: nn.Module) -> nn.Module:
     """A PEFT model with our saving and loading; any other model stays as it is."""
     return as_blob_model(model) if isinstance(model, PeftModel) and _is_lora(model) else model
+
+
+def _has_classes(labels: Tensor | None) -> bool:
+    return labels is not None and not labels.is_floating_point()  # a loss of the user's own may have other labels
 
 
 def _is_lora(model: PeftModel) -> bool:

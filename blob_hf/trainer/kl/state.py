@@ -33,8 +33,15 @@ Schedule: TypeAlias = KLSchedule | TargetSchedule | AdaptiveSchedule
 
 
 @dataclass(frozen=True)
-class _AtStep:
-    """The KL at one optimizer step, the same for all its micro-batches."""
+class AtStep:
+    """The KL at one optimizer step, the same for all its micro-batches.
+
+    Attributes:
+        step: 1-based.
+        kl: nats.
+        std: Mean of Omega over all weights.
+        weight: pi_t.
+    """
 
     step: int
     kl: Tensor
@@ -61,7 +68,7 @@ class KLState:
     history: KLHistory = field(default_factory=KLHistory)
     initial_stds: dict[str, Tensor] = field(default_factory=dict)
     verdict: Verdict | None = None
-    _now: _AtStep | None = None
+    _now: AtStep | None = None
 
     def attach(self, optimizer: torch.optim.Optimizer, model: nn.Module, config: BlobConfig) -> None:
         """Have every step of an optimizer followed by one on the KL, at the rate that `begin` finds."""
@@ -82,30 +89,32 @@ class KLState:
         self.initial_stds = initial_stds(model)
         return self.diagnosis
 
-    def share(
-        self, model: nn.Module, prior_std: float, nll: Tensor, step: int, through_loss: bool,
-        average: Callable[[Tensor], Tensor],
-    ) -> Tensor:  # fmt: skip
-        """pi_t * KL at a step, for its loss; tells the optimizer's hook its weight and the history what happened.
+    def at_step(self, step: int, model: nn.Module, prior_std: float, average: Callable[[Tensor], Tensor]) -> AtStep:
+        """The KL and its weight at a coming optimizer step; settled, and told to the optimizer's hook, once a step.
 
         Args:
-            nll: Of one micro-batch, its part of the step's.
-            step: The coming optimizer step, 1-based.
-            through_loss: Whether the KL's gradient goes through the loss (`kl_gradient="loss"`).
-            average: Mean over the processes.
+            step: 1-based.
+            average: Mean over the processes (all of them call this).
         """
-        if isinstance(self.schedule, AdaptiveSchedule) and (self._now is None or self._now.step != step):
-            self.history.drain(average)
-            self.schedule.observe(self.history.rows)
-        if through_loss or self._now is None or self._now.step != step:
-            with torch.set_grad_enabled(through_loss):
+        if self._now is None or self._now.step != step:
+            if isinstance(self.schedule, AdaptiveSchedule):
+                self.history.drain(average)
+                self.schedule.observe(self.history.rows)
+            with torch.no_grad():
                 kl = kl_divergence(model, prior_std)
-            self._now = _AtStep(step, kl, mean_posterior_std(model), self.schedule(step))
-        now, lr_scale = self._now, 1.0
-        if self.step is not None:
-            self.step.weight, lr_scale = now.weight, self.step.lr_scale
-        self.history.add(step, nll, now.kl, now.weight, now.std, lr_scale)
-        return now.weight * now.kl
+            self._now = AtStep(step, kl, mean_posterior_std(model), self.schedule(step))
+            if self.step is not None:
+                self.step.weight = self._now.weight
+        return self._now
+
+    def record(self, now: AtStep, nll: Tensor) -> None:
+        """Add a micro-batch to the history.
+
+        Args:
+            nll: Its part of the step's.
+        """
+        lr_scale = 1.0 if self.step is None else self.step.lr_scale
+        self.history.add(now.step, nll, now.kl, now.weight, now.std, lr_scale)
 
     def conclude(
         self, model: nn.Module, config: BlobConfig, sample_gap: float | None, gain: Callable[[], float | None]
