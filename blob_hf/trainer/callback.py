@@ -40,7 +40,11 @@ class BlobCallback(TrainerCallback):
             # of a stream without a size, the examples that the run will see
             num_examples = len(rows) if has_length(rows) else state.max_steps * batch_size
             config = trainer.blob_model.blob_config
-            diagnosis = trainer.kl.begin(args, config, trainer.model, num_examples, batch_size, state.max_steps)
+            resumed_from = getattr(trainer, "resumed_from", None)
+            checkpoint = None if resumed_from is None else Path(resumed_from)
+            diagnosis = trainer.kl.begin(
+                args, config, trainer.model, num_examples, batch_size, state.max_steps, checkpoint
+            )
             if state.is_world_process_zero:
                 logger.info("%s", diagnosis)
                 for warning in diagnosis.warnings:

@@ -62,6 +62,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path, config, options):
     histories = [(tmp_path / name / "kl_history.csv").read_text() for name in ("whole", "again")]
     assert histories[0] == histories[1] and len(histories[0].splitlines()) == 8
     assert logged(again) == logged(whole)
+    assert str(again.kl.diagnosis) == str(whole.kl.diagnosis)  # from the stds of the start, not of the checkpoint
     for run in (whole, again):
         run.save_model()
     for name in ("adapter_model.safetensors", "posterior_std.safetensors"):

@@ -76,17 +76,24 @@ class KLState:
 
     def begin(
         self, args: "BlobTrainingArguments", config: BlobConfig, model: nn.Module, num_examples: int, batch_size: int,
-        total_steps: int,
+        total_steps: int, checkpoint: Path | None = None,
     ) -> KLDiagnosis:  # fmt: skip
-        """Plan a training, and forget the one before."""
+        """Plan a training, and forget the one before.
+
+        Args:
+            checkpoint: That the training is resumed from; its stds are then not those of the start.
+        """
+        self.initial_stds, start = initial_stds(model), mean_posterior_std(model).item()
+        if checkpoint is not None and (checkpoint / INITIAL_STDS).is_file():
+            self.initial_stds = load_file(checkpoint / INITIAL_STDS)
+            start = torch.cat([std.float().flatten() for std in self.initial_stds.values()]).mean().item()
         self.schedule, self.diagnosis = plan_kl(
             args, num_examples, batch_size, total_steps, model, config,
-            args.learning_rate if self.step is None else self.step.learning_rate,
+            args.learning_rate if self.step is None else self.step.learning_rate, start,
         )  # fmt: skip
         if self.step is not None and self.diagnosis.rate is not None:
             self.step.kl_learning_rate = self.diagnosis.rate.value
         self.history, self.verdict, self._now = KLHistory(), None, None
-        self.initial_stds = initial_stds(model)
         return self.diagnosis
 
     def at_step(self, step: int, model: nn.Module, prior_std: float, average: Callable[[Tensor], Tensor]) -> AtStep:
@@ -147,9 +154,7 @@ class KLState:
                 save_file(self.initial_stds, folder / INITIAL_STDS)
 
     def resume(self, folder: Path) -> None:
-        """Go on as the checkpoint in a folder left it."""
-        if (folder / INITIAL_STDS).is_file():
-            self.initial_stds = load_file(folder / INITIAL_STDS)
+        """Go on as the checkpoint in a folder left it, with what `begin` has not taken from it."""
         self.history.load(folder / FILE_NAME)
         if isinstance(self.schedule, TargetSchedule) and self.history.rows:
             self.schedule.kl_start = self.history.rows[0]["kl"]
@@ -165,6 +170,7 @@ def plan_kl(
     model: nn.Module,
     config: BlobConfig,
     learning_rate: float,
+    std_start: float,
 ) -> tuple[Schedule, KLDiagnosis]:
     """The KL schedule that the arguments ask for, and what it will do.
 
@@ -174,6 +180,7 @@ def plan_kl(
         total_steps: Optimizer steps of the run.
         model: With a posterior; the `target` schedule looks at it.
         learning_rate: The optimizer's, at its peak.
+        std_start: Mean of Omega over all weights before the first step.
     """
     schedule: Schedule
     rate, pull, origin = PUBLISHED_RATE, math.nan, "published"
@@ -200,12 +207,11 @@ def plan_kl(
     shape = _lr_shape(args, total_steps)
     found = None
     if args.kl_gradient == "decoupled":
-        start = mean_posterior_std(model).item()
         alone = math.nan
         if not isinstance(schedule, TargetSchedule):
             rates = [rate * even(step) * scale for step, scale in enumerate(shape, start=1)]
-            alone = std_by_kl_alone(start, config.prior_std, config.std_parameterization, rates)
-        found = RateDiagnosis(rate, pull, origin, start, alone, config.prior_std)
+            alone = std_by_kl_alone(std_start, config.prior_std, config.std_parameterization, rates)
+        found = RateDiagnosis(rate, pull, origin, std_start, alone, config.prior_std)
     gamma = None if args.kl_cycle_steps else args.gamma
     return schedule, diagnose(schedule, batch_size, gamma, shape, found)
 
