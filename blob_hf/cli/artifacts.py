@@ -92,7 +92,8 @@ class Run:
         self.trained = True
         outcome = self.route.train(self.job, self.trainer)
         self.trainer.save_model()
-        self.trainer.save_metrics("train", outcome.metrics())
+        if not (self.trainer.was_finished and (self.folder / TRAINED).is_file()):
+            self.trainer.save_metrics("train", outcome.metrics())
         self.costs = training_costs(outcome)
         self.trainer.save_state()
         if self.trainer.kl_verdict is not None:

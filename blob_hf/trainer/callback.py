@@ -1,4 +1,4 @@
-"""What `BlobTrainer` does at the events of training: plan the KL, keep its history, judge it, complete a push."""
+"""What `BlobTrainer` does at the events of training: plan the KL, weigh it, keep its history, judge it, push."""
 
 import logging
 from contextlib import ExitStack
@@ -40,12 +40,26 @@ class BlobCallback(TrainerCallback):
             # of a stream without a size, the examples that the run will see
             num_examples = len(rows) if has_length(rows) else state.max_steps * batch_size
             config = trainer.blob_model.blob_config
-            diagnosis = trainer.kl.begin(args, config, trainer.model, num_examples, batch_size, state.max_steps)
+            resumed_from = getattr(trainer, "resumed_from", None)
+            checkpoint = None if resumed_from is None else Path(resumed_from)
+            diagnosis = trainer.kl.begin(
+                args, config, trainer.model, num_examples, batch_size, state.max_steps, checkpoint
+            )
             if state.is_world_process_zero:
                 logger.info("%s", diagnosis)
                 for warning in diagnosis.warnings:
                     logger.warning("%s", warning)
         trainer.resume_own_state()
+
+    def on_step_begin(  # type: ignore[override]
+        self, args: BlobTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.begin_step()
+
+    def on_pre_optimizer_step(  # type: ignore[override]
+        self, args: BlobTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.end_step()
 
     def on_save(  # type: ignore[override]
         self, args: BlobTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

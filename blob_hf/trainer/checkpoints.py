@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from blob_hf.trainer.engines import gathered_adapter
 from blob_hf.tuner import adapter_files
@@ -92,9 +93,13 @@ class CheckpointMixin(_Base):
     resumed_from: str | None = None
     _staging = False  # whether a checkpoint is being written aside
     _pushed: str | None = None  # the checkpoint that is being pushed
+    _finished_log: list[dict[str, Any]] | None = None  # of a run that is resumed although nothing is left to train
+    _logs = True  # else `log` does nothing
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' `train`; `resume_from_checkpoint=True` takes the newest complete checkpoint.
+
+        Of a run that is finished already it trains nothing, and returns what the run came to.
 
         Raises:
             BlobError: There is none, the one that is named is damaged, or this engine cannot continue it.
@@ -112,6 +117,52 @@ class CheckpointMixin(_Base):
             if self.args.should_save:
                 self._save(output_dir or self.args.output_dir, state_dict=adapter)
             self.accelerator.wait_for_everyone()
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """transformers' begin; of a finished run past its last epoch, of which it would train one more step."""
+        begin = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        self._finished_log = None
+        if resume_from_checkpoint is None or self.state.global_step < max_steps:
+            return begin
+        self._finished_log = _log_of_run(Path(resume_from_checkpoint), self.state)
+        if self.is_world_process_zero():
+            logger.info("the run was finished at step %d: nothing is left to train", self.state.global_step)
+        return num_train_epochs, 0
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """transformers' end; a finished run keeps its log and its figures, which would be those of no step at all."""
+        if self._finished_log is None:
+            return super()._finalize_training(*args, **kwargs)
+        unlogged: float = self._tr_loss.item()
+        self._logs = False
+        try:
+            output = super()._finalize_training(*args, **kwargs)
+        finally:
+            self._logs = True
+        self.state.log_history, steps = self._finished_log, self.state.global_step
+        metrics = {**output.metrics, "train_loss": _mean_loss(self._finished_log, unlogged, steps)}
+        for entry in self._finished_log:
+            if "train_loss" in entry and entry["step"] == steps:
+                metrics = {name: value for name, value in entry.items() if name != "step"}
+        return TrainOutput(steps, metrics["train_loss"], metrics)
+
+    @property
+    def was_finished(self) -> bool:
+        """Whether the last call of `train` found that nothing was left to train."""
+        return self._finished_log is not None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._logs:
+            super().log(logs, start_time)
 
     def check_resumable(self, folder: Path) -> None:
         """For subclasses: refuse a checkpoint that this run cannot continue exactly."""
@@ -200,6 +251,26 @@ class CheckpointMixin(_Base):
                 for pattern in (*adapter_files.NAMES, *companion_files()):
                     for file in Path(self._pushed).glob(pattern) if "/" not in pattern else ():
                         shutil.copy(file, folder)
+
+
+def _log_of_run(checkpoint: Path, saved: TrainerState) -> list[dict[str, Any]]:
+    """The log of the run that a last checkpoint is of: with the figures of its end, if its folder has them."""
+    path = checkpoint.parent / TRAINER_STATE_NAME
+    if path.is_file():
+        whole = TrainerState.load_from_json(str(path))
+        same = whole.log_history[: len(saved.log_history)] == saved.log_history
+        if same and whole.global_step == saved.global_step:
+            return whole.log_history
+    return saved.log_history
+
+
+def _mean_loss(log: list[dict[str, Any]], unlogged: float, steps: int) -> float:
+    """Of all steps of a run: each entry of its log is the mean since the one before."""
+    total, last = unlogged, 0
+    for entry in log:
+        if "loss" in entry:
+            total, last = total + entry["loss"] * (entry["step"] - last), entry["step"]
+    return total / steps
 
 
 def find_checkpoint(wanted: str | bool | None, run_folder: str) -> str | None:

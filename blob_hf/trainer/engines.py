@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from blob_hf.tuner.base_model import head_parameters
+from blob_hf.tuner.adapter_names import embedding_names
+from blob_hf.tuner.base_model import head_parameters, is_resized
 from blob_hf.tuner.posterior import gaussian_layers
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import full_tensor
@@ -168,11 +169,12 @@ def check_fsdp_evaluation(accelerator: Accelerator, untrained: bool) -> None:
 
 def gathered_adapter(model: PeftModel) -> dict[str, Tensor]:
     """The parameters that an adapter's files are made from, whole and on the CPU (a collective under FSDP2)."""
-    head = head_parameters(model)
+    config: LoraConfig = model.active_peft_config  # type: ignore[assignment]
+    shared = {*head_parameters(model), *(embedding_names(model) if is_resized(model.get_base_model(), config) else ())}
     return {
         name: full_tensor(parameter.detach()).cpu()
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad or ".lora_" in name or name in head
+        if parameter.requires_grad or ".lora_" in name or name in shared
     }
 
 

@@ -1,15 +1,14 @@
 """`BlobTrainer`: transformers' trainer with the BLoB objective and posterior evaluation."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
@@ -26,13 +25,12 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import has_length, unwrap_peft_model
 
-from blob_hf.inference.predict import IGNORED_LABEL
 from blob_hf.reporting.model_card import write_model_card
 from blob_hf.reporting.run_summary import DataSource
 from blob_hf.trainer import evaluation
 from blob_hf.trainer.callback import BlobCallback
-from blob_hf.trainer.checkpoints import CheckpointMixin, newest_complete
-from blob_hf.trainer.class_weights import balanced_weights, total_weight
+from blob_hf.trainer.checkpoints import CheckpointMixin
+from blob_hf.trainer.class_weights import balanced_weights
 from blob_hf.trainer.engines import (
     OWN_OPTIMIZER,
     check_deepspeed,
@@ -47,20 +45,16 @@ from blob_hf.trainer.kl.history import LOGGED
 from blob_hf.trainer.kl.state import KLState
 from blob_hf.trainer.kl.verdict import Verdict
 from blob_hf.trainer.log_state import LogState
+from blob_hf.trainer.objective import ObjectiveMixin
 from blob_hf.trainer.selection import check_metric, eval_nll
 from blob_hf.trainer.summary import last_evaluation, summarize
 from blob_hf.trainer.training_args import BlobTrainingArguments, as_blob_arguments
 from blob_hf.tuner.model import BlobModel, as_blob_model
 from blob_hf.tuner.posterior import gaussian_layers, sampling_of
 from blob_hf.tuner.sampling import Sampling
-from blob_hf.utils.errors import BlobError, NonFiniteLossError
+from blob_hf.utils.errors import BlobError
 from blob_hf.utils.numbers import number_or_word
 from blob_hf.utils.sharding import is_sharded
-
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +62,7 @@ Rows: TypeAlias = Dataset | torch.utils.data.Dataset[Any]
 VERDICT_ROWS = 64  # on which a finished training looks at what its samples predict
 
 
-class BlobTrainerMixin(_Base):
+class BlobTrainerMixin(ObjectiveMixin):
     """Adds to a transformers trainer: NLL + pi_t * KL, the decoupled KL step, and Monte Carlo evaluation.
 
     Args:
@@ -76,7 +70,8 @@ class BlobTrainerMixin(_Base):
         args: `BlobTrainingArguments` (or the Seq2Seq ones); to transformers' own BLoB's defaults are added.
         model_init: Makes the model, instead of `model`; anew in every training.
         point_estimate: Train a model without a posterior by its NLL alone, with all else equal.
-        compute_loss_func: Not used: the objective is the trainer's own.
+        compute_loss_func: Of transformers' trainer: the loss of a training batch in place of the NLL (and of
+            `label_smoothing_factor`); the KL goes on top. Evaluation keeps the NLL of the predictive.
         kwargs: These and all others: as of transformers' trainer.
 
     Attributes:
@@ -93,8 +88,6 @@ class BlobTrainerMixin(_Base):
     nll_by_samples: np.ndarray | None = None
     arguments_class: type[BlobTrainingArguments] = BlobTrainingArguments
     card_from_run = False  # whether a script writes the model card
-    _step_nll: Tensor | None = None  # of the last micro-batch
-    loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole accumulated batch
 
     def __init__(
         self,
@@ -125,10 +118,13 @@ class BlobTrainerMixin(_Base):
         # transformers goes by the loss type of the config, which models like GPT-2 do not have
         base = unwrap_peft_model(self.model)
         self._loss_shifts_labels = base.can_generate() and not base.config.is_encoder_decoder
-        self.kl: KLState | None = KLState() if gaussian_layers(self.model) else None
+        self.kl = KLState() if gaussian_layers(self.model) else None
         self.add_callback(BlobCallback(self))  # type: ignore[arg-type]
         self._check_model()
-        self.class_weights: Tensor | None = None
+        if self.args.class_weights is not None and compute_loss_func is not None:
+            raise BlobError(
+                "class_weights weighs the trainer's own NLL, which compute_loss_func replaces; leave one of them out"
+            )
         if self.args.class_weights is not None and train_dataset is not None:
             self.class_weights = balanced_weights(train_dataset, base.config.num_labels).to(self.args.device)
 
@@ -152,11 +148,6 @@ class BlobTrainerMixin(_Base):
         check_deepspeed(self.args)
         if self.kl is not None and self.args.kl_gradient == "loss" and is_deepspeed_zero3_enabled():
             raise BlobError("kl_gradient='loss' cannot reach sharded parameters under ZeRO-3; use 'decoupled'")
-
-    @property
-    def blob_model(self) -> BlobModel:
-        """The model without the wrappers of an engine."""
-        return self.accelerator.unwrap_model(self.model)
 
     def set_model(self, model: nn.Module) -> None:
         """Go on with another model, to evaluate and to save."""
@@ -204,119 +195,6 @@ class BlobTrainerMixin(_Base):
             raise BlobError(OWN_OPTIMIZER)  # a config that the launcher brought
         self.kl.attach(optimizer, self.model, self.blob_model.blob_config)
         return optimizer
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | int | None]:
-        """transformers' batches of an optimizer step and the number of their items; with class weights their sum."""
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.class_weights is None or count is None:
-            return batches, count
-        total = total_weight(batches, self.class_weights).to(device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            total = self.accelerator.gather(total).sum()
-        # like the count, not once for each device that has the same batch
-        return batches, total / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """NLL + pi_t * KL of one micro-batch, such that the micro-batches of an optimizer step add up to the step's.
-
-        The NLL is the mean over the examples (or target tokens) of the whole accumulated batch over all processes,
-        averaged over `train_samples` posterior samples; with class weights the weighted mean, as of torch's
-        `CrossEntropyLoss(weight=...)` on that batch. The KL counts once per optimizer step.
-
-        Raises:
-            NonFiniteLossError: The loss is NaN or infinite; no weight has been changed by it.
-        """
-        nll, outputs = self._nll(model, inputs, num_items_in_batch)
-        if not model.training:
-            return (nll, outputs) if return_outputs else nll
-        for _ in range(self.args.train_samples - 1):
-            nll = nll + self._nll(model, inputs, num_items_in_batch)[0]
-        nll = nll / self.args.train_samples
-        self._step_nll = nll.detach()
-        loss = nll if self.kl is None else nll + self._weighted_kl(self.kl, nll)
-        if not self._all_finite(loss):
-            raise NonFiniteLossError(self._non_finite(loss))
-        return (loss, outputs) if return_outputs else loss
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """transformers' step, which returns what the log shows as `loss`: the NLL alone, not the objective.
-
-        Under the published weights pi_t KL is thousands of nats in some steps and 0 in most: nobody could compare it.
-        """
-        self._step_nll = None
-        loss = super().training_step(*args, **kwargs)
-        return loss if self._step_nll is None else self._step_nll
-
-    def _nll(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> tuple[Tensor, Any]:
-        inputs = dict(inputs)
-        labels = self._aligned_labels(inputs)
-        outputs = model(**inputs)
-        logits = outputs.logits.float().flatten(0, -2)
-        weights = self.class_weights if model.training else None
-        total = F.cross_entropy(
-            logits,
-            labels.flatten(),
-            weight=weights,
-            ignore_index=IGNORED_LABEL,
-            label_smoothing=self.args.label_smoothing_factor if model.training else 0.0,
-            reduction="sum",
-        )
-        if num_items is None:
-            count = (labels != IGNORED_LABEL).sum().clamp(min=1)
-            return total / (count if weights is None else total_weight([{"labels": labels}], weights)), outputs
-        if isinstance(num_items, Tensor):
-            num_items = num_items.flatten()[0].to(total.device)
-        # num_items counts all processes, over which DDP takes the mean of the gradients
-        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return total * scale / num_items, outputs
-
-    def _aligned_labels(self, inputs: dict[str, Any]) -> Tensor:
-        """Pop the labels, shifted so that they line up with the logits, and give a decoder its inputs.
-
-        The labels are not passed on: models would compute a loss of their own, some ignoring `num_items_in_batch`.
-        """
-        labels = inputs.pop("labels")
-        if labels.is_floating_point():
-            raise BlobError(f"labels must be class or token ids, got {labels.dtype}: regression has no NLL here")
-        if self._loss_shifts_labels and labels.dim() > 1:
-            return F.pad(labels, (0, 1), value=IGNORED_LABEL)[..., 1:].contiguous()
-        encoder_decoder = getattr(self.model.config, "is_encoder_decoder", False)
-        if encoder_decoder and labels.dim() > 1 and inputs.get("decoder_input_ids") is None:
-            base: Any = self.blob_model.get_base_model()
-            inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
-        return labels
-
-    def _weighted_kl(self, kl: KLState, nll: Tensor) -> Tensor:
-        """This micro-batch's share of pi_t * KL."""
-        prior_std, through_loss = self.blob_model.blob_config.prior_std, self.args.kl_gradient == "loss"
-        step = self.state.global_step + 1
-        weighted = kl.share(self.model, prior_std, nll, step, through_loss, self._mean_over_processes)
-        return weighted / getattr(self, "current_gradient_accumulation_steps", 1)
-
-    def _all_finite(self, loss: Tensor) -> bool:
-        """Whether the loss is finite on every process: all of them stop together, none waits for one that is gone."""
-        bad = (~torch.isfinite(loss.detach())).float()
-        if self.accelerator.num_processes > 1:
-            bad = self.accelerator.reduce(bad, reduction="sum")
-        return not bad.item()
-
-    def _non_finite(self, loss: Tensor) -> str:
-        if torch.isfinite(loss):
-            loss = loss.new_tensor(float("nan"))  # another process has seen it
-        checkpoint = newest_complete(str(self.args.output_dir))
-        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved yet"
-        return (
-            f"the loss became {loss.item()} at step {self.state.global_step + 1}; "
-            f"try a lower learning_rate or kl_learning_rate, a longer warm-up, or bf16 instead of fp16 ({kept})"
-        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of `LOGGED` over the steps since the last log of a loss."""
@@ -367,9 +245,6 @@ class BlobTrainerMixin(_Base):
         if self.kl is not None:
             self.kl.save(folder, self._mean_over_processes, self.args.should_save)
 
-    def _mean_over_processes(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values, reduction="mean")
-
     # ----- the verdict -------------------------------------------------------------------------------------------
 
     def judge_kl(self) -> Verdict | None:
@@ -388,9 +263,8 @@ class BlobTrainerMixin(_Base):
         rows: Any = next((one for one in choices if has_length(one) and not isinstance(one, dict) and len(one)), None)
         if rows is None:
             return None
-        labelled = (
-            batch for batch in self._batches(evaluation.spread(rows, VERDICT_ROWS)) if batch.get("labels") is not None
-        )
+        batches = self._batches(evaluation.spread(rows, VERDICT_ROWS))
+        labelled = (batch for batch in batches if _has_classes(batch.get("labels")))
         network: Any = self.model_wrapped if self.is_deepspeed_enabled else self.model  # which gathers its shards
         training = network.training
         network.eval()
@@ -509,6 +383,10 @@ class BlobTrainerMixin(_Base):
 def _adopt(model: nn.Module) -> nn.Module:
     """A PEFT model with our saving and loading; any other model stays as it is."""
     return as_blob_model(model) if isinstance(model, PeftModel) and _is_lora(model) else model
+
+
+def _has_classes(labels: Tensor | None) -> bool:
+    return labels is not None and not labels.is_floating_point()  # a loss of the user's own may have other labels
 
 
 def _is_lora(model: PeftModel) -> bool:

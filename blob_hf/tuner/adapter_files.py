@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blob_hf.tuner.config import BlobConfig
+from blob_hf.tuner.layer import std_to_save
 from blob_hf.tuner.registry import Companion, companion_files, load_companions
 from blob_hf.utils import hub
 from blob_hf.utils.errors import BlobError
@@ -37,6 +38,7 @@ STD_FILE = "posterior_std.safetensors"
 NAMES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, STD_FILE)
 FORMAT_VERSION = 1
 _METADATA = "blob_hf"  # one entry: safetensors writes several in random order, and equal adapters should be equal files
+_RHO = ".lora_A.rho"  # what PEFT's and transformers' own save_pretrained write beside the mean, in the same file
 TOKENIZER_FILES = (
     "tokenizer*.json",
     "special_tokens_map.json",
@@ -58,6 +60,7 @@ class SavedAdapter:
         mean: adapter_model.safetensors.
         std: posterior_std.safetensors; None for an adapter without a posterior.
         companions: What was saved beside.
+        key_mapping: By which the names of its tensors were changed after reading.
     """
 
     folder: Path
@@ -65,6 +68,7 @@ class SavedAdapter:
     mean: dict[str, Tensor]
     std: dict[str, Tensor] | None
     companions: list[Companion]
+    key_mapping: dict[str, str] | None = None
 
 
 # ----- writing ---------------------------------------------------------------------------------------------------
@@ -150,6 +154,8 @@ def resolve(
     inside = Path(subfolder or "")
     if inside.is_absolute() or ".." in inside.parts:
         raise BlobError(f"subfolder must be a path inside {path!r}, got {subfolder!r}")
+    if os.path.isfile(path):
+        raise BlobError(f"{path} is a file: give the folder that it is in, with all of the adapter's files")
     if os.path.isdir(path):
         folder = Path(path, inside)
     else:
@@ -183,6 +189,10 @@ def read(folder: Path) -> SavedAdapter:
     file = folder / STD_FILE
     if not isinstance(config, BlobConfig):
         return SavedAdapter(folder, config, mean, None, companions)
+    if not file.is_file() and (rhos := [name for name in mean if name.endswith(_RHO)]):
+        std = {_mean_of(name): std_to_save(mean.pop(name), config.std_parameterization) for name in rhos}
+        _check_std(std, mean, folder / SAFETENSORS_WEIGHTS_NAME)
+        return SavedAdapter(folder, config, mean, std, companions)
     if not file.is_file():
         raise BlobError(f"{STD_FILE} is missing from the BLoB adapter {folder}; get the complete folder")
     std, metadata = read_tensors(file)
@@ -196,6 +206,10 @@ def read(folder: Path) -> SavedAdapter:
             "download or save both again"
         )
     return SavedAdapter(folder, config, mean, std, companions)
+
+
+def _mean_of(rho: str) -> str:
+    return rho.removesuffix("rho") + "weight"
 
 
 def read_config(folder: Path) -> LoraConfig:
@@ -273,7 +287,11 @@ def _require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def check_fits(
-    found: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], folder: Path, config: LoraConfig
+    found: Mapping[str, Tensor],
+    shapes: Mapping[str, Sequence[int]],
+    folder: Path,
+    config: LoraConfig,
+    required: Collection[str] = (),
 ) -> None:
     """Check that the LoRA weights of an adapter are those that a model has room for, before any is copied.
 
@@ -281,6 +299,7 @@ def check_fits(
         found: The mean, from `read`.
         shapes: Shape by name of what the model holds.
         config: The adapter's configuration, for the message.
+        required: Names that have to be among `found`.
 
     Raises:
         BlobError: Another base model (layers or widths differ) or another rank.
@@ -289,6 +308,10 @@ def check_fits(
     odd = sorted({name for name in found if ".lora_" in name} ^ {name for name in shapes if ".lora_" in name})
     if odd:
         raise BlobError(f"{folder} does not fit this model: {odd[0]} ({len(odd)} weights differ); {base}")
+    if missing := sorted(set(required) - found.keys()):
+        raise BlobError(
+            f"{folder} lacks {missing[0]} ({len(missing)} weights), which its configuration says it trained"
+        )
     for name in sorted(found.keys() & shapes.keys()):
         has, needs = tuple(found[name].shape), tuple(shapes[name])
         if has == needs:

@@ -10,8 +10,10 @@ from typing import Any
 from peft import AutoPeftModel, LoraConfig, PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, _BaseAutoPeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from blob_hf.utils.errors import BlobError
 
@@ -83,24 +85,50 @@ def targets_head(model: nn.Module, config: LoraConfig) -> bool:
 
 
 def check_targets(model: nn.Module, config: LoraConfig) -> None:
-    """Refuse `target_modules` that match no layer of a model, naming some that it has.
+    """Refuse a choice of layers that leaves none of a model's, with the reason.
 
     Raises:
-        BlobError: They match none.
+        BlobError: It leaves none.
     """
     targets = config.target_modules
-    if not targets or targets == "all-linear" or config.target_parameters:
+    if targets == "all-linear" or config.target_parameters:
+        return
+    kind = type(model).__name__
+    if not targets:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+            raise BlobError(
+                f"target_modules is not given, and PEFT has no default for {kind}; "
+                f"it has, for example, {', '.join(_linear_names(model))} (or use 'all-linear')"
+            )
         return
     names = [name for name, _ in model.named_modules()]
     if isinstance(targets, str):
-        found = any(re.fullmatch(targets, name) for name in names)
+        found = [name for name in names if re.fullmatch(targets, name)]
     else:
-        found = any(name == target or name.endswith(f".{target}") for name in names for target in targets)
+        found = [name for name in names if any(name == target or name.endswith(f".{target}") for target in targets)]
     if not found:
         raise BlobError(
-            f"target_modules {targets!r} match no layer of {type(model).__name__}; "
+            f"target_modules {targets!r} match no layer of {kind}; "
             f"it has, for example, {', '.join(_linear_names(model))} (or use 'all-linear')"
         )
+    if any(_is_target(config, name) for name in found):
+        return
+    narrowing = {
+        name: value
+        for name in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+        if (value := getattr(config, name)) not in (None, [], "", set())
+    }
+    raise BlobError(
+        f"target_modules {targets!r} match {len(found)} layers of {kind} ({found[0]} ...), but none is left by "
+        + ", ".join(f"{name}={value!r}" for name, value in narrowing.items())
+    )
+
+
+def _is_target(config: LoraConfig, name: str) -> bool:
+    """PEFT's own answer, which is of a class of its own for an excluded layer."""
+    answer = check_target_module_exists(config, name)
+    return bool(answer) and type(answer) in (bool, re.Match)
 
 
 def _linear_names(model: nn.Module, count: int = 8) -> list[str]:
@@ -157,6 +185,22 @@ def peft_loading(model: PeftModel) -> tuple[str, str]:
     base: Any = model.get_base_model()
     arguments = f", num_labels={base.config.num_labels}" if has_task_head(base) else ""
     return auto_peft_class(model.active_peft_config.task_type).__name__, arguments
+
+
+def is_resized(base: Any, config: LoraConfig) -> bool:
+    """Whether a model has another number of token embeddings than the checkpoint that its adapter names.
+
+    Looks at files on this machine alone: the base model's folder, or what its loading has left in the Hub's cache.
+    """
+    own, name = getattr(base, "config", None), config.base_model_name_or_path
+    if not isinstance(own, PreTrainedConfig) or not name:
+        return False
+    try:
+        saved = type(own).from_pretrained(name, revision=config.revision or "main", local_files_only=True)
+    except (OSError, ValueError):  # not there, or of another class
+        return False
+    sizes = [getattr(one.get_text_config(), "vocab_size", None) for one in (own, saved)]
+    return None not in sizes and sizes[0] != sizes[1]
 
 
 def load_base_model(

@@ -2,14 +2,32 @@
 
 import warnings
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from typing import Any
 
-from peft import LoraConfig, PeftType
+from peft import LoraConfig, PeftConfig, PeftType
 
 from blob_hf.utils.errors import BlobError
 
 STD_PARAMETERIZATIONS = ("square", "softplus")
 NOISES = ("flipout", "local", "shared")
+
+# Values of init_lora_weights that take a part out of the base model's weights, and those that BLoB refuses.
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_FROM_DATA = (
+    "takes a part out of the base weights that depends on data: loading the adapter could not take it out again"
+)
+_REFUSED_INITS = {
+    "pissa_niter": "starts from a random decomposition: loading the adapter would find another one; use 'pissa'",
+    "corda": _FROM_DATA,
+    "lora_ga": _FROM_DATA,
+    "loftq": "replaces the base weights by quantised ones; load the base model quantised instead (bitsandbytes)",
+}
+# Fields of LoraConfig that make it something else than plain LoRA, beside those that PEFT marks as variants.
+_REFUSED_FIELDS = {
+    "use_qalora": "it pools what A reads, for GPTQ bases",
+    "megatron_config": "its layers shard A",
+}
 
 # What LoRA is attached to, by `config.model_type`: the published settings for RoBERTa and BART, their equivalents
 # for BERT and T5. A classification head in the list gets LoRA on frozen random weights (as published).
@@ -62,11 +80,23 @@ class BlobConfig(LoraConfig):
             value = getattr(self, name)
             if value not in allowed:
                 raise BlobError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        patterns = {f"rank_pattern[{key!r}]": rank for key, rank in (self.rank_pattern or {}).items()}
+        for name, rank in {"r": self.r, **patterns}.items():
+            if isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1:
+                raise BlobError(f"{name} must be an integer >= 1 (the rank of LoRA), got {rank!r}")
+        self._refuse_other_methods()
+
+    def _refuse_other_methods(self) -> None:
         for item in fields(LoraConfig):
-            if item.metadata.get("is_lora_variant") and getattr(self, item.name):
+            if (item.metadata.get("is_lora_variant") or item.name in _REFUSED_FIELDS) and getattr(self, item.name):
+                reason = f" ({_REFUSED_FIELDS[item.name]})" if item.name in _REFUSED_FIELDS else ""
                 raise BlobError(
-                    f"BLoB is a posterior over plain LoRA; switch off {item.name}={getattr(self, item.name)!r}"
+                    f"BLoB is a posterior over plain LoRA; switch off {item.name}={getattr(self, item.name)!r}{reason}"
                 )
+        init = str(self.init_lora_weights).lower()
+        for name, reason in _REFUSED_INITS.items():
+            if init.startswith(name):
+                raise BlobError(f"init_lora_weights={self.init_lora_weights!r} {reason}")
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> "BlobConfig":
@@ -97,6 +127,11 @@ class BlobConfig(LoraConfig):
     def to_lora(self) -> LoraConfig:
         """The LoRA fields alone, as a plain `LoraConfig`."""
         return LoraConfig(**_lora_fields(self))
+
+
+def changes_base(config: PeftConfig) -> bool:
+    """Whether attaching an adapter of this configuration changes the weights of the base model."""
+    return str(getattr(config, "init_lora_weights", True)).lower().startswith(_CHANGES_BASE)
 
 
 def _lora_fields(config: LoraConfig) -> dict[str, Any]:

@@ -1,25 +1,39 @@
 """From a model to the files of an adapter, and from the files into a model: each step once, downwards."""
 
 import logging
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 
-from blob_hf.tuner import adapter_files
+from blob_hf.tuner import adapter_files, adapter_names
 from blob_hf.tuner.adapter_files import SavedAdapter
-from blob_hf.tuner.base_model import class_names, has_task_head, head_parameters, name_classes, saved_class_names
-from blob_hf.tuner.config import BlobConfig
-from blob_hf.tuner.layer import std_to_save
-from blob_hf.tuner.posterior import gaussian_layers
-from blob_hf.utils.sharding import gathered
+from blob_hf.tuner.base_model import (
+    class_names,
+    has_task_head,
+    head_parameters,
+    is_resized,
+    name_classes,
+    saved_class_names,
+)
+from blob_hf.tuner.config import BlobConfig, changes_base
+from blob_hf.tuner.layer import GaussianA, std_to_save
+from blob_hf.tuner.posterior import gaussian_layers, lora_layers
+from blob_hf.tuner.registry import Companion
+from blob_hf.utils.errors import BlobError
+from blob_hf.utils.sharding import full_tensor, gathered
 
 logger = logging.getLogger(__name__)
 
 _RHO = ".rho"  # GaussianA keeps rho next to lora_A's weight
 _MEAN = ".weight"
+_A = ".lora_A.weight"
 
 
 # ----- saving ----------------------------------------------------------------------------------------------------
@@ -30,19 +44,71 @@ def adapter_tensors(
     adapter: str,
     head: Mapping[str, Tensor],
     state_dict: dict[str, Tensor] | None = None,
-    save_embeddings: Any = False,
+    save_embeddings: str | bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What adapter_model.safetensors and posterior_std.safetensors hold.
 
     Args:
         head: The frozen head under LoRA, by name (see `frozen_head`).
         state_dict: Gathered weights, where an engine has sharded the model's own.
+        save_embeddings: "auto" saves token embeddings that are resized; True saves them, False does not.
     """
-    weights = get_peft_model_state_dict(model, state_dict, adapter, save_embedding_layers=save_embeddings)
+    weights = adapter_names.own_tensors(model, adapter, state_dict)
     rhos = {name.removesuffix(_RHO) + _MEAN: weights.pop(name) for name in list(weights) if name.endswith(_RHO)}
-    config = model.peft_config[adapter]
+    config: Any = model.peft_config[adapter]
     parameterization = config.std_parameterization if isinstance(config, BlobConfig) else ""
-    return {**head, **weights}, {name: std_to_save(rho, parameterization) for name, rho in rhos.items()}
+    if isinstance(config, BlobConfig):
+        _require_stds(weights, rhos)
+    embeddings = _embeddings_to_save(model, config, state_dict, save_embeddings)
+    if (head or embeddings) and is_merged(model):
+        raise BlobError(
+            "the adapter is merged into base weights that are saved with it (a head, embeddings): "
+            "unmerge_adapter() first"
+        )
+    return {**head, **embeddings, **weights}, {name: std_to_save(rho, parameterization) for name, rho in rhos.items()}
+
+
+def _require_stds(weights: Mapping[str, Tensor], rhos: Mapping[str, Tensor]) -> None:
+    lost = [name for name in weights if name.endswith(_A) and name not in rhos]
+    if lost:
+        raise BlobError(
+            f"{lost[0]} has no std any more ({len(lost)} layers): something has put a plain layer in the place of the "
+            "Gaussian A (initialize_lora_eva_weights does); bayesianize(model) gives it one"
+        )
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether an adapter is merged into the base weights."""
+    return any(isinstance(module, LoraLayer) and module.merged for module in model.modules())
+
+
+def _embeddings_to_save(
+    model: PeftModel, config: LoraConfig, state_dict: Mapping[str, Tensor] | None, wanted: str | bool
+) -> dict[str, Tensor]:
+    if wanted not in (True, False, "auto"):
+        raise BlobError(f"save_embedding_layers must be True, False or 'auto', got {wanted!r}")
+    resized = wanted == "auto" and is_resized(model.get_base_model(), config)
+    if not (resized or wanted is True):
+        return {}
+    embeddings = adapter_names.embedding_tensors(model, state_dict)
+    if resized:
+        logger.info("the token embeddings were resized: all of them are saved with the adapter")
+    elif not embeddings:
+        logger.warning("save_embedding_layers: %s has no token embeddings", type(model.get_base_model()).__name__)
+    return embeddings
+
+
+def warn_of_changed_base(configs: Mapping[str, PeftConfig]) -> None:
+    """Say that an adapter whose initialisation changes the base model's weights is beside another one."""
+    changing = [name for name, config in configs.items() if changes_base(config)]
+    if changing and len(configs) > 1:
+        name, init = changing[0], getattr(configs[changing[0]], "init_lora_weights", None)
+        warnings.warn(
+            f"adapter {name!r} has init_lora_weights={init!r}, which changes the base model's weights, under "
+            f"{', '.join(key for key in configs if key != name)}, too: adapters beside it are not what they are on a "
+            "base model of their own; use init_lora_weights=True for adapters that share a base model",
+            stacklevel=3,
+        )
 
 
 def frozen_head(
@@ -79,7 +145,8 @@ def save_config(model: PeftModel, config: LoraConfig, folder: Path, is_active: b
     base: Any = model.get_base_model()
     mapping: dict[str, Any] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     # AutoPeftModel ignores the rest; our from_pretrained does not
-    mapping["dtype"] = str(base.dtype).removeprefix("torch.")
+    if isinstance(dtype := getattr(base, "dtype", None), torch.dtype):
+        mapping["dtype"] = str(dtype).removeprefix("torch.")
     if has_task_head(base):
         mapping["num_labels"] = base.config.num_labels
         if (names := (None if is_active else saved_class_names(config)) or class_names(base)) is not None:
@@ -93,7 +160,80 @@ def save_config(model: PeftModel, config: LoraConfig, folder: Path, is_active: b
         config.inference_mode = inference_mode
 
 
+# ----- keywords --------------------------------------------------------------------------------------------------
+
+_REASONS = {  # of PEFT's keywords: why they are refused
+    "ephemeral_gpu_offload": "it is for DoRA, which BLoB does not have",
+    "ignore_mismatched_sizes": "a posterior with a part left out would be silently wrong",
+    "use_safetensors": "weights are read from safetensors only",
+    "push_to_hub": "call model.push_to_hub(repo_id)",
+    "local_files_only": "set HF_HUB_OFFLINE=1 in the environment",
+    "use_auth_token": "its name is token=",
+}
+
+
+def refuse_unknown(function: str, keywords: Mapping[str, Any], why: str = "") -> None:
+    """Refuse keywords that would change nothing; None, and False for what is refused, ask for nothing.
+
+    Raises:
+        BlobError: Names the first, and why.
+    """
+    for name, value in keywords.items():
+        if value is not None and not (value is False and name in _REASONS):
+            reason = _REASONS.get(name, why)
+            raise BlobError(f"{function} does not take {name}={value!r}" + (f": {reason}" if reason else ""))
+
+
+def check_name(adapter: str) -> None:
+    """Refuse what torch cannot take for the name of a submodule.
+
+    Raises:
+        BlobError: Empty, with a dot in it, or an attribute of `nn.ModuleDict`.
+    """
+    if not adapter or "." in adapter or hasattr(nn.ModuleDict(), adapter):
+        raise BlobError(f"an adapter cannot be called {adapter!r} (PyTorch has no submodule of that name); rename it")
+
+
+def check_companions(saved: SavedAdapter) -> None:
+    """Refuse an adapter beside others whose method changes layers: that is done when it is loaded as a model's own.
+
+    Raises:
+        BlobError: It is of such a method.
+    """
+    names = [one.name for one in saved.companions if type(one).attach is not Companion.attach]
+    if names and saved.std is None:
+        raise BlobError(
+            f"{saved.folder} is of the method {names[0]!r}, which changes layers of the model, so it cannot be one of "
+            "several adapters; load it by BlobModel.from_pretrained on a base model of its own"
+        )
+
+
+def check_memory(config: LoraConfig, low_cpu_mem_usage: bool) -> None:
+    """Refuse `low_cpu_mem_usage` for an adapter whose initialisation has to change the base model.
+
+    Raises:
+        BlobError: It is such a one.
+    """
+    if low_cpu_mem_usage and changes_base(config):
+        raise BlobError(
+            f"low_cpu_mem_usage=True leaves out init_lora_weights={config.init_lora_weights!r}, which changes the base "
+            "model's weights: leave it off"
+        )
+
+
 # ----- loading ---------------------------------------------------------------------------------------------------
+
+
+def as_named_here(model: PeftModel, saved: SavedAdapter, adapter: str) -> SavedAdapter:
+    """A saved adapter with the names of its tensors as the installed transformers calls the model's modules."""
+    std = saved.std and adapter_names.as_in_this_transformers(model, adapter, saved.std)
+    return replace(saved, mean=adapter_names.as_in_this_transformers(model, adapter, saved.mean), std=std)
+
+
+def with_key_mapping(saved: SavedAdapter, key_mapping: dict[str, str] | None) -> SavedAdapter:
+    """A saved adapter with its tensors renamed as the caller says (see `adapter_names.renamed`)."""
+    std = saved.std and adapter_names.renamed(saved.std, key_mapping)
+    return replace(saved, mean=adapter_names.renamed(saved.mean, key_mapping), std=std, key_mapping=key_mapping)
 
 
 def check_fits(model: PeftModel, saved: SavedAdapter, adapter: str) -> None:
@@ -102,18 +242,63 @@ def check_fits(model: PeftModel, saved: SavedAdapter, adapter: str) -> None:
     Raises:
         BlobError: Another base model, number of classes or rank.
     """
-    adapter_files.check_fits(saved.mean, _shapes(model, adapter), saved.folder, saved.config)
+    check_vocabulary(model.get_base_model(), saved)
+    own = [name for name in adapter_names.own_parameters(model, adapter) if not name.endswith(_RHO)]
+    adapter_files.check_fits(saved.mean, _shapes(model, adapter, saved.mean), saved.folder, saved.config, own)
 
 
-def _shapes(model: PeftModel, adapter: str) -> dict[str, tuple[int, ...]]:
+def check_vocabulary(base: nn.Module, saved: SavedAdapter) -> None:
+    """Check that token embeddings saved with an adapter have the size of the model's.
+
+    Raises:
+        BlobError: They have not.
+    """
+    size, own = adapter_names.saved_vocabulary_size(base, saved.mean), adapter_names.vocabulary_size(base)
+    if size is not None and size != own:
+        raise BlobError(
+            f"{saved.folder} was saved with {size} token embeddings, but the base model has {own}: call "
+            f"base.resize_token_embeddings({size}) first, or leave model= out"
+        )
+
+
+def resize_vocabulary(base: Any, saved: SavedAdapter) -> None:
+    """Give a base model as many token embeddings as an adapter was saved with."""
+    size, own = adapter_names.saved_vocabulary_size(base, saved.mean), adapter_names.vocabulary_size(base)
+    if size is not None and size != own:
+        logger.info("%s was saved with %d token embeddings, the base model has %s: resized", saved.folder, size, own)
+        base.resize_token_embeddings(size, mean_resizing=False)  # the adapter has all of them
+
+
+def check_shares(model: PeftModel, saved: SavedAdapter, adapter: str) -> None:
+    """Check that an adapter beside others would change nothing of the base model that all share.
+
+    Raises:
+        BlobError: It brings another frozen head, or other embeddings or biases.
+    """
+    own = adapter_names.own_parameters(model, adapter)
+    parameters = dict(model.named_parameters())
+    shared = {name: parameters[name] for name in saved.mean if name in parameters and name not in own}
+    with gathered(list(shared.values())):
+        odd = [name for name, value in shared.items() if not _same(full_tensor(value), saved.mean[name])]
+    if odd:
+        raise BlobError(
+            f"{saved.folder} brings weights of its own for what all adapters of this model share ({odd[0]} ...): "
+            f"{', '.join(name for name in model.peft_config if name != adapter)} would predict something else; "
+            "load it on a base model of its own"
+        )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.detach().cpu(), other.to(one.dtype))
+
+
+def _shapes(model: PeftModel, adapter: str, found: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Shapes of what loading fills, by the names in adapter_model.safetensors."""
-    own = {}
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name and f".{adapter}." in name and not name.endswith(_RHO):
-            own[name.replace(f".{adapter}.", ".")] = parameter
-        elif f".modules_to_save.{adapter}." in name:
-            own[name.replace(f".modules_to_save.{adapter}.", ".")] = parameter
-    every = {**own, **head_parameters(model)}
+    parameters = dict(model.named_parameters())
+    own = adapter_names.own_parameters(model, adapter)
+    filled = {saved: parameters[name] for saved, name in own.items() if name in parameters and not saved.endswith(_RHO)}
+    shared = {name: parameters[name] for name in found if name in parameters}  # the head, embeddings, biases
+    every = {**shared, **filled, **head_parameters(model)}
     return {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in every.items()}
 
 
@@ -145,21 +330,6 @@ def fill(
     Returns:
         PEFT's missing and unexpected keys.
     """
-    with gathered(list(head_parameters(model).values()), write=True):
-        if _is_offloaded(model):  # PEFT then spreads the model anew, and reads the file once more for it
-            result = PeftModel.load_adapter(
-                model, str(saved.folder), adapter, is_trainable, autocast_adapter_dtype=autocast_adapter_dtype
-            )
-        else:
-            result = set_peft_model_state_dict(
-                model, dict(saved.mean), adapter_name=adapter, low_cpu_mem_usage=low_cpu_mem_usage
-            )
-            tuner: Any = model.base_model
-            tuner._cast_adapter_dtype(adapter_name=adapter, autocast_adapter_dtype=autocast_adapter_dtype)
-    result.missing_keys[:] = [
-        key for key in result.missing_keys if "lora_" in key and f".{adapter}." in key and not key.endswith(_RHO)
-    ]
-    _fill_std(model, saved, adapter)
     if missing := head_parameters(model).keys() - saved.mean.keys():
         logger.warning(
             "%s does not hold the head under its LoRA (%s ...): the head stays as it is in the base model, for a "
@@ -167,7 +337,43 @@ def fill(
             saved.folder,
             min(missing),
         )
+    result: Any
+    with gathered(list(head_parameters(model).values()), write=True):
+        if _is_offloaded(model):  # PEFT then spreads the model anew, and reads the file once more for it
+            result = PeftModel.load_adapter(
+                model, str(saved.folder), adapter, is_trainable,
+                autocast_adapter_dtype=autocast_adapter_dtype, key_mapping=saved.key_mapping,
+            )  # fmt: skip
+        else:
+            absent = adapter_names.absent_parameters(model, adapter)
+            tensors = {**saved.mean, **dict.fromkeys(absent, torch.empty(0))}
+            result = set_peft_model_state_dict(
+                model, tensors, adapter_name=adapter, low_cpu_mem_usage=low_cpu_mem_usage
+            )
+            result.unexpected_keys[:] = [key for key in result.unexpected_keys if key not in absent.values()]
+            tuner: Any = model.base_model
+            tuner._cast_adapter_dtype(adapter_name=adapter, autocast_adapter_dtype=autocast_adapter_dtype)
+    own = {name for name in adapter_names.own_parameters(model, adapter).values() if not name.endswith(_RHO)}
+    result.missing_keys[:] = [key for key in result.missing_keys if key in own]
+    if result.unexpected_keys:
+        logger.warning(
+            "%s has weights for which this model has no place, they are ignored: %s ... (%d)",
+            saved.folder, min(result.unexpected_keys), len(result.unexpected_keys),
+        )  # fmt: skip
+    _leave_meta(model, adapter)
+    _fill_std(model, saved, adapter)
     return result
+
+
+def _leave_meta(model: PeftModel, adapter: str) -> None:
+    """Give every Gaussian A that was made without memory (`low_cpu_mem_usage`) a rho on its mean's device."""
+    config = model.peft_config[adapter]
+    for _, module in lora_layers(model, adapter):
+        layer = module.lora_A[adapter]
+        if isinstance(layer, GaussianA) and isinstance(config, BlobConfig) and layer.rho.is_meta:
+            module.lora_A[adapter] = GaussianA(
+                layer, layer.name, config.init_eps, config.std_parameterization, config.noise
+            )
 
 
 def _is_offloaded(model: PeftModel) -> bool:

@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,7 @@ class BlobModel(PeftModel):
         selected_adapters: list[str] | None = None,
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -300,20 +302,33 @@ class BlobModel(PeftModel):
 
         The mean is an ordinary LoRA adapter that plain PEFT loads. A classification head that LoRA is attached to
         is frozen at random values no Hub checkpoint has, so its weights are stored along, where PEFT finds them
-        (`...base_layer.weight`). An `lm_head` among the targets is *not*: "auto" saves no embedding layers.
+        (`...base_layer.weight`). An `lm_head` among the targets is *not*.
 
         Args:
             save_directory: Folder, made if needed; adapters not named "default" go into subfolders of it.
+            selected_adapters: Names of those to save; default all.
+            save_embedding_layers: "auto" saves all token embeddings if they were resized; True saves them, False not.
+            path_initial_model_for_weight_conversion: Refused (see below).
             state_dict: Gathered weights (the Trainer passes them under DeepSpeed and FSDP).
+            kwargs: `save_function` and `max_shard_size`, which other libraries pass, change nothing here.
 
         Raises:
-            BlobError: safe_serialization is off, or the weights are shards that were not gathered.
+            BlobError: safe_serialization is off, the weights are shards that were not gathered, an adapter or a
+                keyword is not known, or a conversion of PiSSA or OLoRA is asked for: the converted A has rows that
+                are fixed, and is no Gaussian.
         """
         if not safe_serialization:
             raise BlobError("safe_serialization=False writes pickles, which blob_hf refuses; leave it on")
-        save_embeddings = False if save_embedding_layers == "auto" else save_embedding_layers
-        for adapter in selected_adapters or list(self.peft_config):
-            mean, std = self.adapter_tensors(adapter, state_dict, save_embeddings)
+        if path_initial_model_for_weight_conversion is not None:
+            raise BlobError(
+                "path_initial_model_for_weight_conversion: half of a converted A is fixed: no posterior (its KL is "
+                "infinite); train with init_lora_weights=True, or save the mean or a sample merged into the base "
+                "model (merge_and_unload, merge_posterior_sample)"
+            )
+        harmless = ("save_function", "max_shard_size")
+        loading.refuse_unknown("save_pretrained", {key: kwargs[key] for key in kwargs if key not in harmless})
+        for adapter in self._to_save(selected_adapters):
+            mean, std = self.adapter_tensors(adapter, state_dict, save_embedding_layers)
             if not is_main_process:
                 continue
             target = Path(save_directory) / adapter_files.subfolder(adapter)
@@ -327,6 +342,14 @@ class BlobModel(PeftModel):
             adapter_files.remove_stale(target, written)
         if is_main_process:
             self.create_or_update_model_card(str(save_directory))
+
+    def _to_save(self, selected: list[str] | None) -> list[str]:
+        if isinstance(selected, str) or set(selected or ()) - self.peft_config.keys():
+            raise BlobError(
+                f"selected_adapters must be a list of {', '.join(map(repr, self.peft_config))}, got {selected!r}"
+            )
+        loading.warn_of_changed_base(self.peft_config)
+        return list(self.peft_config) if selected is None else selected
 
     def adapter_tensors(
         self, adapter: str, state_dict: dict[str, Tensor] | None = None, save_embeddings: str | bool = False
@@ -384,6 +407,10 @@ class BlobModel(PeftModel):
         cache_dir: str | None = None,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
+        torch_device: str | None = None,
+        key_mapping: dict[str, str] | None = None,
+        ephemeral_gpu_offload: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """Load a BLoB or plain LoRA adapter into this model, as PEFT's `load_adapter` does.
 
@@ -393,28 +420,47 @@ class BlobModel(PeftModel):
         Args:
             model_id: Folder or Hub repo.
             adapter_name: An adapter of this model, or the name of a new one.
+            autocast_adapter_dtype, low_cpu_mem_usage, torch_device, key_mapping, ephemeral_gpu_offload: As in
+                `from_pretrained`.
 
         Returns:
             PEFT's missing and unexpected keys.
 
         Raises:
-            BlobError: Files missing, damaged or not fitting this model or one another.
+            BlobError: Files missing, damaged or not fitting this model or one another; a keyword that is not known;
+                the adapter brings another frozen head than those of this model share, or is of a method that changes
+                more than its own weights.
         """
+        loading.check_name(adapter_name)
+        loading.refuse_unknown("load_adapter", {"ephemeral_gpu_offload": ephemeral_gpu_offload, **kwargs})
         saved = adapter_files.read(adapter_files.resolve(model_id, revision, subfolder, token, cache_dir))
+        saved = loading.with_key_mapping(saved, key_mapping)
         new = adapter_name not in self.peft_config
+        if not new and loading.is_merged(self):
+            raise BlobError(f"adapter {adapter_name!r} is merged into the base weights: unmerge_adapter() first")
+        loading.check_memory(saved.config, low_cpu_mem_usage)
         if new:
-            config = BlobConfig.from_lora(saved.config, saved.config if isinstance(saved.config, BlobConfig) else None)
+            loading.check_companions(saved)
+            config = saved.config
+            if not isinstance(config, BlobConfig) and not saved.companions:
+                config = BlobConfig.from_lora(config)
             config.inference_mode = not is_trainable
             kwargs = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
             self.add_adapter(adapter_name, config, **kwargs)
             if is_trainable:
                 self.set_requires_grad(adapter_name)
+            loading.warn_of_changed_base(self.peft_config)
         try:
-            return self._fill(saved, adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage)
+            result = self._fill(
+                saved, adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage, shares=new
+            )
         except (BlobError, RuntimeError):
             if new:
                 self.delete_adapter(adapter_name)
             raise
+        if new and saved.companions:
+            self.companions[adapter_name] = {companion.slot: companion for companion in saved.companions}
+        return result
 
     def _fill(
         self,
@@ -423,8 +469,13 @@ class BlobModel(PeftModel):
         is_trainable: bool,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
+        shares: bool = False,
     ) -> Any:
-        loading.check_fits(self, saved, adapter)
+        named = loading.as_named_here(self, saved, adapter)
+        loading.check_fits(self, named, adapter)
+        if shares:
+            loading.check_shares(self, named, adapter)
+        saved = replace(saved, std=named.std)  # PEFT converts the names of the mean itself
         result = loading.fill(self, saved, adapter, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage)
         if adapter == self.active_adapter:
             loading.restore_class_names(self, saved)
@@ -442,8 +493,8 @@ class BlobModel(PeftModel):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        path_or_repo: str | os.PathLike[str],
-        model: PreTrainedModel | None = None,
+        path_or_repo: str | os.PathLike[str] | nn.Module,
+        model: nn.Module | str | os.PathLike[str] | None = None,
         adapter_name: str = "default",
         is_trainable: bool = False,
         revision: str | None = None,
@@ -451,6 +502,11 @@ class BlobModel(PeftModel):
         token: str | bool | None = None,
         cache_dir: str | None = None,
         config: BlobConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        torch_device: str | None = None,
+        key_mapping: dict[str, str] | None = None,
+        ephemeral_gpu_offload: bool = False,
         **base_kwargs: Any,
     ) -> "BlobModel":
         """Load an adapter folder or Hub repo, finding the base model and the task class by itself.
@@ -458,34 +514,66 @@ class BlobModel(PeftModel):
         Args:
             path_or_repo: Folder or Hub repo of a BLoB adapter, of another method's (method.json names it), or of a
                 plain LoRA adapter, which gets fresh stds.
-            model: The base model, if you have it already; found through adapter_config.json otherwise.
+            model: The base model, if you have it already; found through adapter_config.json otherwise. PEFT's order,
+                the base model first, is understood, too.
             is_trainable: Load for further training.
             revision: Branch, tag or commit of the repo; all files are of this one commit.
             subfolder: Where in the folder or repo the adapter is.
             token: For a private repo; default is that of `hf auth login`.
             config: Posterior settings (`prior_std`, `init_eps` ...) for a plain LoRA adapter; a BLoB adapter has its
                 own.
+            autocast_adapter_dtype: Keep LoRA's weights in float32 on a half-precision base; False takes the base's
+                type for the means (the stds stay float32).
+            low_cpu_mem_usage: Make the adapter's weights without memory, and take the loaded ones as they are.
+            torch_device: Taken for PEFT's sake: files are read on the CPU, weights go to their layer's device.
+            key_mapping: Patterns to replace in the names of the adapter's tensors (without "base_model.model.").
+            ephemeral_gpu_offload: Refused: it is for DoRA.
             base_kwargs: Passed to the base model's `from_pretrained` (`dtype`, `device_map`, `num_labels` ...).
 
         Returns:
             The model in eval mode (train mode settings are up to you when is_trainable).
 
         Raises:
-            BlobError: Not an adapter, damaged, of another base model, or its base model cannot be found.
+            BlobError: Not an adapter, damaged, of another base model, or its base model cannot be found; a keyword
+                that is for neither.
         """
+        if isinstance(path_or_repo, nn.Module):
+            path_or_repo, model = model, path_or_repo  # type: ignore[assignment]
+        if not isinstance(path_or_repo, (str, os.PathLike)) or isinstance(model, (str, os.PathLike)):
+            raise BlobError(f"from_pretrained needs the folder or Hub repo of an adapter, got {path_or_repo!r}")
+        if isinstance(model, PeftModel):
+            raise BlobError("model= has adapters already: give its base model, or call its load_adapter(path, name)")
+        if config is not None and not isinstance(config, BlobConfig):
+            raise BlobError(f"config= is for the posterior's settings, a BlobConfig; got {type(config).__name__}")
+        loading.check_name(adapter_name)
+        loading.refuse_unknown("from_pretrained", {"ephemeral_gpu_offload": ephemeral_gpu_offload})
+        if model is not None:
+            loading.refuse_unknown("from_pretrained", base_kwargs, "with model= there is no base model to load by it")
         saved = adapter_files.read(adapter_files.resolve(path_or_repo, revision, subfolder, token, cache_dir))
         own = saved.config
         if not isinstance(own, BlobConfig) and not saved.companions:
             own = BlobConfig.from_lora(own, config)
         own.inference_mode = not is_trainable
-        base = load_base_model(saved.folder, own, token, base_kwargs) if model is None else model
-        build = get_blob_model if isinstance(own, BlobConfig) else get_lora_model
-        blob_model = build(base, own, adapter_name)  # type: ignore[arg-type]
-        blob_model._fill(saved, adapter_name, is_trainable)
+        loading.check_memory(own, low_cpu_mem_usage)
+        if model is None:
+            model = load_base_model(saved.folder, own, token, base_kwargs)
+            saved = loading.with_key_mapping(saved, key_mapping or getattr(model, _KEY_MAPPING, None))
+            loading.resize_vocabulary(model, saved)
+        else:
+            saved = loading.with_key_mapping(saved, key_mapping or getattr(model, _KEY_MAPPING, None))
+            loading.check_vocabulary(model, saved)
+        memory = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
+        blob_model = get_lora_model(model, own, adapter_name, **memory)  # type: ignore[arg-type]
+        if isinstance(own, BlobConfig):
+            blob_model = bayesianize(blob_model, own, adapter_name)
+        blob_model._fill(saved, adapter_name, is_trainable, **memory)
         for companion in saved.companions:
             blob_model.set_companion(companion)
             companion.attach(blob_model, saved.folder)
         return blob_model
+
+
+_KEY_MAPPING = "_checkpoint_conversion_mapping"  # models not of transformers' own may have it; PEFT looks there, too
 
 
 def _task_classes() -> dict[type[PeftModel], type[BlobModel]]:
@@ -531,10 +619,20 @@ def get_blob_model(model: PreTrainedModel, config: BlobConfig, adapter_name: str
         raise
 
 
-def get_lora_model(model: PreTrainedModel, config: LoraConfig, adapter_name: str = "default") -> BlobModel:
+def get_lora_model(
+    model: PreTrainedModel,
+    config: LoraConfig,
+    adapter_name: str = "default",
+    *,
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+) -> BlobModel:
     """A plain LoRA model with all else as in `get_blob_model`, the head's treatment and saving included.
 
     For comparing BLoB with LoRA. It has no posterior until `bayesianize`.
+
+    Args:
+        autocast_adapter_dtype, low_cpu_mem_usage: See `BlobModel.from_pretrained`.
 
     Raises:
         BlobError: target_modules match nothing.
@@ -542,11 +640,13 @@ def get_lora_model(model: PreTrainedModel, config: LoraConfig, adapter_name: str
     if targets_head(model, config):
         config.task_type = None
     check_targets(model, config)
+    memory = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
     try:
-        return as_blob_model(get_peft_model(model, config, adapter_name))
+        peft_model: Any = get_peft_model(model, config, adapter_name, **memory)  # type: ignore[call-overload]
     except Exception:
         remove_layers(model, adapter_name)
         raise
+    return as_blob_model(peft_model)
 
 
 def bayesianize(peft_model: PeftModel, config: BlobConfig | None = None, adapter_name: str | None = None) -> BlobModel:

@@ -58,3 +58,28 @@ def test_what_cannot_be_exported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BlobError, match="cannot write to"):
         export_samples(model, 1, 0, tmp_path / "file")
+
+
+@pytest.mark.parametrize(("init", "family"), [("pissa", "bert"), ("olora", "bert"), ("pissa", "gpt2")])
+def test_samples_of_an_adapter_that_changed_its_base_are_for_the_original_base(init, family, tmp_path):
+    """A server has the base model as it is on the Hub, and does not know how PEFT would change it."""
+    patterns = {"use_rslora": True, "rank_pattern": {"query": 2}, "alpha_pattern": {"value": 3}}
+    model = trained(family, tmp_path / "base", init_eps=0.9, init_lora_weights=init, **patterns)
+    inputs = inputs_for(family)
+    (folder,) = export_samples(model, 1, seed=7, out_dir=tmp_path / "samples")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["init_lora_weights"] is True and config["r"] == 8 and config["rank_pattern"] == {"query": 4}
+    with model.posterior_samples(1, seed=7):
+        expected = logits(model, inputs)
+    torch.testing.assert_close(
+        logits(plain_peft(model, tmp_path / "base", folder), inputs), expected, rtol=1e-3, atol=1e-4
+    )
+    other = type(model.get_base_model()).from_pretrained(tmp_path / "base")
+    for value in other.parameters():
+        value.data.normal_()
+    other.save_pretrained(tmp_path / "base")
+    with pytest.raises(BlobError, match=f"lacks more than init_lora_weights='{init}' of rank .* is not the base model"):
+        export_samples(model, 1, seed=7, out_dir=tmp_path / "samples")
+    model.active_peft_config.base_model_name_or_path = str(tmp_path / "gone")
+    with pytest.raises(BlobError, match="has changed the base model, and the original one"):
+        export_samples(model, 1, seed=7, out_dir=tmp_path / "samples")

@@ -221,6 +221,11 @@ def test_resume(monkeypatch, tmp_path):
     assert run(monkeypatch, GLUE, *options, "--resume_from_checkpoint", tmp_path / "checkpoint-3") == 0
     again = load_file(tmp_path / "posterior_std.safetensors")
     assert all((final[name] - again[name]).abs().max() < 1e-6 for name in final)
+    # now it is finished: nothing is trained, and what it came to stays to the byte
+    others = ("costs.json", "training_args.bin")  # memory now; that it was resumed
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name not in others}
+    assert run(monkeypatch, GLUE, *options, "--resume_from_checkpoint", "true") == 0
+    assert [path for path, data in kept.items() if path.read_bytes() != data] == []
 
 
 def test_yaml_configuration_as_the_only_argument(monkeypatch, tmp_path):

@@ -62,6 +62,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path, config, options):
     histories = [(tmp_path / name / "kl_history.csv").read_text() for name in ("whole", "again")]
     assert histories[0] == histories[1] and len(histories[0].splitlines()) == 8
     assert logged(again) == logged(whole)
+    assert str(again.kl.diagnosis) == str(whole.kl.diagnosis)  # from the stds of the start, not of the checkpoint
     for run in (whole, again):
         run.save_model()
     for name in ("adapter_model.safetensors", "posterior_std.safetensors"):
@@ -83,6 +84,67 @@ def test_training_again_without_resuming_starts_a_new_history(tmp_path):
     trainer(tmp_path, max_steps=4).train()
     trainer(tmp_path, max_steps=2).train()
     assert len((tmp_path / "kl_history.csv").read_text().splitlines()) == 3
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def finish(run, resume=None):
+    """What the scripts do at the end of a training; without transformers' count of operations, which is not printed."""
+    output = run.train(resume_from_checkpoint=resume)
+    run.save_model()
+    run.save_state()
+    output.metrics.pop("total_flos", None)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("length", "times"),
+    [
+        ({"max_steps": 5}, 2),
+        ({"max_steps": -1, "num_train_epochs": 1.5}, 1),
+        ({"max_steps": -1, "num_train_epochs": 2}, 1),
+    ],
+)
+def test_a_finished_run_trains_nothing_more(tmp_path, caplog, length, times):
+    """Three steps an epoch: of 5 steps transformers would make 6, then 7; what is in the folder stays to the byte."""
+    options = {**SAVING, **length, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3}
+    first = trainer(tmp_path, **options)
+    output = finish(first)
+    before, verdict = contents(tmp_path), first.kl_verdict.to_dict()
+    for resume in [str(tmp_path / f"checkpoint-{output.global_step}"), True][:times]:
+        again = trainer(tmp_path, spoiled(), **options)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "blob_hf"):
+            found = finish(again, resume)
+        assert f"was finished at step {output.global_step}: nothing is left to train" in caplog.text
+        assert found == output and again.state.global_step == output.global_step
+        assert all(torch.equal(parameters(again.model)[name], value) for name, value in parameters(first.model).items())
+        assert contents(tmp_path) == before
+        assert again.kl_verdict.to_dict() == verdict
+    again.evaluate()
+    assert "eval_nll" in again.state.log_history[-1]  # it logs as ever
+
+
+def test_a_finished_run_of_which_the_folder_keeps_the_checkpoint_alone(tmp_path):
+    """The figures are then those of the log; three steps are in it, the fourth is not."""
+    options = {**SAVING, "max_steps": 4, "logging_steps": 3}
+    expected = trainer(tmp_path, **options).train()
+    found = trainer(tmp_path, spoiled(), **options).train(resume_from_checkpoint=True)
+    assert (found.global_step, found.metrics["train_loss"]) == (4, found.training_loss)
+    assert found.training_loss == pytest.approx(expected.training_loss, rel=1e-6)
+
+
+def test_a_finished_run_goes_on_if_there_are_more_steps_now(tmp_path):
+    steady = {**SAVING, "lr_scheduler_type": "constant", "kl_schedule": "uniform", "kl_pull": 0.5}  # of any length
+    whole = trainer(tmp_path / "whole", **steady)
+    whole.train()
+    trainer(tmp_path / "parts", **{**steady, "max_steps": 5}).train()
+    longer = trainer(tmp_path / "parts", spoiled(), **steady)
+    assert longer.train(resume_from_checkpoint=True).global_step == 7
+    for name, value in parameters(whole.model).items():
+        assert torch.equal(parameters(longer.model)[name], value), name
 
 
 # ----- whole or not there ----------------------------------------------------------------------------------------

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from helpers.adapters import saved_base
 from helpers.models import TARGETS, random_ids, randomize_b, tiny_bart, tiny_bert
 from helpers.training import blob_bert, parameters
 from helpers.training import trainer as make_trainer
+from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
@@ -21,6 +23,7 @@ from blob_hf.trainer.engines import (
     check_fsdp_training,
     decorrelate_noise,
     engine_of,
+    gathered_adapter,
     plain_evaluation,
     require_deepspeed,
     require_device,
@@ -292,3 +295,15 @@ def test_a_quantised_base_trains_and_samples(tmp_path, bits):
         with torch.no_grad(), model.posterior_samples(Sampling(1, seed=0, first=s)):
             # int8 quantises activations by row, so rows do not influence each other
             torch.testing.assert_close(together[2 * s : 2 * s + 2], model(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_gathered_for_saving_are_resized_embeddings_too(tmp_path):
+    """FSDP's shards are gathered before saving: what is not among them would silently not be saved."""
+    base = saved_base("gpt2", tmp_path / "base")
+    base.resize_token_embeddings(65)
+    model = get_blob_model(base, BlobConfig(target_modules=["c_attn"]))
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "gathered", state_dict=gathered_adapter(model))
+    whole, gathered = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "gathered"))
+    name = "base_model.model.transformer.wte.weight"
+    assert torch.equal(gathered[name], whole[name]) and gathered[name].shape[0] == 65

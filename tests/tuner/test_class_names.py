@@ -1,5 +1,6 @@
 """The names of a classifier's classes are saved with its adapter and come back with it."""
 
+import copy
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from peft import AutoPeftModel, LoraConfig, PeftModel
 
 from blob_hf import BlobConfig, BlobModel, get_blob_model, get_lora_model
 from blob_hf.baselines import attach_mc_dropout
-from blob_hf.tuner.base_model import class_names
+from blob_hf.tuner.base_model import class_names, name_classes
 from blob_hf.tuner.model import load_lora
 
 NAMES = {0: "no", 1: "maybe", 2: "yes"}
@@ -80,8 +81,11 @@ def test_plain_peft_loads_the_folder_without_a_word(tmp_path, recwarn):
 
 
 def test_another_adapter_does_not_rename_the_active_ones_classes(tmp_path):
-    MAKE["blob"](named_base(tmp_path / "base", NAMES)).save_pretrained(tmp_path / "one")
-    MAKE["blob"](named_base(tmp_path / "base", {0: "a", 1: "b", 2: "c"})).save_pretrained(tmp_path / "two")
+    first = named_base(tmp_path / "base", NAMES)
+    second = copy.deepcopy(first)  # with the same frozen head: another one would be refused
+    name_classes(second, ["a", "b", "c"])
+    MAKE["blob"](first).save_pretrained(tmp_path / "one")
+    MAKE["blob"](second).save_pretrained(tmp_path / "two")
     model = BlobModel.from_pretrained(tmp_path / "one")
     model.load_adapter(tmp_path / "two", "two")
     assert names_of(model)[0] == NAMES

@@ -32,6 +32,10 @@ class KLHistory:
         before = self._pending[step][0] if step in self._pending else 0.0
         self._pending[step] = (before + nll.detach(), kl.detach(), weight, std.detach(), lr_scale)
 
+    def has(self, step: int) -> bool:
+        """Whether something was added for a step since the last drain."""
+        return step in self._pending
+
     def drain(self, average: Callable[[Tensor], Tensor]) -> list[dict[str, float]]:
         """Read the rows added since the last call; `average` takes the mean of the NLLs over processes."""
         if not self._pending:

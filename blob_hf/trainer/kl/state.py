@@ -33,8 +33,15 @@ Schedule: TypeAlias = KLSchedule | TargetSchedule | AdaptiveSchedule
 
 
 @dataclass(frozen=True)
-class _AtStep:
-    """The KL at one optimizer step, the same for all its micro-batches."""
+class AtStep:
+    """The KL at one optimizer step, the same for all its micro-batches.
+
+    Attributes:
+        step: 1-based.
+        kl: nats.
+        std: Mean of Omega over all weights.
+        weight: pi_t.
+    """
 
     step: int
     kl: Tensor
@@ -61,7 +68,7 @@ class KLState:
     history: KLHistory = field(default_factory=KLHistory)
     initial_stds: dict[str, Tensor] = field(default_factory=dict)
     verdict: Verdict | None = None
-    _now: _AtStep | None = None
+    _now: AtStep | None = None
 
     def attach(self, optimizer: torch.optim.Optimizer, model: nn.Module, config: BlobConfig) -> None:
         """Have every step of an optimizer followed by one on the KL, at the rate that `begin` finds."""
@@ -69,43 +76,52 @@ class KLState:
 
     def begin(
         self, args: "BlobTrainingArguments", config: BlobConfig, model: nn.Module, num_examples: int, batch_size: int,
-        total_steps: int,
+        total_steps: int, checkpoint: Path | None = None,
     ) -> KLDiagnosis:  # fmt: skip
-        """Plan a training, and forget the one before."""
+        """Plan a training, and forget the one before.
+
+        Args:
+            checkpoint: That the training is resumed from; its stds are then not those of the start.
+        """
+        self.initial_stds, start = initial_stds(model), mean_posterior_std(model).item()
+        if checkpoint is not None and (checkpoint / INITIAL_STDS).is_file():
+            self.initial_stds = load_file(checkpoint / INITIAL_STDS)
+            start = torch.cat([std.float().flatten() for std in self.initial_stds.values()]).mean().item()
         self.schedule, self.diagnosis = plan_kl(
             args, num_examples, batch_size, total_steps, model, config,
-            args.learning_rate if self.step is None else self.step.learning_rate,
+            args.learning_rate if self.step is None else self.step.learning_rate, start,
         )  # fmt: skip
         if self.step is not None and self.diagnosis.rate is not None:
             self.step.kl_learning_rate = self.diagnosis.rate.value
         self.history, self.verdict, self._now = KLHistory(), None, None
-        self.initial_stds = initial_stds(model)
         return self.diagnosis
 
-    def share(
-        self, model: nn.Module, prior_std: float, nll: Tensor, step: int, through_loss: bool,
-        average: Callable[[Tensor], Tensor],
-    ) -> Tensor:  # fmt: skip
-        """pi_t * KL at a step, for its loss; tells the optimizer's hook its weight and the history what happened.
+    def at_step(self, step: int, model: nn.Module, prior_std: float, average: Callable[[Tensor], Tensor]) -> AtStep:
+        """The KL and its weight at a coming optimizer step; settled, and told to the optimizer's hook, once a step.
 
         Args:
-            nll: Of one micro-batch, its part of the step's.
-            step: The coming optimizer step, 1-based.
-            through_loss: Whether the KL's gradient goes through the loss (`kl_gradient="loss"`).
-            average: Mean over the processes.
+            step: 1-based.
+            average: Mean over the processes (all of them call this).
         """
-        if isinstance(self.schedule, AdaptiveSchedule) and (self._now is None or self._now.step != step):
-            self.history.drain(average)
-            self.schedule.observe(self.history.rows)
-        if through_loss or self._now is None or self._now.step != step:
-            with torch.set_grad_enabled(through_loss):
+        if self._now is None or self._now.step != step:
+            if isinstance(self.schedule, AdaptiveSchedule):
+                self.history.drain(average)
+                self.schedule.observe(self.history.rows)
+            with torch.no_grad():
                 kl = kl_divergence(model, prior_std)
-            self._now = _AtStep(step, kl, mean_posterior_std(model), self.schedule(step))
-        now, lr_scale = self._now, 1.0
-        if self.step is not None:
-            self.step.weight, lr_scale = now.weight, self.step.lr_scale
-        self.history.add(step, nll, now.kl, now.weight, now.std, lr_scale)
-        return now.weight * now.kl
+            self._now = AtStep(step, kl, mean_posterior_std(model), self.schedule(step))
+            if self.step is not None:
+                self.step.weight = self._now.weight
+        return self._now
+
+    def record(self, now: AtStep, nll: Tensor) -> None:
+        """Add a micro-batch to the history.
+
+        Args:
+            nll: Its part of the step's.
+        """
+        lr_scale = 1.0 if self.step is None else self.step.lr_scale
+        self.history.add(now.step, nll, now.kl, now.weight, now.std, lr_scale)
 
     def conclude(
         self, model: nn.Module, config: BlobConfig, sample_gap: float | None, gain: Callable[[], float | None]
@@ -138,9 +154,7 @@ class KLState:
                 save_file(self.initial_stds, folder / INITIAL_STDS)
 
     def resume(self, folder: Path) -> None:
-        """Go on as the checkpoint in a folder left it."""
-        if (folder / INITIAL_STDS).is_file():
-            self.initial_stds = load_file(folder / INITIAL_STDS)
+        """Go on as the checkpoint in a folder left it, with what `begin` has not taken from it."""
         self.history.load(folder / FILE_NAME)
         if isinstance(self.schedule, TargetSchedule) and self.history.rows:
             self.schedule.kl_start = self.history.rows[0]["kl"]
@@ -156,6 +170,7 @@ def plan_kl(
     model: nn.Module,
     config: BlobConfig,
     learning_rate: float,
+    std_start: float,
 ) -> tuple[Schedule, KLDiagnosis]:
     """The KL schedule that the arguments ask for, and what it will do.
 
@@ -165,6 +180,7 @@ def plan_kl(
         total_steps: Optimizer steps of the run.
         model: With a posterior; the `target` schedule looks at it.
         learning_rate: The optimizer's, at its peak.
+        std_start: Mean of Omega over all weights before the first step.
     """
     schedule: Schedule
     rate, pull, origin = PUBLISHED_RATE, math.nan, "published"
@@ -191,12 +207,11 @@ def plan_kl(
     shape = _lr_shape(args, total_steps)
     found = None
     if args.kl_gradient == "decoupled":
-        start = mean_posterior_std(model).item()
         alone = math.nan
         if not isinstance(schedule, TargetSchedule):
             rates = [rate * even(step) * scale for step, scale in enumerate(shape, start=1)]
-            alone = std_by_kl_alone(start, config.prior_std, config.std_parameterization, rates)
-        found = RateDiagnosis(rate, pull, origin, start, alone, config.prior_std)
+            alone = std_by_kl_alone(std_start, config.prior_std, config.std_parameterization, rates)
+        found = RateDiagnosis(rate, pull, origin, std_start, alone, config.prior_std)
     gamma = None if args.kl_cycle_steps else args.gamma
     return schedule, diagnose(schedule, batch_size, gamma, shape, found)
 

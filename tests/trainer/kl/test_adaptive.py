@@ -110,7 +110,7 @@ def test_the_preflight_says_what_it_follows(tmp_path, caplog):
 def test_a_language_model_has_the_even_one_unless_told_otherwise(tmp_path, changes, schedule, origin):
     model = get_blob_model(tiny_gpt2(), BlobConfig(target_modules=TARGETS["gpt2"], task_type="CAUSAL_LM"))
     args = arguments(tmp_path, **{"kl_cycle_steps": None, **changes})
-    found, diagnosis = plan_kl(args, 100, 8, 20, model, model.blob_config, 1e-3)
+    found, diagnosis = plan_kl(args, 100, 8, 20, model, model.blob_config, 1e-3, 0.01)
     assert (found.name, diagnosis.rate.origin) == (schedule, origin)
 
 
