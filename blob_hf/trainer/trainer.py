@@ -47,6 +47,7 @@ from blob_hf.trainer.kl.history import LOGGED
 from blob_hf.trainer.kl.state import KLState
 from blob_hf.trainer.kl.verdict import Verdict
 from blob_hf.trainer.log_state import LogState
+from blob_hf.trainer.own_training import with_own_optimizer
 from blob_hf.trainer.selection import check_metric, eval_nll
 from blob_hf.trainer.summary import last_evaluation, summarize
 from blob_hf.trainer.training_args import BlobTrainingArguments, as_blob_arguments
@@ -93,6 +94,7 @@ class BlobTrainerMixin(_Base):
     nll_by_samples: np.ndarray | None = None
     arguments_class: type[BlobTrainingArguments] = BlobTrainingArguments
     card_from_run = False  # whether a script writes the model card
+    own_optimizer: torch.optim.Optimizer | None = None  # of a method with a training of its own
     _step_nll: Tensor | None = None  # of the last micro-batch
     loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole accumulated batch
 
@@ -196,7 +198,7 @@ class BlobTrainerMixin(_Base):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         check_fsdp_training(self.accelerator, self.model)
         check_not_for_inference(self)
-        optimizer = super().create_optimizer(model)
+        optimizer = with_own_optimizer(self, super().create_optimizer(model))
         bare = getattr(optimizer, "optimizer", optimizer)  # of a second call to train()
         if self.kl is None or (self.kl.step is not None and self.kl.step.optimizer is bare):
             return optimizer

@@ -22,6 +22,11 @@ _RHO = ".rho"  # GaussianA keeps rho next to lora_A's weight
 _MEAN = ".weight"
 
 
+def _is_beside(name: str) -> bool:
+    """Whether a tensor is what a layer in the place of A or B has beside its weight: PEFT's file does not hold it."""
+    return (".lora_A." in name or ".lora_B." in name) and not name.endswith((_MEAN, ".bias"))
+
+
 # ----- saving ----------------------------------------------------------------------------------------------------
 
 
@@ -42,6 +47,7 @@ def adapter_tensors(
     rhos = {name.removesuffix(_RHO) + _MEAN: weights.pop(name) for name in list(weights) if name.endswith(_RHO)}
     config = model.peft_config[adapter]
     parameterization = config.std_parameterization if isinstance(config, BlobConfig) else ""
+    weights = {name: value for name, value in weights.items() if not _is_beside(name)}
     return {**head, **weights}, {name: std_to_save(rho, parameterization) for name, rho in rhos.items()}
 
 
@@ -109,7 +115,7 @@ def _shapes(model: PeftModel, adapter: str) -> dict[str, tuple[int, ...]]:
     """Shapes of what loading fills, by the names in adapter_model.safetensors."""
     own = {}
     for name, parameter in model.named_parameters():
-        if ".lora_" in name and f".{adapter}." in name and not name.endswith(_RHO):
+        if ".lora_" in name and f".{adapter}." in name and not _is_beside(name):
             own[name.replace(f".{adapter}.", ".")] = parameter
         elif f".modules_to_save.{adapter}." in name:
             own[name.replace(f".modules_to_save.{adapter}.", ".")] = parameter
@@ -157,7 +163,7 @@ def fill(
             tuner: Any = model.base_model
             tuner._cast_adapter_dtype(adapter_name=adapter, autocast_adapter_dtype=autocast_adapter_dtype)
     result.missing_keys[:] = [
-        key for key in result.missing_keys if "lora_" in key and f".{adapter}." in key and not key.endswith(_RHO)
+        key for key in result.missing_keys if "lora_" in key and f".{adapter}." in key and not _is_beside(key)
     ]
     _fill_std(model, saved, adapter)
     if missing := head_parameters(model).keys() - saved.mean.keys():
