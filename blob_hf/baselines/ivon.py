@@ -29,6 +29,7 @@ from blob_hf.tuner.posterior import lora_layers, sampled_layers
 from blob_hf.tuner.sampled import SampledLinear, layer_name, sample_generator, standard_normal
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
+from blob_hf.utils.sharding import full_tensor, gathered
 
 if TYPE_CHECKING:
     from blob_hf.trainer.trainer import BlobTrainerMixin
@@ -89,8 +90,10 @@ class NewtonLinear(SampledLinear):
 
     @torch.no_grad()
     def draw(self, sampling: Sampling) -> Tensor:
-        noise = standard_normal(self.name, sampling, self.weight.shape).to(self.weight.device)
-        return (self.weight.float() + self.std * noise).to(self.weight.dtype)
+        noise = standard_normal(self.name, sampling, (self.out_features, self.in_features))
+        with gathered([self.weight]):
+            drawn = full_tensor(self.weight).float() + self.std * noise.to(self.weight.device)
+            return drawn.to(self.weight.dtype)
 
 
 class IVON(torch.optim.AdamW):

@@ -35,6 +35,7 @@ from blob_hf.tuner.posterior import lora_layers, sampled_layers
 from blob_hf.tuner.sampled import SampledLinear, layer_name, standard_normal
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
+from blob_hf.utils.sharding import full_tensor, gathered
 
 if TYPE_CHECKING:
     from blob_hf.trainer.trainer import BlobTrainerMixin
@@ -51,18 +52,16 @@ class SubspaceA(SampledLinear):
         start = torch.empty(self.out_features, 1).uniform_(INIT_STD / 2**0.5, INIT_STD).log()
         self.log_std = nn.Parameter(start.to(linear.weight.device), requires_grad=linear.weight.requires_grad)
 
-    def _at(self, noise: Tensor) -> Tensor:
-        """The weights `(..., rank, in)` at some eps `(..., rank, 1)`."""
-        weight = self.weight.float()
-        return weight + self.log_std.exp() * noise * F.normalize(weight, dim=1)
-
     def train_forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._at(torch.randn_like(self.log_std)).to(self.weight.dtype))
+        sample = _sample(self.weight.float(), self.log_std.exp(), torch.randn_like(self.log_std))
+        return F.linear(x, sample.to(self.weight.dtype))
 
     @torch.no_grad()
     def draw(self, sampling: Sampling) -> Tensor:
-        noise = standard_normal(self.name, sampling, self.log_std.shape).to(self.log_std.device)
-        return self._at(noise).to(self.weight.dtype)
+        noise = standard_normal(self.name, sampling, (self.out_features, 1))
+        with gathered([self.weight, self.log_std]):
+            mean, std = full_tensor(self.weight).float(), full_tensor(self.log_std).exp()
+            return _sample(mean, std, noise.to(mean.device)).to(self.weight.dtype)
 
     def kl(self, prior_std: float) -> Tensor:
         """KL(q(s) || N(0, prior_std^2)) of this layer, nats."""
@@ -74,6 +73,11 @@ class SubspaceA(SampledLinear):
         gradient = (2 * self.log_std).exp() / prior_std**2 - 1
         self.weight.mul_(1 - min(1.0, rate / prior_std**2))
         self.log_std.copy_(stop_at(self.log_std, self.log_std - rate * gradient, math.log(prior_std)))
+
+
+def _sample(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+    """A `(..., rank, in)` at some eps `(..., rank, 1)`."""
+    return mean + std * noise * F.normalize(mean, dim=1)
 
 
 @register_method("scalabl")

@@ -9,7 +9,7 @@ from helpers.training import arguments, fit, parameters, rows
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
-from blob_hf import BlobError, BlobModel
+from blob_hf import BlobError, BlobModel, BlobTrainer
 from blob_hf.baselines import attach_ivon, attach_scalabl
 from blob_hf.cli.method_arguments import MethodArguments
 from blob_hf.cli.routes import find_route
@@ -116,6 +116,27 @@ def test_a_training_goes_on_from_plain_lora_and_from_an_adapter_of_its_own(tmp_p
             assert all(torch.equal(value, expected[key]) for key, value in state(model).items())
         again, _ = fit(tmp_path / f"{name}-more", method, lambda model=model: model, max_steps=1)
         assert again.state.global_step == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_training_of_a_fresh_model_has_an_optimizer_of_its_own(tmp_path, method):
+    args = arguments(tmp_path, max_steps=2)
+    again = BlobTrainer(model_init=make(method), args=args, train_dataset=rows(), point_estimate=True)
+    results = []
+    for _ in range(2):  # as the trials of a search
+        torch.manual_seed(0)
+        again.train()
+        results.append(state(again.model))
+        assert again.own_optimizer is again.optimizer.optimizer
+    started = state(make(method)())
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+    assert any(not torch.equal(value, started[name]) for name, value in results[0].items())
+    with pytest.raises(BlobError, match="the optimizer already has a scheduler"):
+        optimizer = torch.optim.SGD(again.model.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        BlobTrainer(
+            model=again.model, args=args, train_dataset=rows(), optimizers=(optimizer, scheduler), point_estimate=True
+        ).train()
 
 
 @pytest.mark.parametrize("method", METHODS)
