@@ -99,6 +99,7 @@ def test_a_sample_is_held_for_a_whole_generation(method):
     assert len({tuple(row) for row in texts[0].tolist()}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_training_goes_on_from_plain_lora_and_from_an_adapter_of_its_own(tmp_path, method):
     route, method_args = find_route(method), MethodArguments(method)
@@ -118,6 +119,7 @@ def test_a_training_goes_on_from_plain_lora_and_from_an_adapter_of_its_own(tmp_p
         assert again.state.global_step == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_each_training_of_a_fresh_model_has_an_optimizer_of_its_own(tmp_path, method):
     args = arguments(tmp_path, max_steps=2)
