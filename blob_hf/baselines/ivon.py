@@ -1,13 +1,12 @@
 """IVON-LoRA (Cong et al., 2024): LoRA trained by IVON (Shen et al., ICML 2024), whose preconditioner is a posterior.
 
 Each weight of A and B has q = N(m, 1 / (lambda (h + delta))), with the prior N(0, 1 / (lambda delta)). A step takes the
-gradient g of the mean NLL at one draw theta = m + sigma eps, and, with g g-hat's moving average (from the papers'
-equations; no code of theirs was looked at):
+gradient g_hat of the mean NLL at one draw theta = m + sigma eps and does, in the papers' equations,
 
     h_hat = g_hat eps / sigma                                              (reparameterisation trick)
     g     = beta1 g + (1 - beta1) g_hat
-    h'    = beta2 h + (1 - beta2) h_hat + (1 - beta2)^2 (h - h_hat)^2 / (2 (h + delta))     (stays > -delta)
-    m     = m - alpha clip((g / (1 - beta1^t) + delta m) / (h' + delta), -xi, xi)
+    h     = beta2 h + (1 - beta2) h_hat + (1 - beta2)^2 (h - h_hat)^2 / (2 (h + delta))     (stays > -delta)
+    m     = m - alpha clip((g / (1 - beta1^t) + delta m) / (h + delta), -xi, xi)
 
 alpha is the learning rate divided by xi: so the learning rate is the longest step of a weight, as Adam's is.
 """

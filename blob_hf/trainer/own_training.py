@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 class TrainsItself(Protocol):
     """A companion that says how its adapter is trained."""
 
-    def own_optimizer(
-        self, trainer: "BlobTrainerMixin", optimizer: torch.optim.Optimizer
-    ) -> torch.optim.Optimizer:  # pragma: no cover
+    def own_optimizer(self, trainer: "BlobTrainerMixin", optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """The optimizer of a training: the trainer's with something added, or another one in its place."""
         ...
 
