@@ -115,7 +115,7 @@ def main() -> None:
     cli.check_best_metric(training_args)
     cli.setup_logging(training_args.should_log)
     varied = [part.partition("=")[0] for part in search_args.hp_space or []]
-    training_args = cli.with_kl_rate(training_args, model_args, data_args, varied=varied)
+    training_args = cli.with_kl_rate(training_args, method_args, model_args, data_args, varied=varied)
     route = cli.choose_route(model_args, method_args, training_args)
     route.check_run(method_args, training_args)
     cli.warn_of_ignored(route, method_args, training_args, model_args, data_args)

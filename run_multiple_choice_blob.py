@@ -89,7 +89,9 @@ def main() -> None:
     files = {split: path for split, path in files.items() if path}
     dataset = (data_args.dataset_name, data_args.dataset_config_name) if data_args.dataset_name else None
     task_name = data_args.task_name or (None if files or dataset else "arc_challenge")
-    training_args = cli.with_kl_rate(training_args, model_args, data_args, tasks=TASKS, rate=PUBLISHED_KL_RATE)
+    training_args = cli.with_kl_rate(
+        training_args, model_args, data_args, method_args, tasks=TASKS, rate=PUBLISHED_KL_RATE
+    )
     route = cli.choose_route(model_args, method_args, training_args)
     route.check_run(method_args, training_args)
     cli.warn_of_ignored(route, method_args, training_args, model_args, data_args)

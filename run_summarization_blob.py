@@ -107,7 +107,7 @@ def main() -> None:
     model_args, data_args, method_args, training_args = parsed
     cli.check_best_metric(training_args)
     cli.setup_logging(training_args.should_log)
-    training_args = cli.with_kl_rate(training_args, model_args, data_args)
+    training_args = cli.with_kl_rate(training_args, method_args, model_args, data_args)
     route = cli.choose_route(model_args, method_args, training_args)
     route.check_run(method_args, training_args)
     cli.check_texts(route, method_args, training_args)

@@ -1,9 +1,12 @@
 """blob_hf: fine-tune language models with BLoB, LoRA whose A matrix is a Gaussian posterior."""
 
 from blob_hf.baselines import (
+    IVONConfig,
     LaplaceConfig,
     TFBConfig,
+    attach_ivon,
     attach_mc_dropout,
+    attach_scalabl,
     fit_laplace,
     fit_tfb,
     join_members,
@@ -42,6 +45,7 @@ __all__ = [
     "BlobTrainer",
     "BlobTrainingArguments",
     "ClassPrediction",
+    "IVONConfig",
     "LaplaceConfig",
     "Prediction",
     "PredictivePipeline",
@@ -50,7 +54,9 @@ __all__ = [
     "TFBConfig",
     "TextPrediction",
     "__version__",
+    "attach_ivon",
     "attach_mc_dropout",
+    "attach_scalabl",
     "bayesianize",
     "export_samples",
     "fit_laplace",

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from blob_hf.baselines import LaplaceConfig, TFBConfig
+from blob_hf.baselines import IVONConfig, LaplaceConfig, TFBConfig
 from blob_hf.baselines.laplace import PREDICTIVES, PRIORS, SUBSETS
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.numbers import NumberOrWord
@@ -19,9 +19,9 @@ class MethodArguments:
     method: str = field(
         default="blob",
         metadata={
-            "help": "blob, or one of its peers: lora (maximum likelihood), map, mc_dropout, ensemble; laplace and tfb "
-            "are fitted to a trained adapter (--adapter_name_or_path).",
-            "choices": ["blob", "lora", "map", "mc_dropout", "ensemble", "laplace", "tfb"],
+            "help": "blob, or one of its peers: lora (maximum likelihood), map, mc_dropout, ensemble, scalabl, ivon; "
+            "laplace and tfb are fitted to a trained adapter (--adapter_name_or_path).",
+            "choices": ["blob", "lora", "map", "mc_dropout", "ensemble", "laplace", "tfb", "scalabl", "ivon"],
         },
     )
     temperature_scaling: bool = field(
@@ -70,6 +70,14 @@ class MethodArguments:
         metadata={"help": "Predict with the linearised network, or sampled ones.", "choices": list(PREDICTIVES)},
     )
 
+    ivon_ess: float = field(
+        default=IVONConfig.ess,
+        metadata={"help": "Effective sample size of IVON: its first std is 1 / sqrt(ess hess_init)."},
+    )
+    ivon_hess_init: float = field(
+        default=IVONConfig.hess_init, metadata={"help": "IVON's estimate of the Hessian at the start."}
+    )
+
     def __post_init__(self) -> None:
         if self.calibration_samples is not None and self.calibration_samples < 1:
             raise BlobError(f"calibration_samples must be >= 1, got {self.calibration_samples}")
@@ -91,6 +99,13 @@ class MethodArguments:
         return _with_flag_names(
             lambda: TFBConfig(self.tfb_tolerance, self.tfb_bound, self.tfb_samples),
             {"tolerance": "tfb_tolerance", "bound": "tfb_bound", "num_samples": "tfb_samples"},
+        )
+
+    def ivon_config(self) -> IVONConfig:
+        """The settings of IVON."""
+        return _with_flag_names(
+            lambda: IVONConfig(self.ivon_ess, self.ivon_hess_init),
+            {"ess": "ivon_ess", "hess_init": "ivon_hess_init"},
         )
 
     def laplace_config(self) -> LaplaceConfig:

@@ -17,7 +17,7 @@ from blob_hf.cli.adapters import (
 )
 from blob_hf.cli.head import head_targets
 from blob_hf.cli.method_arguments import MethodArguments
-from blob_hf.cli.routes import ROUTES, EnsembleRoute, FittedRoute, Route, find_route
+from blob_hf.cli.routes import ROUTES, EnsembleRoute, FittedRoute, Route, VariationalRoute, find_route
 from blob_hf.trainer.training_args import BlobSeq2SeqTrainingArguments, BlobTrainingArguments
 from blob_hf.tuner.adapter_files import resolve
 from blob_hf.tuner.config import default_target_modules
@@ -42,7 +42,7 @@ def choose_route(adapter_args: AdapterArguments, method_args: MethodArguments, a
         return asked
     saved = saved_method(resolve(adapter))
     if saved == "blob" or (saved == "lora" and Temperatures.load(resolve(adapter)) is None):
-        if isinstance(asked, (FittedRoute, EnsembleRoute)):
+        if isinstance(asked, (FittedRoute, EnsembleRoute, VariationalRoute)):
             raise BlobError(f"{adapter} is not of method {asked.name}: fit it with --do_train, or name its own method")
         return asked
     if asked.name not in (saved, MethodArguments.method):
@@ -68,10 +68,14 @@ def make_model(
     posterior = posterior_settings(adapter_args, args)
     if adapter is None:
         lora = lora_settings(adapter_args, route.default_dropout)
-        return route.fresh_model(base, {**lora, **_adapted(adapter_args, base, task_type)}, posterior)
+        model = route.fresh_model(base, {**lora, **_adapted(adapter_args, base, task_type)}, posterior)
+        route.configure(model, method_args)
+        return model
     folder = resolve(adapter)
     if args.do_train or saved_method(folder) in ("blob", "lora"):
         model = route.load_model(base, adapter, args, posterior)
+        if args.do_train:
+            route.configure(model, method_args)
         temperatures = None if args.do_train else Temperatures.load(folder)
         if temperatures is not None:
             model.set_companion(temperatures)

@@ -46,6 +46,8 @@ def with_kl_rate(
         logger.info("training for %g epochs; the default number of steps is switched off", args.num_train_epochs)
     if any(getattr(part, "train_head", "auto") == "true" for part in others):
         changed.append("train_head")
+    if any(getattr(part, "method", "blob") != "blob" for part in others):
+        changed.append("method")
     chosen = [getattr(part, "task_name", None) for part in others]
     changed += [f"task_name {task}" for task in chosen if task not in (None, *tasks)]
     changed += _PUBLISHED.union({"kl_learning_rate"}).intersection(varied)

@@ -25,6 +25,7 @@ from blob_hf.trainer.training_args import Arguments, BlobTrainingArguments, chan
 from blob_hf.tuner.adapter_files import resolve
 from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.model import BlobModel, get_blob_model, get_lora_model, load_lora
+from blob_hf.tuner.posterior import sampled_layers
 from blob_hf.utils.errors import BlobError
 
 MEMBERS_FOLDER = "_members"  # of a run: the trainings of an ensemble's members; pushes leave out names with _
@@ -144,6 +145,9 @@ class Route:
             require_plain(folder, self.name)
         return load_lora(base, folder, args.do_train)
 
+    def configure(self, model: BlobModel, method_args: MethodArguments) -> None:
+        """Give a model that is to be trained what the method's own arguments say."""
+
     def arguments(self, args: Arguments, train_rows: Any) -> Arguments:
         """The training arguments that it trains with."""
         return args
@@ -214,6 +218,61 @@ class DropoutRoute(Route):
         self, base: PreTrainedModel, adapter: str, args: BlobTrainingArguments, posterior: Mapping[str, Any]
     ) -> BlobModel:
         return baselines.attach_mc_dropout(super().load_model(base, adapter, args, posterior))
+
+
+class VariationalRoute(Route):
+    """A method that trains a posterior of its own, from a new adapter, from plain LoRA, or from an adapter of its."""
+
+    def attach(self, model: BlobModel, method_args: MethodArguments) -> BlobModel:
+        """Give a plain LoRA model the posterior that it is trained from."""
+        raise NotImplementedError
+
+    def load_model(
+        self, base: PreTrainedModel, adapter: str, args: BlobTrainingArguments, posterior: Mapping[str, Any]
+    ) -> BlobModel:
+        if saved_method(resolve(adapter)) != self.name:
+            return super().load_model(base, adapter, args, posterior)
+        model = BlobModel.from_pretrained(adapter, model=base, is_trainable=args.do_train)
+        state = model.companion("method")
+        model.companions.clear()  # a temperature or scale that was fitted to it is not of what comes out now
+        if state is not None:
+            model.set_companion(state)
+        for layer in sampled_layers(model):
+            layer.noise_scale = 1.0
+        return model
+
+    def configure(self, model: BlobModel, method_args: MethodArguments) -> None:
+        if not sampled_layers(model):
+            self.attach(model, method_args)
+
+
+class ScalaBLRoute(VariationalRoute):
+    """A Gaussian over one number for each rank of a layer, trained by backpropagation."""
+
+    name = "scalabl"
+    flags = _SAMPLING_FLAGS | {"beta", "gamma", "kl_cycle_steps", "kl_learning_rate", "train_samples"}
+
+    def attach(self, model: BlobModel, method_args: MethodArguments) -> BlobModel:
+        return baselines.attach_scalabl(model)
+
+
+class IVONRoute(VariationalRoute):
+    """A Gaussian over A and B, which the optimizer IVON trains."""
+
+    name = "ivon"
+    flags = _SAMPLING_FLAGS | {"beta", "ivon_ess", "ivon_hess_init"}
+
+    def check(self, method_args: MethodArguments) -> None:
+        method_args.ivon_config()
+
+    def unread(self, method_args: MethodArguments, args: BlobTrainingArguments) -> frozenset[str]:
+        return frozenset({"max_grad_norm", "optim"})
+
+    def attach(self, model: BlobModel, method_args: MethodArguments) -> BlobModel:
+        return baselines.attach_ivon(model, method_args.ivon_config())
+
+    def arguments(self, args: Arguments, train_rows: Any) -> Arguments:
+        return changed_arguments(args, max_grad_norm=0.0)  # IVON clips its own updates
 
 
 class EnsembleRoute(Route):
@@ -358,10 +417,10 @@ class TFBRoute(FittedRoute):
         return (1 + len(state.tried) * config.num_samples) * len(anchors)
 
 
-ROUTES: dict[str, Route] = {
-    route.name: route
-    for route in (BlobRoute(), Route(), MapRoute(), DropoutRoute(), EnsembleRoute(), LaplaceRoute(), TFBRoute())
-}
+_METHODS: tuple[type[Route], ...] = (
+    BlobRoute, Route, MapRoute, DropoutRoute, EnsembleRoute, LaplaceRoute, TFBRoute, ScalaBLRoute, IVONRoute,
+)  # fmt: skip
+ROUTES: dict[str, Route] = {kind.name: kind() for kind in _METHODS}
 
 
 def find_route(name: str) -> Route:

@@ -33,5 +33,7 @@ METHODS = {
         (0.01, 0.1, 1.0),
         needs_lora=True,
     ),
+    "scalabl": Entry(("--method", "scalabl"), "kl_learning_rate", (0.2, 1.0, 5.0)),  # nats of log sigma a cycle
+    "ivon": Entry(("--method", "ivon"), "ivon_ess", (1e6, 1e5, 1e7)),  # its std goes with 1 / sqrt(ess)
     "blob": Entry(("--method", "blob", "--posterior_scale", "fit")),  # at its default pull: nothing is chosen for it
 }

@@ -46,6 +46,7 @@ from blob_hf.trainer.kl.state import KLState
 from blob_hf.trainer.kl.verdict import Verdict
 from blob_hf.trainer.log_state import LogState
 from blob_hf.trainer.objective import ObjectiveMixin
+from blob_hf.trainer.own_training import with_own_optimizer
 from blob_hf.trainer.selection import check_metric, eval_nll
 from blob_hf.trainer.summary import last_evaluation, summarize
 from blob_hf.trainer.training_args import BlobTrainingArguments, as_blob_arguments
@@ -88,6 +89,7 @@ class BlobTrainerMixin(ObjectiveMixin):
     nll_by_samples: np.ndarray | None = None
     arguments_class: type[BlobTrainingArguments] = BlobTrainingArguments
     card_from_run = False  # whether a script writes the model card
+    own_optimizer: torch.optim.Optimizer | None = None  # of a method with a training of its own
 
     def __init__(
         self,
@@ -187,7 +189,7 @@ class BlobTrainerMixin(ObjectiveMixin):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         check_fsdp_training(self.accelerator, self.model)
         check_not_for_inference(self)
-        optimizer = super().create_optimizer(model)
+        optimizer = with_own_optimizer(self, super().create_optimizer(model))
         bare = getattr(optimizer, "optimizer", optimizer)  # of a second call to train()
         if self.kl is None or (self.kl.step is not None and self.kl.step.optimizer is bare):
             return optimizer

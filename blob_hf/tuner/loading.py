@@ -36,6 +36,11 @@ _MEAN = ".weight"
 _A = ".lora_A.weight"
 
 
+def _is_beside(name: str) -> bool:
+    """Whether a tensor is what a layer in the place of A or B has beside its weight: PEFT's file does not hold it."""
+    return (".lora_A." in name or ".lora_B." in name) and not name.endswith((_MEAN, ".bias"))
+
+
 # ----- saving ----------------------------------------------------------------------------------------------------
 
 
@@ -57,6 +62,7 @@ def adapter_tensors(
     rhos = {name.removesuffix(_RHO) + _MEAN: weights.pop(name) for name in list(weights) if name.endswith(_RHO)}
     config: Any = model.peft_config[adapter]
     parameterization = config.std_parameterization if isinstance(config, BlobConfig) else ""
+    weights = {name: value for name, value in weights.items() if not _is_beside(name)}
     if isinstance(config, BlobConfig):
         _require_stds(weights, rhos)
     embeddings = _embeddings_to_save(model, config, state_dict, save_embeddings)
@@ -73,7 +79,7 @@ def _require_stds(weights: Mapping[str, Tensor], rhos: Mapping[str, Tensor]) -> 
     if lost:
         raise BlobError(
             f"{lost[0]} has no std any more ({len(lost)} layers): something has put a plain layer in the place of the "
-            "Gaussian A (initialize_lora_eva_weights does); bayesianize(model) gives it one"
+            "Gaussian A; bayesianize(model) gives it one"
         )
 
 
@@ -243,7 +249,7 @@ def check_fits(model: PeftModel, saved: SavedAdapter, adapter: str) -> None:
         BlobError: Another base model, number of classes or rank.
     """
     check_vocabulary(model.get_base_model(), saved)
-    own = [name for name in adapter_names.own_parameters(model, adapter) if not name.endswith(_RHO)]
+    own = [name for name in adapter_names.own_parameters(model, adapter) if not _is_beside(name)]
     adapter_files.check_fits(saved.mean, _shapes(model, adapter, saved.mean), saved.folder, saved.config, own)
 
 
@@ -296,7 +302,7 @@ def _shapes(model: PeftModel, adapter: str, found: Mapping[str, Tensor]) -> dict
     """Shapes of what loading fills, by the names in adapter_model.safetensors."""
     parameters = dict(model.named_parameters())
     own = adapter_names.own_parameters(model, adapter)
-    filled = {saved: parameters[name] for saved, name in own.items() if name in parameters and not saved.endswith(_RHO)}
+    filled = {saved: parameters[name] for saved, name in own.items() if name in parameters and not _is_beside(saved)}
     shared = {name: parameters[name] for name in found if name in parameters}  # the head, embeddings, biases
     every = {**shared, **filled, **head_parameters(model)}
     return {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in every.items()}
@@ -353,7 +359,7 @@ def fill(
             result.unexpected_keys[:] = [key for key in result.unexpected_keys if key not in absent.values()]
             tuner: Any = model.base_model
             tuner._cast_adapter_dtype(adapter_name=adapter, autocast_adapter_dtype=autocast_adapter_dtype)
-    own = {name for name in adapter_names.own_parameters(model, adapter).values() if not name.endswith(_RHO)}
+    own = {name for name in adapter_names.own_parameters(model, adapter).values() if not _is_beside(name)}
     result.missing_keys[:] = [key for key in result.missing_keys if key in own]
     if result.unexpected_keys:
         logger.warning(
@@ -371,9 +377,9 @@ def _leave_meta(model: PeftModel, adapter: str) -> None:
     for _, module in lora_layers(model, adapter):
         layer = module.lora_A[adapter]
         if isinstance(layer, GaussianA) and isinstance(config, BlobConfig) and layer.rho.is_meta:
-            module.lora_A[adapter] = GaussianA(
-                layer, layer.name, config.init_eps, config.std_parameterization, config.noise
-            )
+            made = GaussianA(layer, layer.name, config.init_eps, config.std_parameterization, config.noise)
+            made.weight_name = layer.weight_name
+            module.lora_A[adapter] = made
 
 
 def _is_offloaded(model: PeftModel) -> bool:

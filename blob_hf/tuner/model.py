@@ -477,6 +477,8 @@ class BlobModel(PeftModel):
             loading.check_shares(self, named, adapter)
         saved = replace(saved, std=named.std)  # PEFT converts the names of the mean itself
         result = loading.fill(self, saved, adapter, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage)
+        for companion in self.companions.get(adapter, {}).values():
+            companion.refill(self, saved.folder)
         if adapter == self.active_adapter:
             loading.restore_class_names(self, saved)
         self.remember_head()

@@ -52,6 +52,9 @@ class Companion:
     def attach(self, model: "BlobModel", folder: Path) -> None:
         """Make the loaded plain LoRA, or posterior, of the active adapter what it was when it was saved."""
 
+    def refill(self, model: "BlobModel", folder: Path) -> None:
+        """Take its tensors over from another save of the same adapter (a checkpoint), after the weights."""
+
     def save(self, model: "BlobModel", folder: Path) -> None:
         """Write its files into a folder that holds the adapter already."""
         raise NotImplementedError

@@ -22,7 +22,7 @@ from blob_hf.cli.routes import ROUTES, FittedRoute, find_route
 from blob_hf.tuner.model import as_blob_model, get_lora_model
 from blob_hf.tuner.posterior import sampled_layers
 
-NAMES = ("blob", "lora", "map", "mc_dropout", "ensemble", "laplace", "tfb")
+NAMES = ("blob", "lora", "map", "mc_dropout", "ensemble", "laplace", "tfb", "scalabl", "ivon")
 QUICK = [
     "--demo", "--eval_samples", "3", "--disable_tqdm", "true", "--use_cpu", "true", "--max_eval_samples", "30",
     "--compare_base", "false",
@@ -166,7 +166,7 @@ def test_every_method_trains_saves_and_gives_its_numbers_again(monkeypatch, tmp_
     )
     assert run_script(monkeypatch, GLUE, *flags) == 0
     printed = capsys.readouterr().out
-    count = {"blob": 3, "mc_dropout": 3, "ensemble": 2, "laplace": 3, "tfb": 3}.get(name, 0)
+    count = {"lora": 0, "map": 0, "ensemble": 2}.get(name, 3)
     assert (f"N={count} (samples)" in printed) is bool(count) and "temperature-scaled" in printed
     results = json.loads((folder / "eval_results.json").read_text())
     scaled = json.loads((folder / "eval_temperature_results.json").read_text())
@@ -209,6 +209,7 @@ def test_held_out_rows_are_not_trained_on(monkeypatch, tmp_path):
         (GLUE, ["--method", "ensemble", "--hp_search", "optuna", "--hp_space", "seed=1,2"], "method ensemble has not"),
         (GLUE, ["--method", "ensemble", "--ensemble_size", "1"], "ensemble_size must be >= 2, got 1"),
         (GLUE, ["--method", "tfb", "--num_anchors", "0"], "num_anchors must be >= 1, got 0"),
+        (GLUE, ["--method", "ivon", "--ivon_ess", "0"], "ivon_ess must be > 0, got 0"),
         (GLUE, ["--method", "mc_dropout", "--lora_dropout", "0"], "needs an adapter with lora_dropout > 0"),
         (GLUE, ["--temperature_scaling", "--calibration_samples", "100000"], "cannot hold out 100000 of"),
         (SUMMARIZATION, ["--temperature_scaling"], "temperature_scaling calibrates class probabilities"),
@@ -231,7 +232,7 @@ def test_the_wrong_adapter_and_missing_temperatures_are_refused(monkeypatch, tmp
         assert run_script(monkeypatch, GLUE, *flags) == 2
         error = f"is of method mc_dropout, with samples already; --method {method} needs plain LoRA"
         assert error in capfd.readouterr().err
-    for method in ("tfb", "laplace", "ensemble"):
+    for method in ("tfb", "laplace", "ensemble", "ivon"):
         flags = [
             *QUICK,
             "--method",

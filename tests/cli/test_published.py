@@ -16,8 +16,8 @@ SCRIPTS = ["run_glue_blob", "run_summarization_blob"]
 def settled(script, *flags):
     module = importlib.import_module(script)
     types = (module.ModelArguments, module.DataArguments, cli.MethodArguments, module.TrainingArguments)
-    model, data, _, args = cli.parse_arguments(types, module.DEMO, "", ["--use_cpu", "true", *flags])
-    return with_kl_rate(args, model, data)
+    model, data, method, args = cli.parse_arguments(types, module.DEMO, "", ["--use_cpu", "true", *flags])
+    return with_kl_rate(args, method, model, data)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -36,6 +36,7 @@ def test_the_published_command_is_the_published_experiment(script, flags):
     [
         ["--demo"], ["--demo", "--beta", "0.2", "--gamma", "8"], ["--max_steps", "300"], ["--learning_rate", "1e-3"],
         ["--train_file", "own.csv"], ["--model_name_or_path", "other"], ["--per_device_train_batch_size", "8"],
+        ["--method", "scalabl"],
     ],
 )  # fmt: skip
 def test_another_run_gets_its_rate_from_the_pull(script, flags):

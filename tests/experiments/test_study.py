@@ -376,5 +376,6 @@ def test_the_picture_shows_the_pooled_reliability_and_the_closest_call(tmp_path,
 
 def test_the_default_methods_are_those_of_the_scripts_and_the_cheap_cures():
     assert set(study.METHODS) == {
-        "lora", "lora_early_stopping", "map", "mc_dropout", "ensemble", "laplace", "tfb", "blob",
+        "lora", "lora_early_stopping", "map", "mc_dropout", "ensemble", "laplace", "tfb", "scalabl", "ivon",
+        "blob",
     }  # fmt: skip

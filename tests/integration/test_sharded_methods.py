@@ -27,13 +27,13 @@ def run_sharded(tmp_path, name, *arguments):
     return launch(tmp_path, code, name, 2, *DEMO, "--deepspeed", ZERO3, *arguments)
 
 
-@pytest.mark.parametrize("method", ["ensemble", "laplace"])
+@pytest.mark.parametrize("method", ["ensemble", "laplace", "scalabl", "ivon"])
 def test_a_saved_method_gives_the_numbers_of_one_process(monkeypatch, tmp_path, method):
     """A frozen head, members' biases and the curvature's mean are shards; the draws are those of one process."""
     if method == "laplace" and not library_is_there():
         pytest.skip("laplace-torch is not installed")
     one, plain = tmp_path / "one", tmp_path / "plain"
-    flags = ["--ensemble_size", 2, "--max_steps", 15]
+    flags = ["--ensemble_size", 2, "--max_steps", 15] if method == "ensemble" else ["--max_steps", 15]
     if method == "laplace":
         trained = run_script(monkeypatch, GLUE, *DEMO, "--method", "lora", "--max_steps", 15, "--output_dir", plain)
         assert trained == 0
@@ -48,6 +48,7 @@ def test_a_saved_method_gives_the_numbers_of_one_process(monkeypatch, tmp_path, 
         assert results[key] == pytest.approx(expected[key], rel=1e-4), key
 
 
-def test_fitting_under_zero3_is_refused(tmp_path):
-    found = run_sharded(tmp_path, "ensemble", "--method", "ensemble", "--max_steps", 2)
-    assert found.returncode and "method ensemble works with whole models, not under DeepSpeed" in found.stderr
+@pytest.mark.parametrize("method", ["ensemble", "ivon"])
+def test_fitting_under_zero3_is_refused(tmp_path, method):
+    found = run_sharded(tmp_path, method, "--method", method, "--max_steps", 2)
+    assert found.returncode and f"method {method} works with whole models, not under DeepSpeed" in found.stderr

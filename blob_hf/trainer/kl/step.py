@@ -57,7 +57,7 @@ class DecoupledKLStep:
     @property
     def lr_scale(self) -> float:
         """lr_t / lr_0 of the coming step: the shape of the main schedule, which the KL's rate follows."""
-        return _lr_scale(next(group for group in self.optimizer.param_groups if group.get("blob_role")))
+        return lr_scale_of(next(group for group in self.optimizer.param_groups if group.get("blob_role")))
 
     @property
     def learning_rate(self) -> float:
@@ -76,7 +76,7 @@ class DecoupledKLStep:
             role = group.get("blob_role")
             if role is None:
                 continue
-            rate = self.kl_learning_rate * self.weight * _lr_scale(group)
+            rate = self.kl_learning_rate * self.weight * lr_scale_of(group)
             for parameter in group["params"]:
                 if rate:
                     self.apply(parameter, role, rate)
@@ -104,7 +104,8 @@ class DecoupledKLStep:
             parameter.copy_(descend_rho(parameter, rate, self.prior_std, self.parameterization))
 
 
-def _lr_scale(group: dict[str, Any]) -> float:
+def lr_scale_of(group: dict[str, Any]) -> float:
+    """lr_t / lr_0 of an optimizer's group: the shape of its schedule."""
     return group["lr"] / (group.get("initial_lr", group["lr"]) or 1.0)
 
 
@@ -123,11 +124,12 @@ def descend_rho(rho: Tensor, rate: float, prior_std: float, parameterization: st
     prior = rho_from_std(torch.tensor(prior_std, dtype=torch.float64), parameterization).item()
     if parameterization == "square":  # G and -G are the same std
         sign = rho.sign()
-        return sign * _stop_at(rho.abs(), stepped * sign, prior)
-    return _stop_at(rho, stepped, prior)
+        return sign * stop_at(rho.abs(), stepped * sign, prior)
+    return stop_at(rho, stepped, prior)
 
 
-def _stop_at(old: Tensor, new: Tensor, limit: float) -> Tensor:
+def stop_at(old: Tensor, new: Tensor, limit: float) -> Tensor:
+    """A step from `old` to `new` that ends at a limit rather than jump over it, elementwise."""
     return torch.where(old < limit, new.clamp(max=limit), new.clamp(min=limit))
 
 
