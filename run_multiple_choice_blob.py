@@ -138,7 +138,7 @@ def main() -> None:
         )
 
     tokenized = {split: tokenize(rows) for split, rows in splits.items()}
-    others = {name: tokenize(rows, TASKS[name].asking if name in TASKS else asking) for name, rows in shifted.items()}
+    outside = {name: tokenize(rows, TASKS[name].asking if name in TASKS else asking) for name, rows in shifted.items()}
     collator = ChoiceCollator(cli.padding_token(tokenizer), scoring.scoring)
 
     def make_model(trial=None):
@@ -187,7 +187,7 @@ def main() -> None:
             output = trainer.predict(tokenized[split], metric_key_prefix=prefix)
             columns = [name for name in ("id", "question", "choices") if name in splits[split].column_names]
             run.add_predictions(prefix, split, output, splits[split].select_columns(columns).to_list())
-            for name, rows in others.items() if split == "validation" else ():
+            for name, rows in outside.items() if split == "validation" else ():
                 run.add_shift(name, output, trainer.predict(rows, metric_key_prefix=f"ood_{name}"))
     run.finish()
 

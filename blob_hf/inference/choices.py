@@ -1,8 +1,9 @@
 """Multiple choice with a model that writes: the probabilities of the choices, as a classifier's of its classes.
 
-`letter`: a softmax over the logits of the choices' letters after the prompt (Wang et al., NeurIPS 2024). `text`: a softmax over the log-likelihoods of the choices' texts, of whole texts or per character. Either way a
-forward of the model gives `(rows, choices)` logits, so that training, the posterior predictive, calibration and reports
-are those of a classifier. A choice that a row does not have gets no probability.
+`letter`: a softmax over the logits of the choices' letters after the prompt (Wang et al., NeurIPS 2024). `text`: a
+softmax over the log-likelihoods of the texts of the choices, whole or per character. Either way a forward of the model
+gives `(rows, choices)` logits, so that training, the posterior predictive, calibration and reports are those of a
+classifier. A choice that a row does not have gets no probability.
 """
 
 import json

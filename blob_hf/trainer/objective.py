@@ -184,7 +184,7 @@ class ObjectiveMixin(_Base):
         labels = inputs.pop("labels")
         if labels.is_floating_point():
             raise BlobError(f"labels must be class or token ids, got {labels.dtype}: regression has no NLL here")
-        if self._loss_shifts_labels and labels.dim() > 1:  # a question of multiple choice has one label
+        if self._loss_shifts_labels:
             return F.pad(labels, (0, 1), value=IGNORED_LABEL)[..., 1:].contiguous()
         encoder_decoder = getattr(self.model.config, "is_encoder_decoder", False)
         if encoder_decoder and labels.dim() > 1 and inputs.get("decoder_input_ids") is None:

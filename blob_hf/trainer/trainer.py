@@ -119,7 +119,8 @@ class BlobTrainerMixin(ObjectiveMixin):
         self.model_accepts_loss_kwargs = True  # count the items of a batch, whether or not the model would use them
         # transformers goes by the loss type of the config, which models like GPT-2 do not have
         base = unwrap_peft_model(self.model)
-        self._loss_shifts_labels = base.can_generate() and not base.config.is_encoder_decoder
+        writes = base.can_generate() and not getattr(self.model, "classifies", False)
+        self._loss_shifts_labels = writes and not base.config.is_encoder_decoder
         self.kl = KLState() if gaussian_layers(self.model) else None
         self.add_callback(BlobCallback(self))  # type: ignore[arg-type]
         self._check_model()

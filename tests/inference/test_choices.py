@@ -1,0 +1,224 @@
+"""Multiple choice by letters and by texts, against loops over questions with the whole network."""
+
+import json
+from string import ascii_uppercase
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from helpers.models import randomize_b
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from blob_hf import BlobConfig, BlobModel, BlobTrainer, BlobTrainingArguments, Sampling, get_blob_model
+from blob_hf.data.multiple_choice import PUBLISHED, TASKS, continuations, letter_prompt, load_choices, tokenize_choices
+from blob_hf.inference.choices import ChoiceCollator, ChoiceScoring, letter_tokens
+from blob_hf.inference.predict import predict_classes
+from blob_hf.utils.errors import BlobError
+
+QUESTIONS = [
+    {"question": "who is here", "choices": ["the man", "a very old dog", "nobody"], "label": 1},
+    {"question": "what is it and why was it there at all", "choices": ["rain", "the sun"], "label": 0},
+    {"question": "where", "choices": ["here", "there", "far away", "at home", "in the sun"], "label": 4},
+]
+WORDS = {word for q in QUESTIONS for text in (q["question"], *q["choices"]) for word in text.split()}
+WORDS |= {*PUBLISHED.letter.split(), *ascii_uppercase, *(f"{letter})" for letter in ascii_uppercase)}
+
+
+def of_words() -> PreTrainedTokenizerFast:
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, **{word: index for index, word in enumerate(sorted(WORDS), start=2)}}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def of_bytes() -> PreTrainedTokenizerFast:
+    """Every byte a token: no letter has one of its own."""
+    alphabet = sorted(ByteLevel.alphabet())
+    letters = Tokenizer(BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    letters.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=letters)
+
+
+def blob(kind: str = "llama") -> BlobModel:
+    torch.manual_seed(0)
+    size = len(of_words())
+    if kind == "llama":
+        config = LlamaConfig(
+            vocab_size=size, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=128,
+        )  # fmt: skip
+        base, targets = LlamaForCausalLM(config), ["q_proj", "v_proj", "lm_head"]
+    else:
+        base = GPT2LMHeadModel(GPT2Config(vocab_size=size, n_embd=16, n_layer=2, n_head=2, n_positions=128))
+        targets = ["c_attn", "lm_head"]
+    model = get_blob_model(base, BlobConfig(target_modules=targets, task_type="CAUSAL_LM", init_eps=0.8))
+    randomize_b(model)
+    return model.eval()
+
+
+def scoring(kind: str, normalization: str = "none") -> ChoiceScoring:
+    tokens = letter_tokens(of_words(), 5, PUBLISHED.letter) if kind == "letter" else (0,) * 5
+    return ChoiceScoring(kind, tokens, normalization)
+
+
+def batch(how: ChoiceScoring, rows=QUESTIONS) -> dict[str, torch.Tensor]:
+    tokenized = tokenize_choices(Dataset.from_list(rows), of_words(), PUBLISHED, how.scoring, 100, how.normalization)
+    return ChoiceCollator(0, how.scoring)([tokenized[index] for index in range(len(tokenized))])
+
+
+def by_a_loop(model: BlobModel, how: ChoiceScoring, row: dict) -> torch.Tensor:
+    """Log-probabilities of one question's choices: whole vocabulary, one sequence at a time, without padding."""
+    tokenizer = of_words()
+
+    def log_probs(text: str) -> torch.Tensor:
+        ids = torch.tensor([tokenizer(text).input_ids])
+        return ids[0], model(input_ids=ids).logits[0].log_softmax(-1)
+
+    if how.scoring == "letter":
+        letters = tokenizer.convert_tokens_to_ids(list(ascii_uppercase[: len(row["choices"])]))
+        return log_probs(letter_prompt(row, PUBLISHED))[1][-1, letters].log_softmax(-1)
+    scores = []
+    for (context, text), choice in zip(continuations(row, PUBLISHED), row["choices"], strict=True):
+        ids, scored = log_probs(context + text)
+        start = len(tokenizer(context).input_ids)
+        total = sum(scored[place - 1, ids[place]] for place in range(start, len(ids)))
+        scores.append(total / {"none": 1, "characters": len(choice), "tokens": len(ids) - start}[how.normalization])
+    return torch.stack(scores).log_softmax(-1)
+
+
+WAYS = [("letter", "none"), ("text", "none"), ("text", "characters"), ("text", "tokens")]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # relative and absolute positions
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_scores_are_those_of_a_loop_over_questions_for_the_mean_and_each_sample(kind, way):
+    model, how = blob(kind), scoring(*way)
+    model.set_companion(how)
+    inputs = batch(how)
+    assert inputs.pop("labels").tolist() == [1, 0, 4]
+    found = predict_classes(model, inputs, Sampling(3, seed=2, batch_size=2))
+    for index, row in enumerate(QUESTIONS):
+        count = len(row["choices"])
+        torch.testing.assert_close(found.mean_log_probs[index, :count], by_a_loop(model, how, row))
+        assert (found.mean_log_probs[index, count:].exp() == 0).all()
+        for sample in range(3):
+            with model.posterior_samples(Sampling(1, seed=2, first=sample)):
+                expected = by_a_loop(model, how, row)
+            torch.testing.assert_close(found.sample_log_probs[index, sample, :count], expected)
+
+
+def test_other_batches_go_to_the_model_itself():
+    model = blob()
+    plain = model(input_ids=torch.tensor([[5, 6, 7]])).logits
+    model.set_companion(scoring("letter"))
+    assert torch.equal(model(input_ids=torch.tensor([[5, 6, 7]])).logits, plain)
+
+
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_trains_as_cross_entropy_of_the_choices_and_comes_back(way, tmp_path):
+    """One SGD step without noise equals autograd on the loop's loss; then saved, loaded, evaluated alike."""
+    model, reference, how = blob(), blob(), scoring(*way)
+    for one in (model, reference):
+        one.set_companion(how)
+        for layer in [module for module in one.modules() if hasattr(module, "mean_only")]:
+            layer.mean_only = True
+    rows = tokenize_choices(Dataset.from_list(QUESTIONS), of_words(), PUBLISHED, how.scoring, 100)
+    args = BlobTrainingArguments(
+        tmp_path / "run", max_steps=1, per_device_train_batch_size=3, learning_rate=0.1, optim="sgd", use_cpu=True,
+        lr_scheduler_type="constant", max_grad_norm=0.0, report_to="none", remove_unused_columns=False,
+        kl_schedule="none", eval_samples=2,
+    )  # fmt: skip
+    trainer = BlobTrainer(model, args, ChoiceCollator(0, how.scoring), rows, rows)
+    trainer.train()
+    losses = [-by_a_loop(reference, how, row)[row["label"]] for row in QUESTIONS]
+    torch.stack(losses).mean().backward()
+    trained = dict(model.named_parameters())
+    for name, parameter in reference.named_parameters():
+        if parameter.requires_grad and not name.endswith("rho"):
+            torch.testing.assert_close(trained[name], parameter - 0.1 * parameter.grad)
+    metrics = trainer.evaluate()
+    for layer in [module for module in model.modules() if hasattr(module, "mean_only")]:
+        layer.mean_only = False
+    model.save_pretrained(tmp_path / "adapter")
+    again = BlobModel.from_pretrained(tmp_path / "adapter", blob().get_base_model())
+    assert again.companion("choices") == how
+    found = BlobTrainer(again, args, ChoiceCollator(0, how.scoring), rows, rows).evaluate()
+    assert found["eval_nll"] == pytest.approx(metrics["eval_nll"], rel=1e-5)
+
+
+# ----- data -------------------------------------------------------------------------------------------------------
+
+
+def written(path, rows) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def test_rows_of_the_hub_and_own_ones_are_read_alike(tmp_path):
+    arc = {"question": "q", "choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "answerKey": "3"}
+    wino = {"sentence": "Ann saw _ twice.", "option1": "Bob", "option2": "Eve", "answer": "2"}
+    boolq = {"question": "is it", "passage": "p" * 2000, "answer": True}
+    own = {"question": "q", "choices": ["x", "y"], "label": "B"}
+    by_text = {"question": "q", "choices": ["x", "y"], "label": "y"}
+    found = [
+        load_choices(files={"train": written(tmp_path / f"{index}.jsonl", [row])})["train"][0]
+        for index, row in enumerate([arc, wino, boolq, own, by_text])
+    ]
+    assert [row["label"] for row in found] == [2, 1, 1, 1, 1]
+    assert found[1]["choices"] == ["Bob", "Eve"] and len(found[2]["passage"]) == 1024
+    assert list(continuations(found[1], TASKS["winogrande_s"].asking)) == [
+        ("Ann saw Bob", " twice."), ("Ann saw Eve", " twice."),
+    ]  # fmt: skip
+    assert letter_prompt(found[0], PUBLISHED).endswith("Question: q\nChoices:\nA) x\nB) y\nC) z\nAnswer:")
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"question": "q", "choices": ["x"], "label": 0}, "has 1 choices; it must have 2 to 26"),
+        ({"question": "q", "choices": [str(i) for i in range(27)], "label": 0}, "has 27 choices"),
+        ({"question": "q", "choices": ["x", " "], "label": 0}, "choice B is empty"),
+        ({"question": "q", "choices": ["x", "y"], "label": 2}, "the label 2 is none of its 2 choices"),
+        ({"question": "q", "choices": ["x", "y"], "label": "C"}, "the label 'C' is none of its 2 choices"),
+        ({"question": " ", "choices": ["x", "y"], "label": 1}, "question 1 is empty"),
+        ({"question": "q", "choices": "x or y", "label": 1}, "choices must be a list of texts"),
+        ({"text": "q", "label": 1}, "has no column 'question'"),
+    ],
+)
+def test_questions_that_cannot_be_asked(row, message, tmp_path):
+    with pytest.raises(BlobError, match=message) as error:
+        load_choices(files={"train": written(tmp_path / "rows.jsonl", [row])})
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_too_long_loses_its_beginning_and_is_counted(caplog):
+    rows = Dataset.from_list(QUESTIONS)
+    whole = tokenize_choices(rows, of_words(), PUBLISHED, "letter", 100)
+    with caplog.at_level("WARNING", "blob_hf"):
+        cut = tokenize_choices(rows, of_words(), PUBLISHED, "letter", 25)
+    longer = [index for index, ids in enumerate(whole["input_ids"]) if len(ids) > 25]
+    assert longer and f"{len(longer)} of the prompts are longer than 25 tokens" in caplog.text
+    assert all(cut["input_ids"][index] == whole["input_ids"][index][-25:] for index in longer)
+    with pytest.raises(BlobError, match="alone is longer than max_length 4"):
+        tokenize_choices(rows, of_words(), PUBLISHED, "text", 4)
+
+
+def test_letters_without_a_token_of_their_own_are_refused():
+    with pytest.raises(BlobError, match="no token for the answer ' A'"):
+        letter_tokens(of_bytes(), 4, PUBLISHED.letter)
+    with pytest.raises(BlobError, match="scoring must be one of letter, text"):
+        ChoiceScoring("words", (1, 2))
+    with pytest.raises(BlobError, match="2 to 26 choices, got 1"):
+        ChoiceScoring("text", (0,))
+    assert np.unique(letter_tokens(of_words(), 26, PUBLISHED.letter)).size == 26
