@@ -10,6 +10,7 @@ WANTED = (
     "blob_hf/data/demo/backbone/model.safetensors",
     "blob_hf/py.typed",
     "run_glue_blob.py",
+    "run_multiple_choice_blob.py",
     "run_summarization_blob.py",
 )
 

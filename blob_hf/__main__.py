@@ -1,4 +1,4 @@
-"""The `blob` command: `blob classify`, `summarize`, `predict`, `convert`, `tfb` and `experiments`."""
+"""The `blob` command: `blob classify`, `summarize`, `choose`, `predict`, `convert`, `tfb` and `experiments`."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +12,10 @@ def _classify(argv: Sequence[str]) -> None:
 
 def _summarize(argv: Sequence[str]) -> None:
     _script("run_summarization_blob", argv)
+
+
+def _choose(argv: Sequence[str]) -> None:
+    _script("run_multiple_choice_blob", argv)
 
 
 def _script(name: str, argv: Sequence[str]) -> None:
@@ -49,6 +53,7 @@ def _experiments(argv: Sequence[str]) -> None:
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "classify": ("fine-tune and evaluate a classifier (run_glue_blob.py)", _classify),
     "summarize": ("fine-tune and evaluate a summarizer (run_summarization_blob.py)", _summarize),
+    "choose": ("fine-tune and evaluate a language model on multiple choice (run_multiple_choice_blob.py)", _choose),
     "predict": ("labels or summaries for new texts, with their uncertainty", _predict),
     "convert": ("turn a checkpoint of the BLoB authors' code into an adapter", _convert),
     "tfb": ("give a trained LoRA adapter a posterior without training", _tfb),
