@@ -130,15 +130,20 @@ def main() -> None:
         data_args.scoring,
         letter_tokens(tokenizer, width, asking.letter) if data_args.scoring == "letter" else (0,) * width,
         data_args.length_normalization,
+        asking.letter,
+        asking.text,
+        data_args.max_length,
     )
 
-    def tokenize(rows, asking=asking):
+    def tokenize(rows, asking=scoring.asking):
         return tokenize_choices(
-            rows, tokenizer, asking, scoring.scoring, data_args.max_length, scoring.normalization, **data_args.mapping()
+            rows, tokenizer, asking, scoring.scoring, scoring.max_length, scoring.normalization, **data_args.mapping()
         )
 
     tokenized = {split: tokenize(rows) for split, rows in splits.items()}
-    outside = {name: tokenize(rows, TASKS[name].asking if name in TASKS else asking) for name, rows in shifted.items()}
+    outside = {
+        name: tokenize(rows, TASKS[name].asking if name in TASKS else scoring.asking) for name, rows in shifted.items()
+    }
     collator = ChoiceCollator(cli.padding_token(tokenizer), scoring.scoring)
 
     def make_model(trial=None):
@@ -166,7 +171,7 @@ def main() -> None:
         )
 
     # ----- train, evaluate, report -----
-    settings = {"max length": data_args.max_length, **scoring.settings()}
+    settings = {"max length": scoring.max_length, **scoring.settings()}
     trainer = make_trainer(make_model())
     job = cli.Job(training_args, method_args, make_model, make_trainer, held_out)
     run = ClassifierRun(

@@ -142,6 +142,15 @@ def load_choices(
     return DatasetDict({split: _rows(split, rows, read) for split, rows in data.items()})
 
 
+def questions(rows: Dataset) -> Dataset:
+    """Questions in any of the forms that `load_choices` reads.
+
+    Raises:
+        BlobError: As `load_choices`.
+    """
+    return _rows("inputs", rows, _reader(DatasetDict(inputs=rows), None))
+
+
 def _reader(data: DatasetDict, task: ChoiceTask | None) -> Callable[[Row], dict[str, Any]]:
     """The reader of a named task for files in its own columns, else that of `question`, `choices` and `label`."""
     columns = set(next(iter(data.values())).column_names)

@@ -7,7 +7,7 @@ classifier. A choice that a row does not have gets no probability.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import ascii_uppercase
@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from blob_hf.data.multiple_choice import PUBLISHED, Asking, questions, tokenize_choices
 from blob_hf.tuner.base_model import call_classes
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.registry import Companion, register_companion
@@ -41,7 +43,8 @@ class ChoiceScoring(Companion):
         scoring: `letter` or `text`.
         tokens: Of the letters, in their order; of `text` as many zeros as there may be choices.
         normalization: Of a text's log-likelihood: by nothing, its characters or its tokens.
-        prompt: Template of the question (see `blob_hf.data.multiple_choice`), to ask the same way again.
+        letter_prompt, text_prompt: Templates of a question, see `Asking`.
+        max_length: Of a prompt, in tokens.
 
     Raises:
         BlobError: Not one of these.
@@ -50,7 +53,9 @@ class ChoiceScoring(Companion):
     scoring: str = "letter"
     tokens: tuple[int, ...] = ()
     normalization: str = "none"
-    prompt: str = ""
+    letter_prompt: str = PUBLISHED.letter
+    text_prompt: str = PUBLISHED.text
+    max_length: int = 300
 
     slot = "choices"
     files = (FILE_NAME,)
@@ -65,6 +70,11 @@ class ChoiceScoring(Companion):
             raise BlobError(f"a question has 2 to {len(LETTERS)} choices, got {len(self.tokens)}")
         if self.scoring == "letter" and len(set(self.tokens)) < len(self.tokens):
             raise BlobError("two letters have the same token; use the scoring of texts")
+
+    @property
+    def asking(self) -> Asking:
+        """The templates of a question."""
+        return Asking(self.letter_prompt, self.text_prompt)
 
     @property
     def names(self) -> list[str]:
@@ -188,3 +198,57 @@ class ChoiceCollator:
         ids = [[self.pad] * (longest - len(one)) + list(one) for one in sequences]
         mask = [[0] * (longest - len(one)) + [1] * len(one) for one in sequences]
         return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+# ----- for `BlobModel.predict` ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ChoiceRows:
+    """Tokenized questions, in batches of similar length."""
+
+    rows: Sequence[Mapping[str, Any]]
+    collate: ChoiceCollator
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, batch_size: int) -> Iterator[list[int]]:
+        """Indices of the rows of each batch, the longest first."""
+        order = sorted(range(len(self)), key=lambda index: -len(str(self.rows[index]["input_ids"])))
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size]
+
+    def batch(self, indices: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+        """These rows, without labels."""
+        found = self.collate([{**self.rows[index], "labels": None} for index in indices])
+        return {name: value.to(device) for name, value in found.items()}
+
+
+def is_questions(inputs: Any) -> bool:
+    """Whether inputs are questions: a dict with choices, a list of them, or a data set with such a column."""
+    if isinstance(inputs, Dataset):
+        return "choices" in inputs.column_names
+    first = inputs[0] if isinstance(inputs, (list, tuple)) and inputs else inputs
+    return isinstance(first, Mapping) and "choices" in first
+
+
+def choice_rows(
+    inputs: Any, scoring: ChoiceScoring, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> ChoiceRows:
+    """Questions as `predict` takes them, asked as the adapter was trained to be.
+
+    Raises:
+        BlobError: A question cannot be read, or has more choices than the adapter knows.
+    """
+    if not isinstance(inputs, Dataset):
+        listed = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+        inputs = Dataset.from_list([dict(one) for one in listed])
+    asked = questions(inputs)
+    most = max(map(len, asked["choices"]))
+    if most > len(scoring.tokens):
+        raise BlobError(f"a question has {most} choices, but the adapter was trained on at most {len(scoring.tokens)}")
+    limit = max_length or scoring.max_length
+    tokenized = tokenize_choices(asked, tokenizer, scoring.asking, scoring.scoring, limit, scoring.normalization)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return ChoiceRows(tokenized.to_list(), ChoiceCollator(pad or 0, scoring.scoring))

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from blob_hf.inference.answers import Prediction, TextPrediction
+from blob_hf.inference.choices import ChoiceRows, ChoiceScoring, choice_rows, is_questions
 from blob_hf.inference.evaluating import evaluating
 from blob_hf.inference.generate import generate_mean, generate_predictive, generate_samples, generated_tokens, pad_to
 from blob_hf.inference.inputs import Inputs, Rows, find_tokenizer, rows_of
@@ -69,6 +70,13 @@ def predict(
         raise BlobError(f"batch_size must be >= 1, got {batch_size}")
     drawn = sampling_of(model, Sampling.of(sampling))
     base: Any = model.get_base_model()
+    scoring = model.companion(ChoiceScoring.slot)
+    if isinstance(scoring, ChoiceScoring) and is_questions(inputs):
+        if options:
+            raise BlobError(f"{', '.join(options)}: not for multiple choice")
+        asked = choice_rows(inputs, scoring, tokenizer or find_tokenizer(model), max_length)
+        with evaluating(model):
+            return _classify(model, asked, drawn, batch_size)
     classifies, writes = is_sequence_classifier(base), _writes(base)
     if classifies and options:
         raise BlobError(f"{', '.join(options)}: not for a classifier")
@@ -100,7 +108,7 @@ def _require_classes(base: Any) -> None:
 
 
 def _in_batches(
-    model: BlobModel, rows: Rows, batch_size: int, make: Callable[[dict[str, Tensor]], Sequence[Part]]
+    model: BlobModel, rows: Rows | ChoiceRows, batch_size: int, make: Callable[[dict[str, Tensor]], Sequence[Part]]
 ) -> list[Part]:
     """What `make` gives for each row, in the order of the rows."""
     found: dict[int, Part] = {}
@@ -112,7 +120,7 @@ def _in_batches(
 # ----- classes ---------------------------------------------------------------------------------------------------
 
 
-def _classify(model: BlobModel, rows: Rows, sampling: Sampling, batch_size: int) -> Prediction:
+def _classify(model: BlobModel, rows: Rows | ChoiceRows, sampling: Sampling, batch_size: int) -> Prediction:
     def scores(inputs: dict[str, Tensor]) -> list[np.ndarray]:
         return list(predict_classes(model, inputs, sampling).sample_log_probs.cpu().numpy())
 

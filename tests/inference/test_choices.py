@@ -157,6 +157,23 @@ def test_trains_as_cross_entropy_of_the_choices_and_comes_back(way, tmp_path):
     assert found["eval_nll"] == pytest.approx(metrics["eval_nll"], rel=1e-5)
 
 
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_predict_answers_questions_by_letter(way):
+    model, how = blob(), scoring(*way)
+    model.set_companion(how)
+    how.attach(model, None)
+    found = model.predict(QUESTIONS, of_words(), Sampling(3, seed=2), batch_size=2)
+    inputs = batch(how)
+    inputs.pop("labels")
+    expected = predict_classes(model, inputs, Sampling(3, seed=2))
+    np.testing.assert_allclose(found.probabilities, expected.log_probs.exp(), atol=1e-6)
+    assert found.labels == ["ABCDE"[index] for index in expected.log_probs.argmax(1)]
+    one = model.predict({"question": "who is here", "choices": ["rain", "nobody"]}, of_words())
+    assert one.labels[0] in "AB" and one.probabilities[0, 2:].sum() == 0
+    with pytest.raises(BlobError, match="6 choices, but the adapter was trained on at most 5"):
+        model.predict({"question": "where", "choices": list("abcdef")}, of_words())
+
+
 # ----- data -------------------------------------------------------------------------------------------------------
 
 
