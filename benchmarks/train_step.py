@@ -29,7 +29,7 @@ from transformers import (
 from blob_hf import BlobConfig, get_blob_model
 from blob_hf.trainer.dropout import no_base_dropout
 from blob_hf.trainer.kl.step import DecoupledKLStep
-from blob_hf.tuner.model import get_lora_model
+from blob_hf.tuner.build import get_lora_model
 from blob_hf.tuner.posterior import kl_divergence, mean_posterior_std
 
 METHODS = ["lora", "shared", "local", "flipout"]

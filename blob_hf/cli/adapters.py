@@ -15,8 +15,9 @@ from blob_hf.cli.loading import LoadingArguments
 from blob_hf.trainer.training_args import BlobTrainingArguments
 from blob_hf.tuner.adapter_files import read_config, resolve
 from blob_hf.tuner.base_model import saved_class_names
+from blob_hf.tuner.build import bayesianize, load_lora
 from blob_hf.tuner.config import NOISES, STD_PARAMETERIZATIONS, BlobConfig
-from blob_hf.tuner.model import BlobModel, bayesianize, load_lora
+from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import gaussian_layers
 from blob_hf.utils.errors import BlobError
 

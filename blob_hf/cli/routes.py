@@ -23,8 +23,9 @@ from blob_hf.trainer.summary import BLOB_CARD, LORA_CARD
 from blob_hf.trainer.trainer import BlobTrainer, num_trained
 from blob_hf.trainer.training_args import Arguments, BlobTrainingArguments, changed_arguments
 from blob_hf.tuner.adapter_files import resolve
+from blob_hf.tuner.build import get_blob_model, get_lora_model, load_lora
 from blob_hf.tuner.config import BlobConfig
-from blob_hf.tuner.model import BlobModel, get_blob_model, get_lora_model, load_lora
+from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import sampled_layers
 from blob_hf.utils.errors import BlobError
 

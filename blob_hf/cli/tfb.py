@@ -25,7 +25,7 @@ from blob_hf.data.tasks import TASKS
 from blob_hf.trainer import BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments, BlobTrainer, BlobTrainingArguments
 from blob_hf.tuner.adapter_files import read_config, resolve
 from blob_hf.tuner.base_model import class_names, has_task_head, load_base_model
-from blob_hf.tuner.model import load_lora
+from blob_hf.tuner.build import load_lora
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.hub import fetching
 

@@ -26,8 +26,9 @@ from blob_hf.metrics.bertscore import PUBLISHED_MODEL, BertScorer
 from blob_hf.trainer import BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments
 from blob_hf.tuner import adapter_files
 from blob_hf.tuner.base_model import load_base_model
+from blob_hf.tuner.build import get_blob_model, get_lora_model, load_lora
 from blob_hf.tuner.config import BlobConfig, default_target_modules
-from blob_hf.tuner.model import BlobModel, get_blob_model, get_lora_model, load_lora
+from blob_hf.tuner.model import BlobModel
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.hub import fetching
 

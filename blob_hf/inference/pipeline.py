@@ -13,7 +13,8 @@ from transformers import TextClassificationPipeline
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
-from blob_hf.tuner.model import BlobModel, task_class_names
+from blob_hf.tuner.build import task_class_names
+from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 

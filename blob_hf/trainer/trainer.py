@@ -50,7 +50,8 @@ from blob_hf.trainer.own_training import with_own_optimizer
 from blob_hf.trainer.selection import check_metric, eval_nll
 from blob_hf.trainer.summary import last_evaluation, summarize
 from blob_hf.trainer.training_args import BlobTrainingArguments, as_blob_arguments
-from blob_hf.tuner.model import BlobModel, as_blob_model
+from blob_hf.tuner.build import as_blob_model
+from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import gaussian_layers, sampling_of
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError

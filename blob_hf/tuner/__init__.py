@@ -1,7 +1,8 @@
 """Floor 1, the method on a network: a LoRA whose A is a Gaussian posterior. Nothing here knows a trainer."""
 
+from blob_hf.tuner.build import bayesianize, get_blob_model, get_lora_model, load_lora
 from blob_hf.tuner.config import BlobConfig
-from blob_hf.tuner.model import BlobModel, bayesianize, get_blob_model, get_lora_model, load_lora
+from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import (
     kl_divergence,
     posterior_mean,

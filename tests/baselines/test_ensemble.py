@@ -17,7 +17,7 @@ from blob_hf.cli.method_arguments import MethodArguments
 from blob_hf.cli.routes import find_route
 from blob_hf.inference.export import export_samples
 from blob_hf.inference.predict import predict_classes
-from blob_hf.tuner.model import get_lora_model, load_lora
+from blob_hf.tuner.build import get_lora_model, load_lora
 from blob_hf.tuner.posterior import sampled_layers
 from blob_hf.tuner.sampled import SampledLinear
 from blob_hf.tuner.sampling import Sampling

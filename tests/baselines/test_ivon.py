@@ -10,7 +10,7 @@ from torch import nn
 from blob_hf import BlobError
 from blob_hf.baselines import IVONConfig, IVONState, attach_ivon
 from blob_hf.baselines.ivon import IVON, NewtonLinear, newton_layers
-from blob_hf.tuner.model import get_lora_model
+from blob_hf.tuner.build import get_lora_model
 from blob_hf.tuner.posterior import lora_layers
 from blob_hf.tuner.sampled import sample_generator, standard_normal
 from blob_hf.tuner.sampling import Sampling

@@ -28,7 +28,7 @@ from blob_hf.baselines.laplace import (
     lora_weights,
 )
 from blob_hf.inference.predict import sampled_prediction
-from blob_hf.tuner.model import get_lora_model
+from blob_hf.tuner.build import get_lora_model
 from blob_hf.tuner.posterior import sampled_layers
 from blob_hf.tuner.sampling import Sampling
 

@@ -13,7 +13,7 @@ from blob_hf import BlobError
 from blob_hf.baselines import attach_mc_dropout
 from blob_hf.baselines.mc_dropout import MaskedA
 from blob_hf.inference.generate import generate_samples
-from blob_hf.tuner.model import get_lora_model
+from blob_hf.tuner.build import get_lora_model
 from blob_hf.tuner.posterior import sampled_layers
 from blob_hf.tuner.sampling import Sampling
 

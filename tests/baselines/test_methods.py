@@ -19,7 +19,7 @@ from blob_hf.cli.adapters import AdapterArguments
 from blob_hf.cli.method_arguments import MethodArguments
 from blob_hf.cli.methods import ignored_flags
 from blob_hf.cli.routes import ROUTES, FittedRoute, find_route
-from blob_hf.tuner.model import as_blob_model, get_lora_model
+from blob_hf.tuner.build import as_blob_model, get_lora_model
 from blob_hf.tuner.posterior import sampled_layers
 
 NAMES = ("blob", "lora", "map", "mc_dropout", "ensemble", "laplace", "tfb", "scalabl", "ivon")

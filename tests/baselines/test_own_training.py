@@ -16,7 +16,7 @@ from blob_hf.cli.routes import find_route
 from blob_hf.inference.generate import generate_samples
 from blob_hf.trainer import engines
 from blob_hf.trainer.checkpoints import newest_complete
-from blob_hf.tuner.model import get_lora_model
+from blob_hf.tuner.build import get_lora_model
 from blob_hf.tuner.posterior import sampled_layers
 from blob_hf.tuner.sampling import Sampling
 

@@ -15,7 +15,7 @@ from blob_hf.baselines import PosteriorScale, attach_mc_dropout, fit_posterior_s
 from blob_hf.baselines.laplace import library_is_there
 from blob_hf.baselines.posterior_scale import FINE, LARGEST, smallest
 from blob_hf.inference.predict import predict_classes
-from blob_hf.tuner.model import get_lora_model
+from blob_hf.tuner.build import get_lora_model
 from blob_hf.tuner.posterior import gaussian_layers, sampled_layers
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from blob_hf import BlobError
 from blob_hf.baselines import ScalaBLState, attach_scalabl
 from blob_hf.baselines.scalabl import INIT_STD, subspace_layers
-from blob_hf.tuner.model import get_lora_model
+from blob_hf.tuner.build import get_lora_model
 from blob_hf.tuner.posterior import lora_layers
 from blob_hf.tuner.sampled import standard_normal
 from blob_hf.tuner.sampling import Sampling

@@ -17,7 +17,7 @@ from blob_hf.cli.method_arguments import MethodArguments
 from blob_hf.cli.routes import find_route
 from blob_hf.cli.tfb import main
 from blob_hf.data import demo
-from blob_hf.tuner.model import get_lora_model
+from blob_hf.tuner.build import get_lora_model
 from blob_hf.tuner.posterior import gaussian_layers
 from blob_hf.tuner.sampling import Sampling
 

@@ -14,7 +14,7 @@ from blob_hf.cli.held_out import EVALUATIONS, early_stopping
 from blob_hf.cli.method_arguments import MethodArguments
 from blob_hf.cli.routes import ROUTES
 from blob_hf.trainer.dropout import no_base_dropout
-from blob_hf.tuner.model import as_blob_model
+from blob_hf.tuner.build import as_blob_model
 
 DATA, HELD_OUT = rows(24), rows(16, seed=5)
 QUICK = [

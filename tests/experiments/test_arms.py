@@ -8,7 +8,7 @@ from transformers import TopKLogitsWarper
 
 from blob_hf import BlobConfig, Sampling, get_blob_model
 from blob_hf.experiments.arms import ARMS, SeededTokenSampling, summaries, uniforms
-from blob_hf.tuner.model import get_lora_model
+from blob_hf.tuner.build import get_lora_model
 
 
 def blob(base=None, task="SEQ_2_SEQ_LM", targets="bart"):

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 from blob_hf import export_samples
-from blob_hf.tuner.model import get_lora_model
+from blob_hf.tuner.build import get_lora_model
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from blob_hf import BlobConfig, get_blob_model
 from blob_hf.inference.generate import PredictiveProcessor, generate_mean, generate_predictive, generate_samples
-from blob_hf.tuner.model import get_lora_model
+from blob_hf.tuner.build import get_lora_model
 from blob_hf.tuner.posterior import gaussian_layers
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError

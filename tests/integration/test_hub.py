@@ -301,7 +301,7 @@ def test_an_ensemble_goes_through_the_hub_and_a_later_adapter_leaves_nothing_of_
     pushed = alice.run(
         """
 from blob_hf.baselines.ensemble import join_members
-from blob_hf.tuner.model import get_lora_model, load_lora
+from blob_hf.tuner.build import get_lora_model, load_lora
 
 def member(seed):
     torch.manual_seed(seed)

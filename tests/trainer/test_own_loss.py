@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from blob_hf import BlobConfig, BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments, BlobTrainer, get_blob_model
 from blob_hf.trainer.dropout import no_base_dropout
-from blob_hf.tuner.model import get_lora_model
+from blob_hf.tuner.build import get_lora_model
 from blob_hf.tuner.posterior import gaussian_layers
 from blob_hf.utils.errors import BlobError, NonFiniteLossError
 

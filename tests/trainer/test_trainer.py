@@ -22,7 +22,7 @@ from blob_hf import (
 from blob_hf.trainer.dropout import no_base_dropout
 from blob_hf.trainer.kl.history import COLUMNS, LOGGED
 from blob_hf.trainer.kl.schedule import KLSchedule, kl_cycle_length
-from blob_hf.tuner.model import get_lora_model
+from blob_hf.tuner.build import get_lora_model
 from blob_hf.tuner.posterior import gaussian_layers
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError, NonFiniteLossError

@@ -10,7 +10,7 @@ from peft import AutoPeftModel, LoraConfig, PeftModel
 from blob_hf import BlobConfig, BlobModel, get_blob_model, get_lora_model
 from blob_hf.baselines import attach_mc_dropout
 from blob_hf.tuner.base_model import class_names, name_classes
-from blob_hf.tuner.model import load_lora
+from blob_hf.tuner.build import load_lora
 
 NAMES = {0: "no", 1: "maybe", 2: "yes"}
 IDS = {"no": 0, "maybe": 1, "yes": 2}

@@ -18,7 +18,7 @@ from transformers.core_model_loading import WeightRenaming
 from blob_hf import BlobConfig, BlobModel, attach_mc_dropout, bayesianize, get_blob_model
 from blob_hf.baselines import MapState
 from blob_hf.tuner.adapter_files import STD_FILE
-from blob_hf.tuner.model import get_lora_model
+from blob_hf.tuner.build import get_lora_model
 from blob_hf.tuner.posterior import attach_posterior, gaussian_layers
 from blob_hf.utils.errors import BlobError
 

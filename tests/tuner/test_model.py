@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from blob_hf import BlobConfig, BlobModel, attach_mc_dropout, bayesianize, get_blob_model
 from blob_hf.tuner.adapter_files import STD_FILE
-from blob_hf.tuner.model import BlobModelForSeq2SeqLM, BlobModelForSequenceClassification, get_lora_model
+from blob_hf.tuner.build import BlobModelForSeq2SeqLM, BlobModelForSequenceClassification, get_lora_model
 from blob_hf.tuner.posterior import gaussian_layers
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError

@@ -183,7 +183,7 @@ def test_plain_lora_has_no_verdict(tmp_path):
     from helpers.models import TARGETS, tiny_bert
     from peft import LoraConfig
 
-    from blob_hf.tuner.model import get_lora_model
+    from blob_hf.tuner.build import get_lora_model
 
     lora = get_lora_model(tiny_bert(), LoraConfig(target_modules=TARGETS["bert"]))
     run = make_trainer(tmp_path, lora, point_estimate=True)
