@@ -1,4 +1,4 @@
-"""Run an experiment: `python -m blob_hf.experiments {study,glue,sensitivity,mean,sampling,picture} ...`."""
+"""Run an experiment: `python -m blob_hf.experiments NAME ...`, see `EXPERIMENTS`."""
 
 import sys
 
@@ -12,6 +12,7 @@ from blob_hf.utils.errors import BlobError
 EXPERIMENTS = {
     "study": study.main,
     "glue": glue.main,
+    "multiple_choice": glue.multiple_choice,
     "sensitivity": sensitivity.main,
     "mean": mean.main,
     "sampling": sampling.main,

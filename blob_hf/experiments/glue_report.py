@@ -1,4 +1,4 @@
-"""The report of experiment I: one table beside the published ones, paired comparisons, verdicts, plots."""
+"""The report of a grid of classifiers: one table beside the published ones, paired comparisons, verdicts, plots."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +10,7 @@ import pandas as pd
 
 from blob_hf.cli.artifacts import VERDICT_FILE
 from blob_hf.cli.costs import COSTS_FILE
+from blob_hf.experiments.published import GLUE, Experiment
 from blob_hf.experiments.statistics import Spread, paired_interval, spread
 from blob_hf.metrics.calibration import reliability_bins
 from blob_hf.metrics.classification import MEAN_CURVE, rejection_curves
@@ -35,33 +36,7 @@ SHOWN = {
 DETECTION = ("mean_entropy_auroc", "entropy_auroc", "mutual_information_auroc", "entropy_aupr", "entropy_fpr95")
 
 
-def _published(*rows: tuple[str, str]) -> dict[str, dict[str, Spread]]:
-    tasks = ("rte", "mrpc", "wic", "cola", "boolq")
-    table: dict[str, dict[str, Spread]] = {task: {} for task in tasks}
-    for metric, values in rows:
-        scale = 100 if metric in ("accuracy", "ece") else 1
-        for task, cell in zip(tasks, values.split("|"), strict=True):
-            mean, std = (float(part) / scale for part in cell.split())
-            table[task][metric] = Spread(mean, std, 3)
-    return table
-
-
-# BLoB, N=10, RoBERTa-base, 5,000 steps, 3 seeds. [W] Wang et al. (2024); [K] the KTH re-implementation (2025).
-PUBLISHED = {
-    "K": _published(
-        ("accuracy", "75.81 1.81|87.66 1.44|67.19 2.10|83.32 0.72|78.92 0.29"),
-        ("ece", "10.97 2.45|5.03 1.67|13.02 1.21|3.68 1.14|2.67 0.66"),
-        ("nll", "0.56 0.05|0.32 0.02|0.69 0.01|0.37 0.01|0.46 0.01"),
-    ),
-    "W": _published(
-        ("accuracy", "75.45 0.51|88.73 0.35|64.26 1.00|80.89 0.24|75.49 1.60"),
-        ("ece", "8.97 0.98|3.30 0.19|13.03 0.85|7.83 0.27|2.90 0.12"),
-        ("nll", "0.48 0.01|0.26 0.00|0.67 0.01|0.46 0.01|0.51 0.01"),
-    ),
-}
-
-
-def write(folder: Path, runs: Mapping[Key, Path], arguments: Sequence[str]) -> None:
+def write(folder: Path, runs: Mapping[Key, Path], arguments: Sequence[str], experiment: Experiment = GLUE) -> None:
     """Write report.md, results.csv and the plots of the complete runs, and print the report."""
     if not runs:
         return
@@ -71,9 +46,9 @@ def write(folder: Path, runs: Mapping[Key, Path], arguments: Sequence[str]) -> N
     detection = _read_detection(runs)
     plots = draw(folder, runs, results)
     parts = [
-        "# Experiment I: classifiers, mean +- std over seeds",
-        f"{len(runs)} runs of run_glue_blob.py {' '.join(arguments)}",
-        results_text(results),
+        f"# {experiment.title}, mean +- std over seeds",
+        f"{len(runs)} runs of {experiment.script}.py {' '.join(arguments)}",
+        results_text(results, experiment),
         comparisons_text(results),
         costs_text(runs),
         *([f"## What the KL did\n\n{_text(verdicts)}"] if len(verdicts) else []),
@@ -155,7 +130,7 @@ def _label(method: str, count: int) -> str:
     return f"{method}, N={count}"
 
 
-def results_text(results: pd.DataFrame) -> str:
+def results_text(results: pd.DataFrame, experiment: Experiment = GLUE) -> str:
     """One table: each task's methods with N=0 and N=S, then the published rows with our distance from them."""
     rows = []
     for task, part in results.groupby("task", sort=False):
@@ -168,22 +143,25 @@ def results_text(results: pd.DataFrame) -> str:
         best = (
             _label("blob", int(part.loc[part["method"] == "blob", "N"].max())) if "blob" in set(part["method"]) else ""
         )
-        for source, published in PUBLISHED.items():
-            cells = published[str(task)]
+        for label, published in experiment.published.items():
+            cells = published.get(str(task), {})
             shown = []
+            if not cells:
+                continue
             for name, (_, scale, digits, _) in SHOWN.items():
                 if name not in cells:
                     shown.append("-")
                     continue
-                distance = ours[best][name].distance(cells[name]) if best else float("nan")
+                compared = best and label in experiment.ours and not np.isnan(cells[name].std)
+                distance = ours[best][name].distance(cells[name]) if compared else float("nan")
                 away = "" if np.isnan(distance) else f" ({distance:+.1f} std)"
                 shown.append(cells[name].show(scale, digits) + away)
-            rows.append([str(task), f"published blob, N=10 [{source}]", "3", *shown])
+            rows.append([str(task), label, str(next(iter(cells.values())).count), *shown])
     table = pd.DataFrame(rows, columns=["task", "method", "seeds", *(name for name, *_ in SHOWN.values())])
     return (
         _text(table)
         + "\n\nStd over seeds with ddof = 1. In brackets: our blob (largest N) minus the published mean, in units of "
-        "sqrt(our std^2 + their std^2). The published setting is RoBERTa-base, 5,000 steps of batch 32."
+        f"sqrt(our std^2 + their std^2). {experiment.setting}"
     )
 
 

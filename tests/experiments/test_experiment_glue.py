@@ -13,6 +13,7 @@ from scipy.special import log_softmax
 from blob_hf.experiments import glue_report, grid
 from blob_hf.experiments.glue import method_arguments
 from blob_hf.experiments.grid import GridArguments, GridRun, complete_runs
+from blob_hf.experiments.published import MULTIPLE_CHOICE
 from blob_hf.experiments.statistics import paired_interval, spread
 from blob_hf.metrics import calibration_metrics
 from blob_hf.trainer.kl.history import COLUMNS
@@ -197,7 +198,7 @@ def test_interrupted_runs_resume_and_launchers_know_the_name(tmp_path, script, m
 
 
 def test_the_grid_of_experiment_i(tmp_path, script, capsys, monkeypatch):
-    monkeypatch.setattr(glue_report, "write", lambda folder, runs, rest: print(sorted(runs), rest))
+    monkeypatch.setattr(glue_report, "write", lambda folder, runs, rest, experiment: print(sorted(runs), rest))
     options = ["--output_dir", tmp_path / "out", "--launcher", sys.executable]
     grid_ = ["--tasks", "rte", "cola", "--seeds", "1", "2", "--methods", "lora", "blob:kl_schedule=elbo,beta=0.1"]
     rest = ["--max_steps", "7", "--train_file", "data/{task}.csv"]
@@ -265,3 +266,14 @@ def test_the_experiment_with_the_real_script(tmp_path, capsys):
     assert run_experiment(*arguments) == 0
     assert capsys.readouterr().out == text and len(before) == 2
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/runs/*/*/*/report.md")} == before
+
+
+def test_multiple_choice_is_beside_its_own_published_table(tmp_path):
+    folders = {("arc_challenge", "blob", seed): tmp_path / f"run{seed}" for seed in SEEDS}
+    for (_, method, seed), folder in folders.items():
+        finished_run(folder, method, seed)
+    glue_report.write(tmp_path, folders, [], MULTIPLE_CHOICE)
+    text = (tmp_path / "report.md").read_text()
+    assert cells(text, "| arc_challenge | published BLoB, Llama-2-7B [C]")[3:] == ["66.70", "10.80", "0.880", "-"]
+    assert cells(text, "| arc_challenge | published MAP, Llama-2-7B [C]")[3:] == ["67.70", "30.60", "3.070", "-"]
+    assert "run_multiple_choice_blob.py" in text and "published blob" not in text

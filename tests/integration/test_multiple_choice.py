@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from helpers.running import run_script
+from helpers.running import run_experiment, run_script
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -107,6 +107,15 @@ def test_methods_that_are_fitted_to_lora_answer(world, scoring, monkeypatch, tmp
         more = ["--method", method, "--adapter_name_or_path", tmp_path / "lora", "--output_dir", tmp_path / method]
         assert run_script(monkeypatch, SCRIPT, *flags(world, *more)) == 0
         assert read(tmp_path / method / "eval_results.json")["eval_mean_nll"] == pytest.approx(mean, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_experiment_runs_the_grid(world, tmp_path):
+    grid = ["--tasks", "arc_easy", "--seeds", "1", "2", "--methods", "blob", "lora", "--launcher", "fork"]
+    passed = flags(world, "--output_dir", tmp_path)
+    assert run_experiment("multiple_choice", *grid, *passed) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "| arc_easy | blob, N=2 | 2 |" in text and "| arc_easy | published BLoB, Llama-2-7B [C] | 3 | 84.60" in text
 
 
 @pytest.mark.parametrize(
