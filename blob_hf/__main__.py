@@ -1,4 +1,4 @@
-"""The `blob` command: `blob classify`, `summarize`, `choose`, `predict`, `convert`, `tfb`, `lm-eval` and `experiments`."""
+"""The `blob` command: `classify`, `summarize`, `choose`, `predict`, `convert`, `tfb`, `lm-eval` and `experiments`."""
 
 import sys
 from collections.abc import Callable, Sequence

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from blob_hf import BlobConfig, BlobError, BlobModel, get_blob_model, get_lora_model
 from blob_hf.lm_eval import TASKS, register
 from blob_hf.lm_eval.__main__ import main
+from blob_hf.lm_eval.tasks import calibration_error, load, score
 
 COLOURS = ["red", "green", "blue", "black", "dark", "light"]
 WORDS = ["[PAD]", "[UNK]", "[END]", "Question:", "Answer:", "which", "is", *COLOURS]
@@ -133,8 +134,8 @@ def test_samples_are_averaged_as_whole_continuations(world, harness):
     assert [greedy for _, greedy in found] == most.tolist()
 
     alone = model(num_posterior_samples=S, posterior_seed=5, max_length=5)  # three windows of the text
-    text, end = "which is red blue green is which red black is which", ours.tokenizer.eos_token
-    ids = [2, *ours.tokenizer(text).input_ids]
+    text = "which is red blue green is which red black is which"
+    ids = [2, *alone.tokenizer(text).input_ids]
     total = np.zeros(S)
     for start in range(1, len(ids), 5):
         end = min(start + 5, len(ids))
@@ -157,10 +158,10 @@ def test_the_predictive_of_choices(world, harness):
     networks, sequence = merged(world), model(num_posterior_samples=S, posterior_seed=5).loglikelihood(asked)
     for row in questions(world):
         context, count = f"Question: {row['question']} Answer:", len(row["choices"])
-        probabilities = np.mean([
-            torch.tensor([log_likelihood(one, ours.tokenizer, context, c)[0] for c in row["choices"]]).softmax(0).numpy()
-            for one in networks
-        ], axis=0)  # fmt: skip
+        scores = np.array(
+            [[log_likelihood(one, ours.tokenizer, context, c)[0] for c in row["choices"]] for one in networks]
+        )
+        probabilities = np.exp(scores - logsumexp(scores, axis=1, keepdims=True)).mean(0)
         here = np.array(found[place : place + count])
         np.testing.assert_allclose(np.exp(here - logsumexp(here)), probabilities, atol=1e-5)
         np.testing.assert_allclose(
@@ -196,6 +197,7 @@ def run_harness(folder, *more) -> dict:
     return json.loads(written.read_text())
 
 
+@pytest.mark.slow
 def test_the_command_gives_the_figures_of_our_script(world, monkeypatch, tmp_path, capsys):
     data = world / "questions.jsonl"
     code = run_script(
@@ -217,26 +219,51 @@ def test_the_command_gives_the_figures_of_our_script(world, monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("args", "metadata", "line"),
+    ("settings", "line"),
     [
-        ("pretrained=base", "data_file=x", "the model blob needs adapter="),
-        ("adapter=ADAPTER,num_posterior_samples=-1", "data_file=x", "num_posterior_samples must be >= 0, got -1"),
-        ("adapter=ADAPTER,predictive=letters", "data_file=x", "predictive must be one of sequence, choices"),
-        ("adapter=nowhere", "data_file=x", "'nowhere' is not a local folder"),
-        ("adapter=ADAPTER,peft=ADAPTER", "data_file=x", "by adapter=, not peft="),
-        ("adapter=PLAIN", "data_file=x", "has no posterior to sample from; set num_posterior_samples=0"),
-        ("adapter=ADAPTER", "version=1", "--metadata data_file=questions.jsonl"),
+        ({"adapter": None}, "the model blob needs adapter="),
+        ({"num_posterior_samples": -1}, "num_posterior_samples must be >= 0, got -1"),
+        ({"num_posterior_samples": "many"}, "num_posterior_samples must be a whole number, got 'many'"),
+        ({"predictive": "letters"}, "predictive must be one of sequence, choices"),
+        ({"adapter": "nowhere"}, "'nowhere' is not a local folder"),
+        ({"peft": "nowhere"}, "by adapter=, not peft="),
+        ({"adapter": "PLAIN"}, "has no posterior to sample from; set num_posterior_samples=0"),
     ],
 )
-def test_a_mistake_is_one_line(world, tmp_path, capfd, args, metadata, line):
-    if "PLAIN" in args:
+def test_mistakes(world, harness, tmp_path, settings, line):
+    if settings.get("adapter") == "PLAIN":
         config = BlobConfig(target_modules=["q_proj"], task_type="CAUSAL_LM").to_lora()
         get_lora_model(LlamaForCausalLM.from_pretrained(world / "base"), config).save_pretrained(tmp_path)
-    args = args.replace("ADAPTER", str(world / "adapter")).replace("PLAIN", str(tmp_path))
+        settings = {"adapter": str(tmp_path)}
+    with pytest.raises(BlobError, match=line):
+        harness[0](**settings)
+
+
+def test_a_task_without_its_file_or_labels(tmp_path):
+    with pytest.raises(BlobError, match="--metadata data_file=questions.jsonl"):
+        load(pretrained="base")
+    (tmp_path / "own.jsonl").write_text('{"question": "which", "choices": ["red", "blue"]}')
+    with pytest.raises(BlobError, match="has no labels"):
+        load(str(tmp_path / "own.jsonl"))
+
+
+def test_the_scores_of_a_question():
+    found = score({"choices": ["red", "dark green"], "label": 1}, [(-3.0, False), (-4.0, True)])
+    p = np.exp([-3.0, -4.0]) / np.exp([-3.0, -4.0]).sum()
+    assert (found["acc"], found["acc_norm"]) == (0, 1)
+    assert found["nll"] == pytest.approx(-np.log(p[1])) and found["brier"] == pytest.approx(2 * p[0] ** 2)
+    three = score({"choices": ["a", "b", "c"], "label": 0}, [(-1.0, False)] * 3)
+    expected = (abs(0 - p[0]) + abs(1 - 1 / 3)) / 2  # each in a bin of its own
+    assert calibration_error([found["ece"], three["ece"]]) == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_a_mistake_is_one_line(world, tmp_path, capfd):
     with pytest.raises(SystemExit) as ended:
-        run_harness(tmp_path, "--model_args", args, "--metadata", metadata)
+        run_harness(tmp_path, "--model_args", f"adapter={world / 'adapter'},num_posterior_samples=-1")
     errors = [one for one in capfd.readouterr().err.splitlines() if one.startswith("error: ")]
-    assert ended.value.code == 2 and len(errors) == 1 and line in errors[0]
+    assert ended.value.code == 2
+    assert errors == ["error: num_posterior_samples must be >= 0, got -1; 0 is the posterior mean"]
 
 
 def test_without_the_harness(monkeypatch, capsys):
