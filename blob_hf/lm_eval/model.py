@@ -46,6 +46,9 @@ class BlobLM(HFLM):  # type: ignore[misc, unused-ignore]  # the harness need not
         BlobError: No adapter, one without a posterior to sample from, or a setting that is none of these.
     """
 
+    _model: Any  # as the harness has it, which gives no types: a base model first, then a BlobModel
+    cache_hook: CacheHook
+
     def __init__(
         self,
         pretrained: Any = None,
