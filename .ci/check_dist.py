@@ -8,6 +8,7 @@ from pathlib import Path
 
 WANTED = (
     "blob_hf/data/demo/backbone/model.safetensors",
+    "blob_hf/lm_eval/blob_choices.yaml",
     "blob_hf/py.typed",
     "run_glue_blob.py",
     "run_multiple_choice_blob.py",

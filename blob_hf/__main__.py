@@ -1,4 +1,4 @@
-"""The `blob` command: `blob classify`, `summarize`, `choose`, `predict`, `convert`, `tfb` and `experiments`."""
+"""The `blob` command: `classify`, `summarize`, `choose`, `predict`, `convert`, `tfb`, `lm-eval` and `experiments`."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -44,6 +44,12 @@ def _tfb(argv: Sequence[str]) -> None:
     main(argv)
 
 
+def _lm_eval(argv: Sequence[str]) -> None:
+    from blob_hf.lm_eval.__main__ import main
+
+    main(argv)
+
+
 def _experiments(argv: Sequence[str]) -> None:
     from blob_hf.experiments.__main__ import main
 
@@ -57,6 +63,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "predict": ("labels or summaries for new texts, with their uncertainty", _predict),
     "convert": ("turn a checkpoint of the BLoB authors' code into an adapter", _convert),
     "tfb": ("give a trained LoRA adapter a posterior without training", _tfb),
+    "lm-eval": ("lm-evaluation-harness, with the model blob", _lm_eval),
     "experiments": ("run an experiment: glue, sensitivity, mean, sampling", _experiments),
 }
 
