@@ -14,9 +14,10 @@ from scipy.special import logsumexp
 
 from blob_hf.inference.generate import generate_predictive
 from blob_hf.tuner.adapter_files import SavedAdapter, read, resolve
+from blob_hf.tuner.build import load_lora
 from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.loading import resize_vocabulary
-from blob_hf.tuner.model import BlobModel, load_lora
+from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import posterior_mean, posterior_samples, sampling_of
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
