@@ -1,5 +1,6 @@
 """Floor 3, training with transformers' Trainer."""
 
+from importlib import import_module
 from typing import Any
 
 from blob_hf.trainer.seq2seq import BlobSeq2SeqTrainer
@@ -14,7 +15,5 @@ _OF_TRL = ("BlobSFTConfig", "BlobSFTTrainer")
 def __getattr__(name: str) -> Any:
     """What needs TRL is imported when it is asked for: the rest works without."""
     if name in _OF_TRL:
-        from blob_hf.trainer import sft
-
-        return getattr(sft, name)
+        return getattr(import_module("blob_hf.trainer.sft"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,6 +4,7 @@ TRL reads, tokenizes, masks and packs the rows. The loss of a batch, its KL, the
 card are those of `BlobTrainer`. This module needs TRL; nothing else in the package does.
 """
 
+import copy
 import dataclasses
 import importlib.util
 import math
@@ -40,8 +41,8 @@ _TOKENS_AT_ONCE = 512  # whose distribution over the vocabulary is looked at tog
 class BlobSFTConfig(SFTConfig, BlobTrainingArguments):
     """TRL's `SFTConfig` with `BlobArguments`; where both have a default, it is TRL's.
 
-    Of TRL's own, `loss_type` is `nll`, and there is no auxiliary loss of routers (`router_aux_loss_coef`). `eval_packing`
-    is false unless it is asked for: rows are evaluated one by one.
+    Of TRL's own, `loss_type` is `nll`, and there is no auxiliary loss of routers (`router_aux_loss_coef`).
+    `eval_packing` is false unless it is asked for: rows are evaluated one by one.
     """
 
     defining: ClassVar[list[str]] = [
@@ -67,7 +68,9 @@ class _Collator(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         if self.packed_rows and "seq_lengths" not in examples[0]:
-            return dataclasses.replace(self, padding_free=False, packed_rows=False).torch_call(examples)
+            padded = copy.copy(self)
+            padded.padding_free = padded.packed_rows = False
+            return padded.torch_call(examples)
         return super().torch_call(examples)
 
 
@@ -82,7 +85,9 @@ class _SFTTrainer(SFTTrainer):
         own_forward = vars(base).get("forward")
         trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
         try:
-            super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, *others, **kwargs)
+            super().__init__(
+                model, args, data_collator, train_dataset, eval_dataset, processing_class, *others, **kwargs
+            )
         except (ValueError, TypeError, RuntimeError) as error:
             if isinstance(error, BlobError) or not _raised_by_trl(error):
                 raise
@@ -216,7 +221,9 @@ class BlobSFTTrainer(BlobTrainerMixin, CheckpointMixin, _SFTTrainer):
         if not isinstance(rows, Dataset) or self._skip_prepare_dataset or "input_ids" in rows.column_names:
             return rows
         tokenizer = self.processing_class
-        return self._prepare_dataset(rows, tokenizer, self.args, bool(self.args.eval_packing), self._formatting_func, "test")
+        return self._prepare_dataset(
+            rows, tokenizer, self.args, bool(self.args.eval_packing), self._formatting_func, "test"
+        )
 
 
 def _settled(args: BlobSFTConfig) -> BlobSFTConfig:

@@ -61,8 +61,8 @@ def check_tokenizer(tokenizer: object, row: Mapping[str, Any], template: str | N
         raise BlobError(f"BlobSFTTrainer needs a tokenizer, got a {type(tokenizer).__name__}")
     if template is not None and not (template.endswith(_JINJA) and Path(template).is_file()):
         raise BlobError(
-            f"chat_template_path must be a Jinja file ({' or '.join(_JINJA)}) that exists, got {template}: the template "
-            "of another tokenizer may need tokens that the model does not have"
+            f"chat_template_path must be a Jinja file ({' or '.join(_JINJA)}) that exists, got {template}: the "
+            "template of another tokenizer may need tokens that the model does not have"
         )
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise BlobError("the tokenizer has neither a padding nor an end token; set tokenizer.pad_token and save it")

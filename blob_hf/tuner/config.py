@@ -44,9 +44,7 @@ CHOICE_TARGETS = {
     "gpt2": ["c_attn", "lm_head"],
 }
 # Of a model that writes texts the same without its head, on which TRL has no adapter.
-TEXT_TARGETS = {
-    family: [name for name in targets if name != "lm_head"] for family, targets in CHOICE_TARGETS.items()
-}
+TEXT_TARGETS = {family: [name for name in targets if name != "lm_head"] for family, targets in CHOICE_TARGETS.items()}
 SEQ2SEQ_TARGETS = {
     "bart": ["q_proj", "k_proj", "v_proj", "lm_head"],
     "t5": ["q", "k", "v", "lm_head"],

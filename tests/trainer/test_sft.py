@@ -1,52 +1,24 @@
 """`BlobSFTTrainer` against TRL's own trainer and against loops over merged samples."""
 
-import json
 import math
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 pytest.importorskip("trl", reason="needs TRL: pip install 'blob_hf[trl]'")
 
+from helpers.models import randomize_b, words
+from helpers.sft import llama, tokenizer
 from trl import SFTConfig, SFTTrainer
 
-from blob_hf import BlobConfig, BlobError, BlobSFTConfig, BlobSFTTrainer, Sampling
+from blob_hf import BlobConfig, BlobError, BlobModel, BlobSFTConfig, BlobSFTTrainer, Sampling
 from blob_hf.tuner.posterior import gaussian_layers, posterior_samples
-from helpers.models import randomize_b, words
 
-CHAT = (
-    "{% for message in messages %}[SEP] {{ message['role'] }} "
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }} [END] {% endgeneration %}"
-    "{% else %}{{ message['content'] }} {% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}[SEP] assistant {% endif %}"
-)
 TARGETS = ["q_proj", "v_proj"]
-
-
-def tokenizer(template=CHAT):
-    vocabulary = {"[PAD]": 0, "[UNK]": 1, "[END]": 2, "[SEP]": 3, **{f"w{i}": i for i in range(4, 59)}, "assistant": 59}
-    model = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
-    model.pre_tokenizer = WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]", sep_token="[SEP]"
-    )
-    made.chat_template = template
-    return made
-
-
-def llama(seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, pad_token_id=0, eos_token_id=2, bos_token_id=None,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
 
 
 def pairs(count=12, seed=0):
@@ -57,7 +29,12 @@ def pairs(count=12, seed=0):
 def conversations(count=8):
     return Dataset.from_list(
         [
-            {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+            {
+                "messages": [
+                    {"role": "user", "content": row["prompt"]},
+                    {"role": "assistant", "content": row["completion"]},
+                ]
+            }
             for row in pairs(count)
         ]
     )
@@ -123,9 +100,7 @@ def test_packed_rows_do_not_see_one_another(tmp_path):
     """The loss of one pack of all rows is that of all rows in one batch."""
     losses = []
     for changes in ({"per_device_train_batch_size": 6}, {"packing": True, "max_length": 200}):
-        trainer = ours(
-            tmp_path, pairs(6), peft_config=LoraConfig(r=4, target_modules=TARGETS), max_steps=1, **changes
-        )
+        trainer = ours(tmp_path, pairs(6), peft_config=LoraConfig(r=4, target_modules=TARGETS), max_steps=1, **changes)
         trainer.train()
         losses += logged(trainer, "loss")
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -140,6 +115,13 @@ def test_training_moves_the_posterior_and_logs_its_kl(tmp_path):
     assert "forward" not in vars(trainer.model.get_base_model())
 
 
+@torch.no_grad()
+def _scores(model, whole, prompt):
+    """log p of the tokens after a prompt."""
+    log_probs = model(input_ids=whole).logits[0, prompt - 1 : -1].log_softmax(-1)
+    return log_probs[range(whole.shape[1] - prompt), whole[0, prompt:]]
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_evaluation_is_that_of_a_loop_over_merged_samples(tmp_path, packing):
     model = get_peft_model(llama(), BlobConfig(r=4, target_modules=TARGETS, init_eps=0.6, task_type="CAUSAL_LM"))
@@ -152,30 +134,22 @@ def test_evaluation_is_that_of_a_loop_over_merged_samples(tmp_path, packing):
     found = trainer.evaluate()
     again = trainer.predict(rows, metric_key_prefix="eval").metrics
 
-    made, totals, count = tokenizer(), [], 0
-    base = trainer.model
-    means, predictives = 0.0, 0.0
+    made, base = tokenizer(), trainer.model
+    predictives, means, samples, count = 0.0, 0.0, 0.0, 0
     for row in rows:
-        prompt = made(row["prompt"], return_tensors="pt").input_ids
+        prompt = made(row["prompt"], return_tensors="pt").input_ids.shape[1]
         whole = made(row["prompt"] + row["completion"] + "[END]", return_tensors="pt").input_ids
-        targets = whole[0, prompt.shape[1] :]
-
-        def scores():
-            with torch.no_grad():
-                log_probs = base(input_ids=whole).logits[0, prompt.shape[1] - 1 : -1].log_softmax(-1)
-            return log_probs[range(len(targets)), targets]
-
         each = []
         for sample in range(3):
             with posterior_samples(base, Sampling(1, first=sample)):
-                each.append(scores())
+                each.append(_scores(base, whole, prompt))
         predictives -= (torch.stack(each).logsumexp(0) - math.log(3)).sum().item()
-        totals.append(torch.stack(each).sum(-1))
-        means -= scores().sum().item()
-        count += len(targets)
+        samples -= torch.stack(each).sum(-1).mean().item()
+        means -= _scores(base, whole, prompt).sum().item()
+        count += whole.shape[1] - prompt
     assert found["eval_nll"] == pytest.approx(predictives / count, rel=1e-4)
     assert found["eval_mean_nll"] == pytest.approx(means / count, rel=1e-4)
-    assert found["eval_sample_nll"] == pytest.approx(-torch.stack(totals).sum(0).mean().item() / count, rel=1e-4)
+    assert found["eval_sample_nll"] == pytest.approx(samples / count, rel=1e-4)
     assert found["eval_perplexity"] == pytest.approx(math.exp(predictives / count), rel=1e-4)
     assert found["eval_mean_perplexity"] == pytest.approx(math.exp(means / count), rel=1e-4)
     assert again["eval_nll"] == pytest.approx(found["eval_nll"], rel=1e-6)
@@ -187,9 +161,7 @@ def test_a_resumed_training_is_the_whole_one(tmp_path):
     whole.train()
     resumed = ours(tmp_path / "resumed", max_steps=4)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    for (name, one), (_, other) in zip(
-        whole.model.named_parameters(), resumed.model.named_parameters(), strict=True
-    ):
+    for (name, one), (_, other) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
         assert torch.equal(one, other), name
     assert logged(resumed, "loss")[-2:] == logged(whole, "loss")[-2:]
 
@@ -199,14 +171,10 @@ def test_the_saved_adapter_has_mean_and_std_and_comes_back(tmp_path):
     trainer.train()
     expected = trainer.evaluate()
     trainer.save_model()
-    names = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert names["peft_type"]
-    from blob_hf import BlobModel
-
+    means, stds = load_file(tmp_path / "adapter_model.safetensors"), load_file(tmp_path / "posterior_std.safetensors")
+    assert len(stds) == len([name for name in means if "lora_A" in name]) == 4
     model = BlobModel.from_pretrained(tmp_path, model=llama())
-    only = BlobSFTTrainer(
-        model, trainer.args, eval_dataset=pairs(5, seed=9), processing_class=tokenizer()
-    )
+    only = BlobSFTTrainer(model, trainer.args, eval_dataset=pairs(5, seed=9), processing_class=tokenizer())
     found = only.evaluate()
     assert only.train_dataset is None
     assert found["eval_nll"] == pytest.approx(expected["eval_nll"], rel=1e-6)
@@ -232,8 +200,6 @@ def test_a_quantised_model_keeps_its_posterior_in_float32(tmp_path):
 
 
 def test_arguments_of_trl_and_transformers_get_blobs_defaults(tmp_path):
-    from transformers import TrainingArguments
-
     plain = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", learning_rate=3e-3)
     for given in (SFTConfig(**settings(tmp_path, learning_rate=3e-3)), plain):
         trainer = BlobSFTTrainer(
