@@ -12,6 +12,7 @@ WANTED = (
     "blob_hf/py.typed",
     "run_glue_blob.py",
     "run_multiple_choice_blob.py",
+    "run_sft_blob.py",
     "run_summarization_blob.py",
 )
 

@@ -1,5 +1,8 @@
 """blob_hf: fine-tune language models with BLoB, LoRA whose A matrix is a Gaussian posterior."""
 
+from typing import Any
+
+from blob_hf import trainer as _trainer
 from blob_hf.baselines import (
     IVONConfig,
     LaplaceConfig,
@@ -73,3 +76,10 @@ __all__ = [
     "score_targets",
     "train_members",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`BlobSFTTrainer` and `BlobSFTConfig`, which need TRL."""
+    if name in _trainer._OF_TRL:
+        return getattr(_trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The `blob` command: `classify`, `summarize`, `choose`, `predict`, `convert`, `tfb`, `lm-eval` and `experiments`."""
+"""The `blob` command; `COMMANDS` has what comes after it."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +16,10 @@ def _summarize(argv: Sequence[str]) -> None:
 
 def _choose(argv: Sequence[str]) -> None:
     _script("run_multiple_choice_blob", argv)
+
+
+def _sft(argv: Sequence[str]) -> None:
+    _script("run_sft_blob", argv)
 
 
 def _script(name: str, argv: Sequence[str]) -> None:
@@ -60,6 +64,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "classify": ("fine-tune and evaluate a classifier (run_glue_blob.py)", _classify),
     "summarize": ("fine-tune and evaluate a summarizer (run_summarization_blob.py)", _summarize),
     "choose": ("fine-tune and evaluate a language model on multiple choice (run_multiple_choice_blob.py)", _choose),
+    "sft": ("fine-tune and evaluate a causal model on texts or conversations (run_sft_blob.py)", _sft),
     "predict": ("labels or summaries for new texts, with their uncertainty", _predict),
     "convert": ("turn a checkpoint of the BLoB authors' code into an adapter", _convert),
     "tfb": ("give a trained LoRA adapter a posterior without training", _tfb),

@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from blob_hf.cli.bases import BASE_FOLDER
 from blob_hf.trainer.checkpoints import find_checkpoint, newest_complete
-from blob_hf.trainer.training_args import DEFINING, Arguments, BlobTrainingArguments, changed_arguments
+from blob_hf.trainer.training_args import Arguments, BlobTrainingArguments, changed_arguments
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
 
@@ -116,7 +116,7 @@ def claim_output_dir(args: BlobTrainingArguments, fresh: bool, *others: Any) -> 
 
 
 def _settings(args: BlobTrainingArguments, fresh: bool, *others: Any) -> dict[str, Any]:
-    settings = {name: getattr(args, name) for name in DEFINING}
+    settings = {name: getattr(args, name) for name in args.defining}
     settings["kl_schedule"] = args.schedule
     if fresh:
         settings["beta"] = args.prior_std

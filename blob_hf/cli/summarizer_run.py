@@ -6,17 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from blob_hf.cli.artifacts import Run
+from blob_hf.cli.language_run import LanguageRun
 from blob_hf.cli.sentences import agreement_sentence, samples_sentence
 from blob_hf.metrics.agreement import closest_call, marked
-from blob_hf.metrics.samples import NLLCurve
 from blob_hf.metrics.summaries import selective_summarization
 from blob_hf.reporting.generation_plots import SCORES, plot_risk_coverage
 
 SUMMARIZATION_METRICS = ["rouge1", "rouge2", "rougeL", "nll"]
 
 
-class SummarizerRun(Run):
+class SummarizerRun(LanguageRun):
     """A `Run` of a summarizer."""
 
     def add_sentence(
@@ -26,13 +25,6 @@ class SummarizerRun(Run):
         nlls = metrics[f"{prefix}_nll"], metrics[f"{prefix}_mean_nll"]
         said = samples_sentence(*nlls, self.num_samples, "token"), agreement_sentence(rows)
         self.sentences[split] = " ".join(filter(None, said))
-
-    def add_samples(self, mean_nll: float, split: str) -> None:
-        """Draw the NLL of the references by the number of samples, from the last scoring of a split."""
-        if self.num_samples and self.trainer.nll_by_samples is not None:
-            nll = np.asarray(self.trainer.nll_by_samples, dtype=float)
-            curve = NLLCurve(np.arange(1, len(nll) + 1), nll, np.zeros_like(nll))
-            self.add_nll_curve(curve, mean_nll, split, "token")
 
     def add_unreferenced(self, prefix: str, metrics: dict[str, float], split: str, count: int) -> None:
         """Save {prefix}_results.json of a split without references: how long it took, and no scores."""

@@ -10,7 +10,6 @@ from peft import LoraConfig
 from blob_hf.reporting.model_card import write_model_card
 from blob_hf.reporting.run_summary import DataSource, MethodCard, Results, RunSummary
 from blob_hf.reporting.tables import results_table
-from blob_hf.trainer.training_args import DEFINING
 from blob_hf.tuner.base_model import class_names, peft_loading
 from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.model import BlobModel
@@ -138,7 +137,7 @@ def summarize(
     shown = {"method": model.method, **method_settings(model), **_settings(trainer), **(settings or {})}
     if diagnosis is not None:
         shown["KL cycle M (steps)"] = diagnosis.cycle_steps
-    arguments = {name: getattr(value := getattr(args, name), "value", value) for name in DEFINING}  # enums too
+    arguments = {name: getattr(value := getattr(args, name), "value", value) for name in args.defining}  # enums too
     if trainer.kl is not None:
         arguments["beta"] = model.blob_config.prior_std
     return RunSummary(

@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
@@ -89,6 +89,8 @@ class BlobArguments:
         antithetic (`bool`): draw them in pairs M + Omega eps, M - Omega eps.
         posterior_batch_size (`int`, *optional*): samples evaluated in one batch, to bound memory.
     """
+
+    defining: ClassVar[list[str]] = DEFINING
 
     beta: float | None = field(
         default=None,

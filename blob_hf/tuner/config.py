@@ -43,6 +43,8 @@ CHOICE_TARGETS = {
     **{family: ["q_proj", "v_proj", "lm_head"] for family in _LLAMA_LIKE},
     "gpt2": ["c_attn", "lm_head"],
 }
+# Of a model that writes texts the same without its head, on which TRL has no adapter.
+TEXT_TARGETS = {family: [name for name in targets if name != "lm_head"] for family, targets in CHOICE_TARGETS.items()}
 SEQ2SEQ_TARGETS = {
     "bart": ["q_proj", "k_proj", "v_proj", "lm_head"],
     "t5": ["q", "k", "v", "lm_head"],
@@ -145,9 +147,10 @@ def default_target_modules(model_type: str, task: str) -> list[str] | str:
 
     Args:
         model_type: `config.model_type` of the base model, for example `"roberta"`.
-        task: `"classification"`, `"summarization"` or `"choices"`.
+        task: `"classification"`, `"summarization"`, `"choices"` or `"text"`.
     """
-    presets = {"classification": CLASSIFICATION_TARGETS, "summarization": SEQ2SEQ_TARGETS, "choices": CHOICE_TARGETS}[
-        task
-    ]
+    presets = {
+        "classification": CLASSIFICATION_TARGETS, "summarization": SEQ2SEQ_TARGETS, "choices": CHOICE_TARGETS,
+        "text": TEXT_TARGETS,
+    }[task]  # fmt: skip
     return presets.get(model_type, "all-linear")

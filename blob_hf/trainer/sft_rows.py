@@ -1,0 +1,77 @@
+"""What supervised fine-tuning needs of its rows and of the tokenizer, said before TRL stumbles over it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from blob_hf.utils.errors import BlobError
+
+_JINJA = (".jinja", ".j2")
+
+
+def first_row(rows: Any) -> Mapping[str, Any]:
+    """The row that shows in which form all are.
+
+    Raises:
+        BlobError: There is none.
+    """
+    row = next(iter(rows), None)
+    if row is None:
+        raise BlobError("the data set to fine-tune on is empty")
+    return row
+
+
+def has_messages(row: Mapping[str, Any]) -> bool:
+    """Whether a row is a conversation: a list of messages, or a prompt and a completion of messages."""
+    values = (row.get(name) for name in ("messages", "conversations", "prompt"))
+    return any(isinstance(value, list) and value and isinstance(value[0], Mapping) for value in values)
+
+
+def check_rows(row: Mapping[str, Any], text_field: str, formatted: bool) -> None:
+    """Refuse rows in a form that TRL does not know.
+
+    Args:
+        text_field: Column of plain texts.
+        formatted: Whether a function of the user's makes texts of the rows.
+
+    Raises:
+        BlobError: They are.
+    """
+    if "image" in row or "images" in row:
+        raise BlobError("BlobSFTTrainer trains on texts, but the rows have images; leave that column out")
+    known = {"input_ids", "messages", "conversations", text_field} & set(row) or {"prompt", "completion"} <= set(row)
+    if not (known or formatted):
+        raise BlobError(
+            f"rows need the columns prompt and completion, messages, or {text_field}; these have {', '.join(row)}"
+        )
+
+
+def check_tokenizer(tokenizer: object, row: Mapping[str, Any], template: str | None) -> None:
+    """Refuse a tokenizer without what the rows need: a chat template, an end token, something to pad with.
+
+    Args:
+        template: `chat_template_path`.
+
+    Raises:
+        BlobError: It lacks that.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise BlobError(f"BlobSFTTrainer needs a tokenizer, got a {type(tokenizer).__name__}")
+    if template is not None and not (template.endswith(_JINJA) and Path(template).is_file()):
+        raise BlobError(
+            f"chat_template_path must be a Jinja file ({' or '.join(_JINJA)}) that exists, got {template}: the "
+            "template of another tokenizer may need tokens that the model does not have"
+        )
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise BlobError("the tokenizer has neither a padding nor an end token; set tokenizer.pad_token and save it")
+    if "input_ids" in row:
+        return
+    if has_messages(row):
+        if not tokenizer.chat_template and template is None:
+            raise BlobError(
+                "the rows are messages, but the tokenizer has no chat template; give chat_template_path (a Jinja file)"
+            )
+    elif tokenizer.eos_token is None:
+        raise BlobError("the tokenizer has no end token, which a text is closed with; set eos_token")
