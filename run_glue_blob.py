@@ -7,7 +7,6 @@ M = int(100 * n**(pi/gamma) / global batch size): larger gamma, shorter cycle, m
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
@@ -19,7 +18,6 @@ from blob_hf.data import demo
 from blob_hf.data.classification import load_classification, load_shifted, tokenize_classification, with_names
 from blob_hf.data.loading import FORMATS, first_rows, hold_out
 from blob_hf.data.tasks import TASKS, find_task
-from blob_hf.reporting.run_summary import DataSource
 from blob_hf.tuner.base_model import named_classes
 
 DEMO = {
@@ -127,7 +125,9 @@ def main() -> None:
     files = {split: path for split, path in files.items() if path}
     dataset = (data_args.dataset_name, data_args.dataset_config_name) if data_args.dataset_name else None
     task_name = data_args.task_name or (None if files or dataset else "rte")
-    source = data_source(data_args, files, task_name)
+    name = task_name or cli.name_of_files(files, DEMO, "demo replies")
+    task = (find_task(task_name).dataset, task_name) if task_name else None
+    source = cli.data_source(name, files, task, (data_args.dataset_name, data_args.dataset_config_name))
     folder = route.folder_name(source.name.replace(" ", "-"), training_args)
     training_args = cli.with_output_dir(training_args, folder, model_args.adapter_name_or_path)
     adapter = cli.starting_adapter(route, model_args, method_args, training_args)
@@ -242,16 +242,6 @@ def main() -> None:
                 rival_output = rival.predict(tokenized[split], metric_key_prefix="lora")
                 run.add_comparison(output, rival_output, data.texts(split), data.label_names)
     run.finish()
-
-
-def data_source(data_args, files, task_name):
-    """What the data is called, and where it is on the Hub."""
-    if files:
-        return DataSource(task_name or cli.name_of_files(files, DEMO, "demo replies"))
-    if task_name:
-        return DataSource(task_name, find_task(task_name).dataset, task_name)
-    name = data_args.dataset_name
-    return DataSource(Path(name).name, None if Path(name).exists() else name, data_args.dataset_config_name)
 
 
 if __name__ == "__main__":

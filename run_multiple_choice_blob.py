@@ -16,8 +16,15 @@ from blob_hf.cli.classifier_run import CLASSIFICATION_METRICS, ClassifierRun
 from blob_hf.cli.evaluation import classification_metrics
 from blob_hf.data.loading import FORMATS, first_rows, hold_out
 from blob_hf.data.multiple_choice import PUBLISHED, TASKS, find_task, load_choices, tokenize_choices
-from blob_hf.inference.choices import NORMALIZATIONS, SCORINGS, ChoiceCollator, ChoiceScoring, letter_tokens
-from blob_hf.reporting.run_summary import DataSource
+from blob_hf.inference.choices import (
+    NORMALIZATIONS,
+    SCORINGS,
+    ChoiceCollator,
+    ChoiceScoring,
+    letter_tokens,
+    padding_token,
+)
+from blob_hf.tuner.adapter_files import resolve
 
 PUBLISHED_KL_RATE = 0.01  # of the experiments on Llama
 
@@ -97,7 +104,14 @@ def main() -> None:
     cli.warn_of_ignored(route, method_args, training_args, model_args, data_args)
 
     # ----- data -----
-    source = data_source(data_args, files, task_name)
+    name = task_name or cli.name_of_files(files, {}, "questions")
+    task = find_task(task_name) if task_name else None
+    source = cli.data_source(
+        name,
+        files,
+        (task.dataset, task.config) if task else None,
+        (data_args.dataset_name, data_args.dataset_config_name),
+    )
     folder = route.folder_name(source.name.replace(" ", "-"), training_args)
     training_args = cli.with_output_dir(training_args, folder, model_args.adapter_name_or_path)
     adapter = cli.starting_adapter(route, model_args, method_args, training_args)
@@ -124,9 +138,10 @@ def main() -> None:
     set_seed(training_args.seed)
     config = model_args.load_config(base_name)
     tokenizer = model_args.load_tokenizer(base_name)
-    asking = find_task(task_name).asking if task_name else PUBLISHED
+    asking = task.asking if task else PUBLISHED
     width = max(len(row) for rows in (*splits.values(), *shifted.values()) for row in rows["choices"])
-    scoring = cli.saved_scoring(adapter) or ChoiceScoring(
+    saved = None if adapter is None else ChoiceScoring.load(resolve(adapter))
+    scoring = saved or ChoiceScoring(
         data_args.scoring,
         letter_tokens(tokenizer, width, asking.letter) if data_args.scoring == "letter" else (0,) * width,
         data_args.length_normalization,
@@ -144,7 +159,7 @@ def main() -> None:
     outside = {
         name: tokenize(rows, TASKS[name].asking if name in TASKS else scoring.asking) for name, rows in shifted.items()
     }
-    collator = ChoiceCollator(cli.padding_token(tokenizer), scoring.scoring)
+    collator = ChoiceCollator(padding_token(tokenizer), scoring.scoring)
 
     def make_model(trial=None):
         base = model_args.load_model(AutoModelForCausalLM, base_name, config=config, dtype=model_args.dtype)
@@ -195,17 +210,6 @@ def main() -> None:
             for name, rows in outside.items() if split == "validation" else ():
                 run.add_shift(name, output, trainer.predict(rows, metric_key_prefix=f"ood_{name}"))
     run.finish()
-
-
-def data_source(data_args, files, task_name):
-    """What the data is called, and where it is on the Hub."""
-    if files:
-        return DataSource(task_name or cli.name_of_files(files, {}, "questions"))
-    if task_name:
-        task = find_task(task_name)
-        return DataSource(task_name, task.dataset, task.config)
-    name = data_args.dataset_name
-    return DataSource(Path(name).name, None if Path(name).exists() else name, data_args.dataset_config_name)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from transformers import TrainerCallback
 from blob_hf import BlobModel, BlobTrainer, BlobTrainingArguments
 from blob_hf.baselines.laplace import library_is_there
 from blob_hf.cli.method_arguments import MethodArguments
-from blob_hf.cli.routes import ROUTES, FittedRoute, Job, Route
+from blob_hf.cli.route import FittedRoute, Job, Route
+from blob_hf.cli.routes import ROUTES
 
 WARM_UP = 2
 POST_HOC = [name for name, route in ROUTES.items() if isinstance(route, FittedRoute)]

@@ -2,10 +2,9 @@
 
 from blob_hf.cli.adapters import AdapterArguments, PublishedDefaults, known_classes, require_split
 from blob_hf.cli.arguments import parse_arguments
-from blob_hf.cli.choices import padding_token, saved_scoring
 from blob_hf.cli.comparison import is_comparable, rival_arguments
 from blob_hf.cli.evaluation import check_best_metric
-from blob_hf.cli.folders import claim_folder, claim_output_dir, name_of_files, with_output_dir
+from blob_hf.cli.folders import claim_folder, claim_output_dir, data_source, name_of_files, with_output_dir
 from blob_hf.cli.head import settle_head
 from blob_hf.cli.held_out import early_stopping
 from blob_hf.cli.languages import TextArguments
@@ -13,7 +12,8 @@ from blob_hf.cli.loading import LoadingArguments, with_saved_revision
 from blob_hf.cli.method_arguments import MethodArguments
 from blob_hf.cli.methods import check_texts, choose_route, make_model, starting_adapter, warn_of_ignored
 from blob_hf.cli.published import with_kl_rate
-from blob_hf.cli.routes import Job, find_route
+from blob_hf.cli.route import Job
+from blob_hf.cli.routes import find_route
 from blob_hf.cli.rows import FixedLengths, RowArguments, split_names
 from blob_hf.cli.terminal import setup_logging, user_errors
 
@@ -31,17 +31,16 @@ __all__ = [
     "choose_route",
     "claim_folder",
     "claim_output_dir",
+    "data_source",
     "early_stopping",
     "find_route",
     "is_comparable",
     "known_classes",
     "make_model",
     "name_of_files",
-    "padding_token",
     "parse_arguments",
     "require_split",
     "rival_arguments",
-    "saved_scoring",
     "settle_head",
     "setup_logging",
     "split_names",

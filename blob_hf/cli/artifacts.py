@@ -8,7 +8,7 @@ from typing import Any
 
 from blob_hf.cli.costs import COSTS_FILE, training_costs
 from blob_hf.cli.held_out import settle_scale
-from blob_hf.cli.routes import Job, Route
+from blob_hf.cli.route import Job, Route
 from blob_hf.metrics.samples import NLLCurve
 from blob_hf.reporting.classification_plots import (
     plot_nll_curve,

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from blob_hf.cli.routes import Route
+from blob_hf.cli.route import Route
 from blob_hf.metrics.calibration import calibration_metrics
 from blob_hf.metrics.selective import risk_coverage
 from blob_hf.metrics.uncertainty import predictive_entropy

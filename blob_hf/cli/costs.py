@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from blob_hf.cli.routes import Outcome
+from blob_hf.cli.route import Outcome
 
 COSTS_FILE = "costs.json"
 

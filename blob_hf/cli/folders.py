@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from transformers.trainer_utils import get_last_checkpoint
 
 from blob_hf.cli.bases import BASE_FOLDER
+from blob_hf.reporting.run_summary import DataSource
 from blob_hf.trainer.checkpoints import find_checkpoint, newest_complete
 from blob_hf.trainer.training_args import Arguments, BlobTrainingArguments, changed_arguments
 from blob_hf.utils import files
@@ -35,6 +36,26 @@ _RESULTS = ("adapter_config.json", "*/*/adapter_config.json", "best_run.json")  
 _ELSEWHERE = "choose another --output_dir"
 
 _held: list[tuple[FileLock, bool]] = []  # by this process, which is one run; and whether it trains there
+
+
+def data_source(
+    name: str, files: Mapping[str, str], task: tuple[str, str | None] | None, dataset: tuple[str | None, str | None]
+) -> DataSource:
+    """What the data of a run is called, and where it is on the Hub.
+
+    Args:
+        name: Of the task or the files.
+        files: Own files by split; they are on no Hub.
+        task: Where a named task is: data set and configuration.
+        dataset: `--dataset_name` and `--dataset_config_name`.
+    """
+    if files:
+        return DataSource(name)
+    if task is not None:
+        return DataSource(name, *task)
+    path, config = dataset
+    assert path is not None
+    return DataSource(Path(path).name, None if Path(path).exists() else path, config)
 
 
 def name_of_files(given: Mapping[str, str], demo: Mapping[str, Any], demo_name: str) -> str:

@@ -7,7 +7,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from blob_hf.baselines import PosteriorScale, fit_posterior_scale, scale_posterior
 from blob_hf.cli.method_arguments import MethodArguments
-from blob_hf.cli.routes import Route
+from blob_hf.cli.route import Route
 from blob_hf.trainer.trainer import BlobTrainer
 from blob_hf.trainer.training_args import Arguments, changed_arguments
 from blob_hf.utils.errors import BlobError

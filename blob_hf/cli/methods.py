@@ -17,7 +17,8 @@ from blob_hf.cli.adapters import (
 )
 from blob_hf.cli.head import head_targets
 from blob_hf.cli.method_arguments import MethodArguments
-from blob_hf.cli.routes import ROUTES, EnsembleRoute, FittedRoute, Route, VariationalRoute, find_route
+from blob_hf.cli.route import FittedRoute, Route
+from blob_hf.cli.routes import ROUTES, EnsembleRoute, VariationalRoute, find_route
 from blob_hf.trainer.training_args import BlobSeq2SeqTrainingArguments, BlobTrainingArguments
 from blob_hf.tuner.adapter_files import resolve
 from blob_hf.tuner.config import default_target_modules

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from blob_hf.cli.routes import EnsembleRoute, FittedRoute, Route
+from blob_hf.cli.route import FittedRoute, Route
+from blob_hf.cli.routes import EnsembleRoute
 from blob_hf.trainer.engines import shutdown
 from blob_hf.trainer.trainer import BlobTrainer
 from blob_hf.trainer.training_args import Arguments, BlobTrainingArguments

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWith
 from blob_hf.baselines.tfb import TFBConfig, TFBState, anchor_rows, fit_tfb
 from blob_hf.cli.arguments import OneLineParser
 from blob_hf.cli.method_arguments import MethodArguments
-from blob_hf.cli.routes import require_plain
+from blob_hf.cli.route import require_plain
 from blob_hf.cli.terminal import user_errors
 from blob_hf.data.classification import load_classification, tokenize_classification
 from blob_hf.data.summarization import DEFAULT_PROMPT, Prompt, load_summaries, scoring_rows, single_references

@@ -14,7 +14,8 @@ from typing import ClassVar
 from accelerate import PartialState
 
 from blob_hf import cli
-from blob_hf.cli.routes import ROUTES, FittedRoute
+from blob_hf.cli.route import FittedRoute
+from blob_hf.cli.routes import ROUTES
 from blob_hf.experiments import glue_report
 from blob_hf.experiments.grid import GridArguments, GridRun, check_passed_on, complete_runs, refuse_failed
 from blob_hf.experiments.published import GLUE, MULTIPLE_CHOICE, Experiment

@@ -151,6 +151,18 @@ def letter_tokens(tokenizer: PreTrainedTokenizerBase, count: int, before: str) -
     return tuple(found)
 
 
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills rows up; what it is makes no difference behind the attention mask.
+
+    Raises:
+        BlobError: The tokenizer has neither a padding nor an end token.
+    """
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise BlobError("the tokenizer has neither a padding nor an end token; set tokenizer.pad_token and save it")
+
+
 def _positioned(inputs: dict[str, Any]) -> dict[str, Any]:
     """With the positions that left padding leaves out: transformers' forward counts padding, too."""
     mask = inputs["attention_mask"]
@@ -250,5 +262,4 @@ def choice_rows(
         raise BlobError(f"a question has {most} choices, but the adapter was trained on at most {len(scoring.tokens)}")
     limit = max_length or scoring.max_length
     tokenized = tokenize_choices(asked, tokenizer, scoring.asking, scoring.scoring, limit, scoring.normalization)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return ChoiceRows(tokenized.to_list(), ChoiceCollator(pad or 0, scoring.scoring))
+    return ChoiceRows(tokenized.to_list(), ChoiceCollator(padding_token(tokenizer), scoring.scoring))

@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -50,7 +49,7 @@ from blob_hf.trainer.own_training import with_own_optimizer
 from blob_hf.trainer.selection import check_metric, eval_nll
 from blob_hf.trainer.summary import last_evaluation, summarize
 from blob_hf.trainer.training_args import BlobTrainingArguments, as_blob_arguments
-from blob_hf.tuner.build import as_blob_model
+from blob_hf.tuner.build import adopted
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import gaussian_layers, sampling_of
 from blob_hf.tuner.sampling import Sampling
@@ -110,10 +109,10 @@ class BlobTrainerMixin(ObjectiveMixin):
         **kwargs: Any,
     ) -> None:
         self.point_estimate = point_estimate
-        adopted = None if model is None else _adopt(model)
+        taken = None if model is None else adopted(model)
         own = as_blob_arguments(args, self.arguments_class)
         super().__init__(
-            adopted, own, data_collator, train_dataset, eval_dataset, processing_class,
+            taken, own, data_collator, train_dataset, eval_dataset, processing_class,
             model_init,  # type: ignore[arg-type]
             compute_loss_func, compute_metrics, callbacks, optimizers, **kwargs,
         )  # fmt: skip
@@ -142,6 +141,11 @@ class BlobTrainerMixin(ObjectiveMixin):
                 "the trainer needs a model with a posterior (get_blob_model, bayesianize); to train a model without "
                 "one pass point_estimate=True"
             )
+        if self.kl is not None and not isinstance(self.blob_model, BlobModel):
+            raise BlobError(
+                f"the posterior is inside a plain {type(self.model).__name__} (its own add_adapter): make the model "
+                "with get_blob_model, or load what you saved with BlobModel.from_pretrained"
+            )
         if self.kl is not None and self.point_estimate:
             raise BlobError("point_estimate=True needs plain LoRA, but this model has a posterior")
         if self.kl is not None and self.args.beta not in (None, self.blob_model.blob_config.prior_std):
@@ -162,7 +166,7 @@ class BlobTrainerMixin(ObjectiveMixin):
         if trial is not None:
             self._hp_search_setup(trial)
             self.args.kl_learning_rate = number_or_word(self.args.kl_learning_rate)  # a trial's number came as a word
-        model = _adopt(super().call_model_init(trial))
+        model = adopted(super().call_model_init(trial))
         if trial is not None and self.args.beta is not None and isinstance(model, BlobModel) and model.has_posterior:
             model.blob_config.prior_std = self.args.beta  # the trial's: `model_init` need not know of trials
         return model
@@ -384,17 +388,8 @@ class BlobTrainerMixin(ObjectiveMixin):
             write_model_card(Path(str(self.args.output_dir)), summary)
 
 
-def _adopt(model: nn.Module) -> nn.Module:
-    """A PEFT model with our saving and loading; any other model stays as it is."""
-    return as_blob_model(model) if isinstance(model, PeftModel) and _is_lora(model) else model
-
-
 def _has_classes(labels: Tensor | None) -> bool:
     return labels is not None and not labels.is_floating_point()  # a loss of the user's own may have other labels
-
-
-def _is_lora(model: PeftModel) -> bool:
-    return str(getattr(model.peft_type, "value", model.peft_type)) == "LORA"
 
 
 def num_trained(model: nn.Module) -> int:

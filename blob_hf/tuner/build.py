@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from torch import nn
 from transformers import PreTrainedModel
 
 from blob_hf.tuner import adapter_files, posterior
@@ -146,3 +147,9 @@ def as_blob_model(peft_model: PeftModel) -> BlobModel:
     peft_model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
     model.remember_head()
     return model
+
+
+def adopted(model: nn.Module) -> nn.Module:
+    """A LoRA model of PEFT with our saving and loading; any other model stays as it is."""
+    is_lora = isinstance(model, PeftModel) and str(getattr(model.peft_type, "value", model.peft_type)) == "LORA"
+    return as_blob_model(model) if is_lora else model  # type: ignore[arg-type]

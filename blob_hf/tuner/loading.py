@@ -253,6 +253,21 @@ def check_fits(model: PeftModel, saved: SavedAdapter, adapter: str) -> None:
     adapter_files.check_fits(saved.mean, _shapes(model, adapter, saved.mean), saved.folder, saved.config, own)
 
 
+def check_scaling(config: LoraConfig, saved: SavedAdapter, adapter: str) -> None:
+    """Check that an adapter scales B A as the one in the model does that it takes the place of.
+
+    Raises:
+        BlobError: It does not: its weights would be of another size here.
+    """
+    for name in ("lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern"):
+        own, found = getattr(config, name), getattr(saved.config, name)
+        if (own or None) != (found or None):
+            raise BlobError(
+                f"{saved.folder} has {name}={found!r}, but the adapter {adapter!r} of this model {own!r}: "
+                "load it under another name"
+            )
+
+
 def check_vocabulary(base: nn.Module, saved: SavedAdapter) -> None:
     """Check that token embeddings saved with an adapter have the size of the model's.
 

@@ -3,8 +3,7 @@
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from blob_hf.tuner.base_model import (
 from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.injection import remove_layers
 from blob_hf.tuner.registry import VERBS, Companion, companion_files
-from blob_hf.tuner.repeating import repeated, repeating
+from blob_hf.tuner.repeating import repeated
 from blob_hf.tuner.sampled import SampledLinear
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils import files, hub
@@ -84,10 +83,9 @@ class BlobModel(PeftModel):
         """Context in which the network is the posterior mean, also in train mode."""
         return posterior.posterior_mean(self)
 
-    @contextmanager
     def posterior_samples(
         self, sampling: Sampling | int, seed: int | None = None, repeat: bool = False
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Context in which the network is frozen posterior samples over sample-major rows.
 
         See `blob_hf.tuner.posterior.posterior_samples`, also for what it cannot know of rows that you repeat.
@@ -96,9 +94,7 @@ class BlobModel(PeftModel):
             repeat: Have `model(...)` and `model.generate(...)` repeat every tensor of the batch S times themselves:
                 outputs are sample-major, `out.unflatten(0, (S, -1))`.
         """
-        drawn = Sampling.of(sampling, seed).required()
-        with posterior.posterior_samples(self, drawn), repeating(self, drawn.num_samples if repeat else 1):
-            yield
+        return posterior.posterior_samples(self, sampling, seed, repeat)
 
     def kl_divergence(self) -> Tensor:
         """KL(q || p) of the active adapters, nats (scalar, differentiable)."""
@@ -435,6 +431,9 @@ class BlobModel(PeftModel):
         new = adapter_name not in self.peft_config
         if not new and loading.is_merged(self):
             raise BlobError(f"adapter {adapter_name!r} is merged into the base weights: unmerge_adapter() first")
+        if not new:
+            own: Any = self.peft_config[adapter_name]
+            loading.check_scaling(own, saved, adapter_name)
         loading.check_memory(saved.config, low_cpu_mem_usage)
         if new:
             loading.check_companions(saved)

@@ -14,6 +14,7 @@ from blob_hf.tuner.in_flight import Frozen, Later, fixed
 from blob_hf.tuner.injection import check_layer, has_adapter, make_gaussian
 from blob_hf.tuner.layer import GaussianA
 from blob_hf.tuner.parameters import make_sampled
+from blob_hf.tuner.repeating import repeating
 from blob_hf.tuner.sampled import SampledLinear, layer_name
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
@@ -130,12 +131,15 @@ def samplable_layers(model: nn.Module) -> list[SampledLinear]:
 @contextmanager
 def posterior_mean(model: nn.Module) -> Iterator[None]:
     """Inside the block the network is the posterior mean, also in train mode and inside `posterior_samples`."""
-    with fixed(dict.fromkeys([*sampled_layers(model), *layer_positions(model, inactive=True)], Frozen(None))):
+    layers = [*sampled_layers(model), *layer_positions(model, inactive=True)]
+    with fixed(dict.fromkeys(layers, Frozen(None))), repeating(model, 1):
         yield
 
 
 @contextmanager
-def posterior_samples(model: nn.Module, sampling: Sampling | int, seed: int | None = None) -> Iterator[None]:
+def posterior_samples(
+    model: nn.Module, sampling: Sampling | int, seed: int | None = None, repeat: bool = False
+) -> Iterator[None]:
     """Inside the block the network is coherent posterior samples: `Sampling(S, ...)`, or S of a seed.
 
     Inputs must be sample-major: S equal blocks of rows (`tensor.repeat(S, 1)`), block s for sample `first + s`, and so
@@ -150,6 +154,9 @@ def posterior_samples(model: nn.Module, sampling: Sampling | int, seed: int | No
     The samples belong to the thread (or asyncio task) that opened the block: others go on undisturbed, with their own
     or without. Adapters that rows choose by PEFT's `adapter_names` are sampled, too.
 
+    Args:
+        repeat: Have a `BlobModel`'s forward and `generate` repeat every tensor of the batch S times themselves.
+
     Raises:
         BlobError: S < 1, the model has no posterior, or its adapter is merged.
     """
@@ -158,7 +165,7 @@ def posterior_samples(model: nn.Module, sampling: Sampling | int, seed: int | No
         layer: layer.freeze(own) for layer, own in layer_samplings(model, drawn).items()
     }
     frozen |= {layer: Later(layer, drawn) for layer in layer_positions(model, inactive=True)}
-    with fixed(frozen):
+    with fixed(frozen), repeating(model, drawn.num_samples if repeat else 1):
         yield
 
 

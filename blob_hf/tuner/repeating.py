@@ -15,9 +15,15 @@ _TIMES: ContextVar[Mapping[int, int]] = ContextVar("blob_hf_repeat", default=Map
 
 @contextmanager
 def repeating(model: nn.Module, times: int) -> Iterator[None]:
-    """Inside the block, and in this context alone, a model's batches are repeated so many times."""
+    """Inside the block, and in this context alone, a model's batches are repeated so many times.
+
+    The innermost block of a model decides: what predicts inside another's samples has its own.
+    """
     outer = _TIMES.get()
-    _TIMES.set({**outer, id(model): times})
+    wrapped = [model]
+    while isinstance(inner := getattr(wrapped[-1], "module", None), nn.Module):  # DDP, DeepSpeed
+        wrapped.append(inner)
+    _TIMES.set({**outer, **dict.fromkeys(map(id, wrapped), times)})
     try:
         yield
     finally:

@@ -18,7 +18,8 @@ from blob_hf.baselines.map import prior_weight_decay
 from blob_hf.cli.adapters import AdapterArguments
 from blob_hf.cli.method_arguments import MethodArguments
 from blob_hf.cli.methods import ignored_flags
-from blob_hf.cli.routes import ROUTES, FittedRoute, find_route
+from blob_hf.cli.route import FittedRoute
+from blob_hf.cli.routes import ROUTES, find_route
 from blob_hf.tuner.build import as_blob_model, get_lora_model
 from blob_hf.tuner.posterior import sampled_layers
 

@@ -81,7 +81,11 @@ def test_other_settings_and_other_mistakes_are_one_line(tmp_path, adapters, caps
         (sampling(tmp_path / "d", adapters, "--arms", "blob"), "invalid choice"),
         (sampling(tmp_path / "e", adapters, "--test_file", empty), "dialogue 1 is empty"),
         (["mean", "--output_dir", tmp_path / "f"], "give --blob and --lora"),
-        (["nothing"], "name an experiment, one of study, glue, multiple_choice, sensitivity, mean, sampling, picture; got nothing"),
+        (
+            ["nothing"],
+            "name an experiment, one of study, glue, multiple_choice, sensitivity, mean, sampling, picture; "
+            "got nothing",
+        ),
         ([], "got nothing"),
     ):
         capsys.readouterr()

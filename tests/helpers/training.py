@@ -7,7 +7,8 @@ from datasets import Dataset
 
 from blob_hf import BlobConfig, BlobTrainer, BlobTrainingArguments, get_blob_model
 from blob_hf.cli.method_arguments import MethodArguments
-from blob_hf.cli.routes import Job, find_route
+from blob_hf.cli.route import Job
+from blob_hf.cli.routes import find_route
 from helpers.models import TARGETS, tiny_bert
 
 

@@ -10,7 +10,8 @@ import torch
 from helpers.running import ROOT
 
 from blob_hf.baselines.laplace import library_is_there
-from blob_hf.cli.routes import ROUTES, FittedRoute
+from blob_hf.cli.route import FittedRoute
+from blob_hf.cli.routes import ROUTES
 
 ENGINE = "zero3" if importlib.util.find_spec("deepspeed") else "ddp"
 SMOKE = {

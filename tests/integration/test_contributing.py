@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from blob_hf import BlobModel, Sampling, predict_classes
 from blob_hf.baselines import base
 from blob_hf.baselines.base import MethodState, register_method
-from blob_hf.cli.routes import Route
+from blob_hf.cli.route import Route
 from blob_hf.reporting.run_summary import MethodCard
 from blob_hf.tuner.posterior import lora_layers
 from blob_hf.tuner.sampled import SampledLinear, layer_name, standard_normal

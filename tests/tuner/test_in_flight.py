@@ -154,6 +154,16 @@ def test_repeat_gives_each_sample_all_inputs(model):
         model()
 
 
+def test_what_predicts_inside_repeats_its_own_batches(model):
+    alone = model.predict({"input_ids": X}, sampling=Sampling(2, seed=4)).probabilities
+    with model.posterior_samples(3, seed=1, repeat=True):
+        inside = model.predict({"input_ids": X}, sampling=Sampling(2, seed=4)).probabilities
+        with model.posterior_mean():
+            assert len(model(input_ids=X).logits) == len(X)
+        assert len(model(input_ids=X).logits) == 3 * len(X)
+    assert (inside == alone).all()
+
+
 def test_repeat_is_for_generate_too():
     torch.manual_seed(0)
     model = get_blob_model(TINY["gpt2"](), BlobConfig(target_modules=["c_attn"], task_type="CAUSAL_LM", init_eps=0.8))
