@@ -21,7 +21,6 @@ from blob_hf.inference.choices import (
     SCORINGS,
     ChoiceCollator,
     ChoiceScoring,
-    letter_tokens,
     padding_token,
 )
 from blob_hf.tuner.adapter_files import resolve
@@ -141,14 +140,13 @@ def main() -> None:
     asking = task.asking if task else PUBLISHED
     width = max(len(row) for rows in (*splits.values(), *shifted.values()) for row in rows["choices"])
     saved = None if adapter is None else ChoiceScoring.load(resolve(adapter))
-    scoring = saved or ChoiceScoring(
-        data_args.scoring,
-        letter_tokens(tokenizer, width, asking.letter) if data_args.scoring == "letter" else (0,) * width,
-        data_args.length_normalization,
-        asking.letter,
-        asking.text,
-        data_args.max_length,
+    scoring = saved or ChoiceScoring.of(
+        asking, data_args.scoring, width, tokenizer, data_args.length_normalization, data_args.max_length
     )
+    scoring.check_width(width)
+    asked = {name: TASKS[name].asking if name in TASKS else scoring.asking for name in shifted}
+    for name, other in asked.items():
+        scoring.check_answers(other, name)
 
     def tokenize(rows, asking=scoring.asking):
         return tokenize_choices(

@@ -33,11 +33,20 @@ class Asking:
         letter: What precedes the letter; fields question, passage, lettered (choices, one a line).
         text: What precedes a choice's text; fields question, passage.
         separator: Between that and the text.
+        answers: The words that stand for the choices where the letter would be; none: letters.
+        fills_blank: Whether the text of a choice stands for the blank `_` in the question, and the words after that are
+            scored, the same ones under each choice (Trinh & Le, 2018; lm-evaluation-harness does WinoGrande so).
     """
 
     letter: str
     text: str = "Question: {question}\nAnswer:"
     separator: str = " "
+    answers: tuple[str, ...] = ()
+    fills_blank: bool = False
+
+    def answer_words(self, count: int) -> tuple[str, ...]:
+        """What the model answers with for each of so many choices, in their order."""
+        return self.answers or tuple(ascii_uppercase[:count])
 
 
 # Prompts of Wang et al. (github Wang-ML-Lab/bayesian-peft), choices as "A) text"
@@ -45,9 +54,13 @@ _LABEL_OF_ANSWER = (
     "Return the label of the correct answer for the question below.\n\n"
     "Question: {question}\nChoices:\n{lettered}\nAnswer:"
 )
-_OF_PASSAGE = "{passage}\n\nQuestion: {question}\nChoices:\n{lettered}\nAnswer:"
+_OF_PASSAGE = (
+    "Read the passage below and answer the question with the words 'true' or 'false'.\n\n"
+    "Passage: {passage}\nQuestion: {question}\nAnswer (true or false):"
+)
 PUBLISHED = Asking(_LABEL_OF_ANSWER)
-READING = Asking(_OF_PASSAGE, "{passage}\nQuestion: {question}?\nAnswer:")
+READING = Asking(_OF_PASSAGE, "{passage}\nQuestion: {question}?\nAnswer:", answers=("false", "true"))
+BLANK = Asking(_LABEL_OF_ANSWER, fills_blank=True)
 CONTINUED = Asking(_LABEL_OF_ANSWER, "{question}")  # OpenBookQA's stems are to be continued
 
 
@@ -94,8 +107,8 @@ TASKS = {
     "arc_challenge": ChoiceTask(_ARC, "ARC-Challenge", _read_arc),
     "arc_easy": ChoiceTask(_ARC, "ARC-Easy", _read_arc),
     "openbookqa": ChoiceTask("allenai/openbookqa", "main", _read_arc, CONTINUED),
-    "winogrande_s": ChoiceTask(_WINOGRANDE, "winogrande_s", _read_winogrande, test=None),
-    "winogrande_m": ChoiceTask(_WINOGRANDE, "winogrande_m", _read_winogrande, test=None),
+    "winogrande_s": ChoiceTask(_WINOGRANDE, "winogrande_s", _read_winogrande, BLANK, test=None),
+    "winogrande_m": ChoiceTask(_WINOGRANDE, "winogrande_m", _read_winogrande, BLANK, test=None),
     "boolq": ChoiceTask("google/boolq", None, _read_boolq, READING, test=None),
 }
 
@@ -232,11 +245,14 @@ def letter_prompt(row: Row, asking: Asking) -> str:
 
 
 def continuations(row: Row, asking: Asking) -> Iterator[tuple[str, str]]:
-    """What precedes each choice's text, and the text. In a question with a blank `_` the rest of it, after the choice.
+    """What precedes each choice's text, and the text that is scored.
 
-    The latter scores the same words under each choice (Trinh & Le, 2018), as lm-evaluation-harness does WinoGrande.
+    Raises:
+        BlobError: A question that is asked by its blank has none.
     """
-    before, blank, after = row["question"].partition("_")
+    before, blank, after = row["question"].partition("_") if asking.fills_blank else ("", "", "")
+    if asking.fills_blank and not blank:
+        raise BlobError(f"{row['question'][:40]!r} has no blank _ for its choices")
     for choice in row["choices"]:
         if blank:
             yield before + choice, f" {after.strip()}"

@@ -43,7 +43,7 @@ class ChoiceScoring(Companion):
         scoring: `letter` or `text`.
         tokens: Of the letters, in their order; of `text` as many zeros as there may be choices.
         normalization: Of a text's log-likelihood: by nothing, its characters or its tokens.
-        letter_prompt, text_prompt: Templates of a question, see `Asking`.
+        letter_prompt, text_prompt, answers, fills_blank: How a question is asked, see `Asking`.
         max_length: Of a prompt, in tokens.
 
     Raises:
@@ -55,6 +55,8 @@ class ChoiceScoring(Companion):
     normalization: str = "none"
     letter_prompt: str = PUBLISHED.letter
     text_prompt: str = PUBLISHED.text
+    answers: tuple[str, ...] = ()
+    fills_blank: bool = False
     max_length: int = 300
 
     slot = "choices"
@@ -69,17 +71,55 @@ class ChoiceScoring(Companion):
         if not 2 <= len(self.tokens) <= len(LETTERS):
             raise BlobError(f"a question has 2 to {len(LETTERS)} choices, got {len(self.tokens)}")
         if self.scoring == "letter" and len(set(self.tokens)) < len(self.tokens):
-            raise BlobError("two letters have the same token; use the scoring of texts")
+            raise BlobError("two answers have the same token; use the scoring of texts")
+
+    @classmethod
+    def of(
+        cls, asking: Asking, scoring: str, width: int, tokenizer: PreTrainedTokenizerBase, normalization: str,
+        max_length: int,
+    ) -> "ChoiceScoring":  # fmt: skip
+        """How a new adapter answers questions of at most `width` choices.
+
+        Raises:
+            BlobError: An answer has no token of its own, or a setting is unknown.
+        """
+        letters = scoring == "letter"
+        words = asking.answer_words(width)
+        tokens = answer_tokens(tokenizer, words, asking.letter) if letters else (0,) * width
+        how = (asking.letter, asking.text, asking.answers if letters else (), asking.fills_blank)
+        return cls(scoring, tokens, normalization, *how, max_length)
 
     @property
     def asking(self) -> Asking:
         """The templates of a question."""
-        return Asking(self.letter_prompt, self.text_prompt)
+        return Asking(self.letter_prompt, self.text_prompt, answers=self.answers, fills_blank=self.fills_blank)
 
     @property
     def names(self) -> list[str]:
-        """Of the choices: their letters."""
-        return list(LETTERS[: len(self.tokens)])
+        """Of the choices: their letters, or the words that stand for them."""
+        return list(self.asking.answer_words(len(self.tokens)))
+
+    def check_width(self, most: int) -> None:
+        """Refuse questions with more choices than there are answers for.
+
+        Raises:
+            BlobError: They have.
+        """
+        if most > len(self.tokens):
+            raise BlobError(
+                f"a question has {most} choices, but the adapter answers with at most {len(self.tokens)}: "
+                f"{', '.join(self.names)}"
+            )
+
+    def check_answers(self, other: Asking, name: str) -> None:
+        """Refuse another task whose questions are answered by other words.
+
+        Raises:
+            BlobError: They are.
+        """
+        if self.scoring == "letter" and other.answers != self.answers:
+            words, own = (", ".join(one) or "letters" for one in (other.answers, self.answers))
+            raise BlobError(f"{name} is answered by {words}, but here by {own}; use the scoring of texts")
 
     def answer(self, network: Callable[..., Any], inputs: Mapping[str, Any]) -> SequenceClassifierOutput:
         """Logits `(rows, choices)` of a batch of `ChoiceCollator`; softmax of them are the probabilities."""
@@ -114,7 +154,7 @@ class ChoiceScoring(Companion):
             return None
         try:
             settings = json.loads(file.read_text(encoding="utf-8"))
-            return cls(**{**settings, "tokens": tuple(settings["tokens"])})
+            return cls(**{**settings, "tokens": tuple(settings["tokens"]), "answers": tuple(settings["answers"])})
         except (ValueError, TypeError, KeyError) as error:
             raise BlobError(f"{file} is damaged ({error}); get the adapter again") from error
 
@@ -129,22 +169,22 @@ class ChoiceScoring(Companion):
         return found | ({"length normalization": self.normalization} if self.scoring == "text" else {})
 
 
-def letter_tokens(tokenizer: PreTrainedTokenizerBase, count: int, before: str) -> tuple[int, ...]:
-    """The token of each letter as it follows a prompt.
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str], before: str) -> tuple[int, ...]:
+    """The token of each answer, a letter or a word, as it follows a prompt.
 
     Args:
         before: What the prompt ends with.
 
     Raises:
-        BlobError: The tokenizer splits a letter, or merges it with what is before.
+        BlobError: The tokenizer splits an answer, or merges it with what is before.
     """
     start = tokenizer(before).input_ids
     found = []
-    for letter in LETTERS[:count]:
-        whole = tokenizer(f"{before} {letter}").input_ids
+    for word in words:
+        whole = tokenizer(f"{before} {word}").input_ids
         if whole[:-1] != start:
             raise BlobError(
-                f"the tokenizer has no token for the answer {' ' + letter!r} after {before[-12:]!r}; "
+                f"the tokenizer has no token for the answer {' ' + word!r} after {before[-12:]!r}; "
                 "use the scoring of texts"
             )
         found.append(whole[-1])
@@ -257,9 +297,7 @@ def choice_rows(
         listed = [inputs] if isinstance(inputs, Mapping) else list(inputs)
         inputs = Dataset.from_list([dict(one) for one in listed])
     asked = questions(inputs)
-    most = max(map(len, asked["choices"]))
-    if most > len(scoring.tokens):
-        raise BlobError(f"a question has {most} choices, but the adapter was trained on at most {len(scoring.tokens)}")
+    scoring.check_width(max(map(len, asked["choices"])))
     limit = max_length or scoring.max_length
     tokenized = tokenize_choices(asked, tokenizer, scoring.asking, scoring.scoring, limit, scoring.normalization)
     return ChoiceRows(tokenized.to_list(), ChoiceCollator(padding_token(tokenizer), scoring.scoring))

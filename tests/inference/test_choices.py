@@ -21,7 +21,7 @@ from transformers import (
 
 from blob_hf import BlobConfig, BlobModel, BlobTrainer, BlobTrainingArguments, Sampling, get_blob_model
 from blob_hf.data.multiple_choice import PUBLISHED, TASKS, continuations, letter_prompt, load_choices, tokenize_choices
-from blob_hf.inference.choices import ChoiceCollator, ChoiceScoring, letter_tokens
+from blob_hf.inference.choices import ChoiceCollator, ChoiceScoring, answer_tokens
 from blob_hf.inference.predict import predict_classes
 from blob_hf.utils.errors import BlobError
 
@@ -31,7 +31,14 @@ QUESTIONS = [
     {"question": "where", "choices": ["here", "there", "far away", "at home", "in the sun"], "label": 4},
 ]
 WORDS = {word for q in QUESTIONS for text in (q["question"], *q["choices"]) for word in text.split()}
-WORDS |= {*PUBLISHED.letter.split(), *ascii_uppercase, *(f"{letter})" for letter in ascii_uppercase)}
+WORDS |= {
+    *PUBLISHED.letter.split(),
+    *TASKS["boolq"].asking.letter.split(),
+    "false",
+    "true",
+    *ascii_uppercase,
+    *(f"{letter})" for letter in ascii_uppercase),
+}
 
 
 def of_words() -> PreTrainedTokenizerFast:
@@ -67,7 +74,7 @@ def blob(kind: str = "llama") -> BlobModel:
 
 
 def scoring(kind: str, normalization: str = "none") -> ChoiceScoring:
-    tokens = letter_tokens(of_words(), 5, PUBLISHED.letter) if kind == "letter" else (0,) * 5
+    tokens = answer_tokens(of_words(), "ABCDE", PUBLISHED.letter) if kind == "letter" else (0,) * 5
     return ChoiceScoring(kind, tokens, normalization)
 
 
@@ -170,8 +177,29 @@ def test_predict_answers_questions_by_letter(way):
     assert found.labels == ["ABCDE"[index] for index in expected.log_probs.argmax(1)]
     one = model.predict({"question": "who is here", "choices": ["rain", "nobody"]}, of_words())
     assert one.labels[0] in "AB" and one.probabilities[0, 2:].sum() == 0
-    with pytest.raises(BlobError, match="6 choices, but the adapter was trained on at most 5"):
+    with pytest.raises(BlobError, match="has 6 choices, but the adapter answers with at most 5: A, B, C, D, E"):
         model.predict({"question": "where", "choices": list("abcdef")}, of_words())
+
+
+def test_a_passage_is_answered_with_words_as_published():
+    """BoolQ: a softmax over the tokens of false and true, in the order of the labels 0 and 1."""
+    asking, tokenizer, model = TASKS["boolq"].asking, of_words(), blob()
+    how = ChoiceScoring(
+        "letter", answer_tokens(tokenizer, asking.answer_words(2), asking.letter), letter_prompt=asking.letter,
+        answers=asking.answers,
+    )  # fmt: skip
+    model.set_companion(how)
+    how.attach(model, None)
+    row = {"question": "is it rain", "passage": "the sun was there", "choices": ["false", "true"]}
+    found = model.predict(row, tokenizer, Sampling(0))
+    prompt = letter_prompt(row, asking)
+    assert prompt.endswith("Passage: the sun was there\nQuestion: is it rain\nAnswer (true or false):")
+    logits = model(input_ids=torch.tensor([tokenizer(prompt).input_ids])).logits[0, -1]
+    words = tokenizer.convert_tokens_to_ids(["false", "true"])
+    np.testing.assert_allclose(found.probabilities[0], logits[words].softmax(-1).detach(), atol=1e-6)
+    assert found.class_names == ["false", "true"]
+    with pytest.raises(BlobError, match="arc_easy is answered by letters, but here by false, true"):
+        how.check_answers(TASKS["arc_easy"].asking, "arc_easy")
 
 
 # ----- data -------------------------------------------------------------------------------------------------------
@@ -197,6 +225,9 @@ def test_rows_of_the_hub_and_own_ones_are_read_alike(tmp_path):
     assert list(continuations(found[1], TASKS["winogrande_s"].asking)) == [
         ("Ann saw Bob", " twice."), ("Ann saw Eve", " twice."),
     ]  # fmt: skip
+    with pytest.raises(BlobError, match="has no blank _ for its choices"):
+        list(continuations(found[3], TASKS["winogrande_s"].asking))
+    assert next(iter(continuations(found[1], PUBLISHED))) == ("Question: Ann saw _ twice.\nAnswer:", " Bob")
     assert letter_prompt(found[0], PUBLISHED).endswith("Question: q\nChoices:\nA) x\nB) y\nC) z\nAnswer:")
 
 
@@ -233,9 +264,9 @@ def test_what_is_too_long_loses_its_beginning_and_is_counted(caplog):
 
 def test_letters_without_a_token_of_their_own_are_refused():
     with pytest.raises(BlobError, match="no token for the answer ' A'"):
-        letter_tokens(of_bytes(), 4, PUBLISHED.letter)
+        answer_tokens(of_bytes(), "ABCD", PUBLISHED.letter)
     with pytest.raises(BlobError, match="scoring must be one of letter, text"):
         ChoiceScoring("words", (1, 2))
     with pytest.raises(BlobError, match="2 to 26 choices, got 1"):
         ChoiceScoring("text", (0,))
-    assert np.unique(letter_tokens(of_words(), 26, PUBLISHED.letter)).size == 26
+    assert np.unique(answer_tokens(of_words(), ascii_uppercase, PUBLISHED.letter)).size == 26

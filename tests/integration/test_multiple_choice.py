@@ -123,9 +123,19 @@ def test_the_experiment_runs_the_grid(world, tmp_path):
         (["--task_name", "arc"], "task_name must be one of arc_challenge, arc_easy"),
         (["--scoring", "words"], "scoring"),
         (["--train_file", "missing.jsonl"], "--train_file missing.jsonl does not exist"),
+        (["--max_train_samples", "0"], "must be >= 1"),
     ],
 )
 def test_mistakes_are_one_line(world, more, message, monkeypatch, tmp_path, capsys):
     code = run_script(monkeypatch, SCRIPT, *flags(world, *more, "--output_dir", tmp_path / "out"))
     shown = capsys.readouterr()
     assert code == 2 and message in shown.err and "Traceback" not in shown.err
+
+
+def test_a_saved_adapter_does_not_answer_what_it_has_no_letters_for(world, monkeypatch, tmp_path, capsys):
+    wide = tmp_path / "wide.jsonl"
+    wide.write_text(json.dumps({"question": "which is red", "choices": [*COLOURS, "dot"], "label": 0}))
+    assert run_script(monkeypatch, SCRIPT, *flags(world, "--output_dir", tmp_path / "run")) == 0
+    again = ["--do_eval", "--adapter_name_or_path", tmp_path / "run", "--validation_file", wide]
+    assert run_script(monkeypatch, SCRIPT, *flags(world, *again, "--output_dir", tmp_path / "out")) == 2
+    assert "a question has 5 choices, but the adapter answers with at most 4: A, B, C, D" in capsys.readouterr().err
