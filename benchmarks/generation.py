@@ -1,40 +1,52 @@
 """Generating with S posterior samples relative to plain batched PEFT LoRA, and to the published way of doing it.
 
     python benchmarks/generation.py --samples 32
+    python benchmarks/generation.py --model llama-1b --device cuda --dtype bfloat16
 
-An untrained BART (d_model 256, 4+4 layers, BART's vocabulary) writes exactly 64 tokens from 256: the work does not
-depend on the weights.
-The published way is a loop that decodes one sample at a time, greedily, without a KV cache. Rounds alternate; the
-ratios are those of the medians.
+An untrained model (by default a BART with d_model 256, 4+4 layers, BART's vocabulary) writes exactly 64 tokens from
+256: the work does not depend on the weights. The published way is a loop that decodes one sample at a time, greedily,
+without a KV cache. Rounds alternate; the ratios are those of the medians.
 """
 
 import argparse
 import statistics
 import time
+from functools import partial
 
 import torch
 from peft import LoraConfig
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
 from blob_hf import BlobConfig, Sampling, generate_predictive, get_blob_model, get_lora_model
 from blob_hf.experiments.scores import rouge_of_pairs
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "lm_head"]
+TARGETS = {"SEQ_2_SEQ_LM": ["q_proj", "k_proj", "v_proj", "lm_head"], "CAUSAL_LM": ["q_proj", "v_proj"]}
 
 
-def bart(vocab_size: int = 50265, tiny: bool = False) -> BartForConditionalGeneration:
-    torch.manual_seed(0)
-    if tiny:
-        config = BartConfig(
-            vocab_size=8000, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-            decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=64,
-        )  # fmt: skip
-        return BartForConditionalGeneration(config).eval()
+def bart(width: int, layers: int, heads: int, vocab_size: int = 50265) -> BartForConditionalGeneration:
     config = BartConfig(
-        vocab_size=vocab_size, d_model=256, encoder_layers=4, decoder_layers=4, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=1024, decoder_ffn_dim=1024, max_position_embeddings=512,
+        vocab_size=vocab_size, d_model=width, encoder_layers=layers, decoder_layers=layers,
+        encoder_attention_heads=heads, decoder_attention_heads=heads, encoder_ffn_dim=4 * width,
+        decoder_ffn_dim=4 * width, max_position_embeddings=1024,
     )  # fmt: skip
-    return BartForConditionalGeneration(config).eval()
+    return BartForConditionalGeneration(config)
+
+
+def llama(width: int, inner: int, layers: int, heads: int, kv_heads: int, vocab_size: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=vocab_size, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+MODELS = {
+    "bart": partial(bart, 256, 4, 4),
+    "bart-base": partial(bart, 768, 6, 12),
+    "llama-1b": partial(llama, 2048, 8192, 16, 32, 8, 128256),  # in the shape of Llama-3.2-1B
+    "smollm-135m": partial(llama, 576, 1536, 30, 9, 3, 49152),  # of SmolLM2-135M
+    "tiny": partial(bart, 16, 1, 2, vocab_size=8000),  # not worth measuring: to see that this runs
+}
 
 
 @torch.no_grad()
@@ -44,7 +56,7 @@ def published_loop(model, ids, num_samples: int, new_tokens: int) -> None:
     for s in range(num_samples):
         with model.posterior_samples(Sampling(1, first=s)):
             encoded = base.get_encoder()(input_ids=ids)
-            tokens = torch.full((len(ids), 1), base.config.decoder_start_token_id)
+            tokens = torch.full((len(ids), 1), base.config.decoder_start_token_id, device=ids.device)
             for _ in range(new_tokens):
                 logits = base(encoder_outputs=encoded, decoder_input_ids=tokens, use_cache=False).logits
                 tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
@@ -78,20 +90,32 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--loop_samples", type=int, default=2, help="samples of the published loop that are timed")
     parser.add_argument("--summaries", type=int, default=10_000, help="texts whose ROUGE is timed, in hundreds")
-    parser.add_argument("--tiny", action="store_true", help="a model not worth measuring: to see that this runs")
+    parser.add_argument("--model", choices=list(MODELS), default="bart")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    lora = {"target_modules": TARGETS, "task_type": "SEQ_2_SEQ_LM", "r": 8}
-    plain = get_lora_model(bart(tiny=args.tiny), LoraConfig(**lora)).eval()
-    blob = get_blob_model(bart(tiny=args.tiny), BlobConfig(**lora)).eval()
-    ids = torch.randint(4, 8000, (1, args.source))
+    device = torch.device(args.device)
+
+    def base() -> BartForConditionalGeneration | LlamaForCausalLM:
+        torch.manual_seed(0)
+        with device:
+            return MODELS[args.model]().to(getattr(torch, args.dtype))
+
+    task = "SEQ_2_SEQ_LM" if base().config.is_encoder_decoder else "CAUSAL_LM"
+    lora = {"target_modules": TARGETS[task], "task_type": task, "r": 8}
+    plain = get_lora_model(base(), LoraConfig(**lora)).eval()
+    blob = get_blob_model(base(), BlobConfig(**lora)).eval()
+    ids = torch.randint(4, 8000, (1, args.source), device=device)
     many = ids.repeat(args.samples, 1)
     fixed = {"max_new_tokens": args.new_tokens, "min_new_tokens": args.new_tokens, "do_sample": False}
 
     def seconds(run) -> float:
         start = time.perf_counter()
         run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
     share = args.samples / args.loop_samples
@@ -107,17 +131,20 @@ def main() -> None:
         )
     times = [{name: seconds(run) for name, run in runs.items()} for _ in range(args.rounds + 1)][1:]
     medians = {name: statistics.median(one[name] for one in times) for name in runs}
-    loop = share * seconds(lambda: published_loop(blob, ids, args.loop_samples, args.new_tokens))
-    size = "tiny" if args.tiny else "256 x 4+4"
-    print(f"\nBART {size}, {args.source} source and {args.new_tokens} new tokens, {args.threads} thread(s)")
+    has_loop = task == "SEQ_2_SEQ_LM"  # it was published for a summarizer
+    if has_loop:
+        loop = share * seconds(lambda: published_loop(blob, ids, args.loop_samples, args.new_tokens))
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{args.threads} thread(s)"
+    print(f"\n{args.model}, {args.source} source and {args.new_tokens} new tokens, {args.dtype}, {where}")
     print(
         "| generation | seconds | ratio to plain LoRA | the published loop is slower by |\n| --- | ---: | ---: | ---: |"
     )
     for name, median in medians.items():
         reference = medians[f"plain LoRA, {args.samples} rows, beams {name[-1]}"]
-        speedup = f"{loop / median:.1f}x" if name.endswith("beams 1") else ""
+        speedup = f"{loop / median:.1f}x" if has_loop and name.endswith("beams 1") else ""
         print(f"| {name} | {median:.2f} | {median / reference:.3f} | {speedup} |")
-    print(f"| published loop ({args.loop_samples} of {args.samples} timed) | {loop:.2f} | | |")
+    if has_loop:
+        print(f"| published loop ({args.loop_samples} of {args.samples} timed) | {loop:.2f} | | |")
     for name, value in rouge_seconds(args.summaries).items():
         print(f"ROUGE-1/2/L of {args.summaries:,} summaries x 3 references, {name}: {value:.1f} s")
 

@@ -80,11 +80,9 @@ class GaussianA(SampledLinear):
         return self.weight + (self.std * torch.randn_like(self.std)).to(self.weight.dtype)
 
     def train_forward(self, x: Tensor) -> Tensor:
-        mean, std = self.weight, self.std
         if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, mean = x.to(dtype), mean.to(dtype)
-        return NOISE_ESTIMATORS[self.noise](x, mean, std)
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return NOISE_ESTIMATORS[self.noise](x, self.weight, self.std)
 
     @torch.no_grad()
     def draw(self, sampling: Sampling) -> Tensor:

@@ -1,6 +1,6 @@
 """Verbs on a whole model's posterior: attach it, fix it at its mean or at samples, measure it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.in_flight import Frozen, Later, fixed
 from blob_hf.tuner.injection import check_layer, has_adapter, make_gaussian
-from blob_hf.tuner.layer import GaussianA
+from blob_hf.tuner.kl import gaussian_kl
+from blob_hf.tuner.layer import GaussianA, std_from_rho
 from blob_hf.tuner.parameters import make_sampled
 from blob_hf.tuner.repeating import repeating
 from blob_hf.tuner.sampled import SampledLinear, layer_name
@@ -184,17 +185,28 @@ def kl_divergence(model: nn.Module, prior_std: float, adapter: str | None = None
     Under ZeRO-3 the shards are gathered for reading, so the result carries no gradient.
     """
     layers = list(gaussian_layers(model, adapter).values())
-    parameters = [parameter for layer in layers for parameter in (layer.weight, layer.rho)]
-    with gathered(parameters):
-        return torch.stack([full_tensor(layer.kl(prior_std)) for layer in layers]).sum()
+    with gathered([parameter for layer in layers for parameter in (layer.weight, layer.rho)]):
+        return gaussian_kl(_in_one([layer.weight for layer in layers]), _all_stds(layers), prior_std)
 
 
 def mean_posterior_std(model: nn.Module) -> Tensor:
     """Mean of Omega over all weights (scalar tensor, detached)."""
     layers = list(gaussian_layers(model).values())
     with torch.no_grad(), gathered([layer.rho for layer in layers]):
-        total = torch.stack([full_tensor(layer.std.sum()) for layer in layers]).sum()
-        return total / sum(layer.in_features * layer.out_features for layer in layers)
+        return _all_stds(layers).mean()
+
+
+def _all_stds(layers: Sequence[GaussianA]) -> Tensor:
+    """Omega of many layers in one row, in the order of their parameterizations."""
+    kinds = sorted({layer.parameterization for layer in layers})
+    rhos = [_in_one([layer.rho for layer in layers if layer.parameterization == kind]) for kind in kinds]
+    return torch.cat([std_from_rho(rho, kind) for rho, kind in zip(rhos, kinds, strict=True)])
+
+
+def _in_one(parameters: Sequence[Tensor]) -> Tensor:
+    """Many tensors in one row, on the device of the first: an operation each would cost more than the arithmetic."""
+    whole = [full_tensor(parameter).flatten() for parameter in parameters]
+    return torch.cat([part.to(whole[0].device) for part in whole]).float()
 
 
 @dataclass(frozen=True)

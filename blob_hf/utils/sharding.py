@@ -29,3 +29,8 @@ def is_sharded(model: nn.Module) -> bool:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor of an FSDP2 / tensor-parallel shard (a DTensor); any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What this process has of a DTensor, written in place with it; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -17,7 +17,7 @@ ENGINE = "zero3" if importlib.util.find_spec("deepspeed") else "ddp"
 SMOKE = {
     "evaluation": ["--model", "tiny", "--samples", 3, "--rounds", 1, "--threads", 1],
     "generation": [
-        "--tiny", "--samples", 2, "--source", 8, "--new_tokens", 4, "--rounds", 1, "--loop_samples", 1,
+        "--model", "tiny", "--samples", 2, "--source", 8, "--new_tokens", 4, "--rounds", 1, "--loop_samples", 1,
         "--summaries", 100,
     ],
     "train_step": [

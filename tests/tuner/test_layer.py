@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from blob_hf.tuner.layer import GaussianA, rho_from_std, std_from_rho, std_to_save
-from blob_hf.tuner.noise import NOISE_ESTIMATORS, _flip, _FlipoutNoise, _LocalNoise, _random_bits
+from blob_hf.tuner.noise import NOISE_ESTIMATORS, _flip, _flip_by_table, _random_bits
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 
@@ -73,16 +73,17 @@ def test_gradients_agree_in_expectation(parts):
             assert error.abs().max() < 5, noise
 
 
-@pytest.mark.parametrize("function", [_FlipoutNoise, _LocalNoise])
-def test_custom_backward_is_that_of_finite_differences(function):
+@pytest.mark.parametrize("noise", list(NOISE_ESTIMATORS))
+def test_custom_backward_is_that_of_finite_differences(noise):
     x = torch.randn(2, 3, 33, dtype=torch.float64, requires_grad=True)
-    weight = torch.rand(4, 33, dtype=torch.float64).requires_grad_()
+    mean = torch.randn(4, 33, dtype=torch.float64, requires_grad=True)
+    std = torch.rand(4, 33, dtype=torch.float64).requires_grad_()
 
-    def fixed_noise(x, weight):
+    def fixed_noise(x, mean, std):
         torch.manual_seed(1)
-        return function.apply(x, weight)
+        return NOISE_ESTIMATORS[noise](x, mean, std)
 
-    assert torch.autograd.gradcheck(fixed_noise, (x, weight))
+    assert torch.autograd.gradcheck(fixed_noise, (x, mean, std))
 
 
 def test_local_noise_of_an_all_zero_row_has_finite_gradients():
@@ -101,9 +102,10 @@ def test_local_noise_in_half_precision_neither_overflows_nor_hits_a_floor(scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_signs_are_fair_and_uncorrelated(dtype):
+@pytest.mark.parametrize("flip", [_flip, _flip_by_table])
+def test_signs_are_fair_and_uncorrelated(dtype, flip):
     ones = torch.ones(8_000, 70, dtype=dtype)
-    signs = _flip(ones, _random_bits(ones, 70)).float()
+    signs = flip(ones, _random_bits(ones, 70)).float()
     assert set(signs.unique().tolist()) == {-1.0, 1.0}
     standard_error = 8_000**-0.5
     assert signs.mean(0).abs().max() < 5 * standard_error

@@ -7,6 +7,7 @@ would crush the NLL's (Wang et al., NeurIPS 2024, section 4 and the authors' cod
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from blob_hf.tuner.layer import rho_from_std
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import gaussian_layers
 from blob_hf.utils.errors import BlobError
+from blob_hf.utils.sharding import local_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +79,10 @@ class DecoupledKLStep:
             if role is None:
                 continue
             rate = self.kl_learning_rate * self.weight * lr_scale_of(group)
-            for parameter in group["params"]:
-                if rate:
-                    self.apply(parameter, role, rate)
-                if role == "rho" and self.parameterization == "square":
-                    _keep_positive(parameter, optimizer.state.get(parameter, {}))
+            if rate:
+                self.apply(group["params"], role, rate)
+            if role == "rho" and self.parameterization == "square":
+                _keep_positive(group["params"], optimizer)
 
     def _look_for_unreached(self, optimizer: torch.optim.Optimizer) -> None:
         """After the first step: warn of layers whose A no forward has called, so that their noise teaches nothing."""
@@ -96,12 +97,39 @@ class DecoupledKLStep:
             )  # fmt: skip
         self._unseen = None
 
-    def apply(self, parameter: Tensor, role: str, rate: float) -> None:
+    def apply(self, parameters: Sequence[Tensor], role: str, rate: float) -> None:
         """One SGD step on the KL, in place."""
-        if role == "mean":
-            parameter.copy_(descend_mean(parameter, rate, self.prior_std))
-        else:
-            parameter.copy_(descend_rho(parameter, rate, self.prior_std, self.parameterization))
+        for members in _alike(parameters):
+            row = _row(members)
+            if role == "mean":
+                stepped = descend_mean(row, rate, self.prior_std)
+            else:
+                stepped = descend_rho(row, rate, self.prior_std, self.parameterization)
+            torch._foreach_copy_([local_tensor(member) for member in members], _parts(stepped, members))
+
+
+def _alike(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The parameters by device and dtype.
+
+    The KL step is elementwise: each group takes it as one row, since a GPU would need longer to start an operation on
+    each parameter than to do the arithmetic of all.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for parameter in parameters:
+        groups.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+    return list(groups.values())
+
+
+def _row(members: Sequence[Tensor]) -> Tensor:
+    """What this process has of the parameters, one after another."""
+    return torch.cat([local_tensor(member).flatten() for member in members])
+
+
+def _parts(row: Tensor, members: Sequence[Tensor]) -> list[Tensor]:
+    """A row in the shapes of the tensors that it was made of."""
+    local = [local_tensor(member) for member in members]
+    parts = row.split([one.numel() for one in local])
+    return [part.view(one.shape) for part, one in zip(parts, local, strict=True)]
 
 
 def lr_scale_of(group: dict[str, Any]) -> float:
@@ -133,16 +161,23 @@ def stop_at(old: Tensor, new: Tensor, limit: float) -> Tensor:
     return torch.where(old < limit, new.clamp(max=limit), new.clamp(min=limit))
 
 
-def _keep_positive(g: Tensor, state: dict[str, Any]) -> None:
+def _keep_positive(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Turn negative G into |G|, with its momentum: the same std and the same next steps.
 
     Adam may carry a G through 0. A saved adapter holds stds, hence |G|, and a resumed run must fit its momentum.
     """
-    sign = torch.where(g < 0, -1.0, 1.0).to(g.dtype)
-    g.mul_(sign)
-    for name in ("exp_avg", "momentum_buffer"):
-        if isinstance(state.get(name), Tensor):
-            state[name].mul_(sign)
+    for members in _alike(parameters):
+        row = _row(members)
+        signs = _parts(torch.where(row < 0, -1.0, 1.0).to(row.dtype), members)
+        turned = [local_tensor(member) for member in members]
+        turned_by = list(signs)
+        for member, sign in zip(members, signs, strict=True):
+            states = optimizer.state.get(member, {})
+            momenta = [states.get(name) for name in ("exp_avg", "momentum_buffer")]
+            found = [local_tensor(momentum) for momentum in momenta if isinstance(momentum, Tensor)]
+            turned += found
+            turned_by += [sign] * len(found)
+        torch._foreach_mul_(turned, turned_by)
 
 
 def split_posterior_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

@@ -115,10 +115,10 @@ def test_works_on_flat_partitions_padded_with_zeros():
     layers = list(gaussian_layers(model).values())
     for role, get in (("mean", lambda layer: layer.weight), ("rho", lambda layer: layer.rho)):
         flat = torch.cat([*(get(layer).detach().flatten() for layer in layers), torch.zeros(5)])
-        step.apply(flat, role, rate=0.003)
+        step.apply([flat], role, rate=0.003)
         assert flat[-5:].tolist() == [0] * 5
         for layer in layers:
-            step.apply(get(layer).data, role, rate=0.003)
+            step.apply([get(layer).data], role, rate=0.003)
         torch.testing.assert_close(flat[:-5], torch.cat([get(layer).detach().flatten() for layer in layers]))
 
 
@@ -126,7 +126,7 @@ def test_a_g_next_to_zero_is_not_thrown_beyond_the_prior():
     model = make()
     step = attach(model, torch.optim.SGD(trainable(model), lr=1e-3), kl_learning_rate=0.01)
     g = torch.tensor([1e-6, -1e-6, 0.3, -0.3, 2.0])
-    step.apply(g, "rho", rate=0.001)
+    step.apply([g], "rho", rate=0.001)
     prior_g = 0.2**0.5
     assert g[:2].tolist() == pytest.approx([prior_g, -prior_g])  # plain SGD would put them at 2000
     expected = 0.3 - 0.001 * 2 * (0.3**3 / 0.04 - 1 / 0.3)
@@ -139,7 +139,7 @@ def test_a_mean_is_not_thrown_beyond_the_prior_by_a_small_beta(rate):
     model = make(prior_std=0.1)
     step = attach(model, torch.optim.SGD(trainable(model), lr=1e-3), kl_learning_rate=0.01)
     mean = torch.tensor([0.5, -0.5])
-    step.apply(mean, "mean", rate)  # plain SGD: factor 1 - rate / 0.01, beyond 0 from rate 0.01 on
+    step.apply([mean], "mean", rate)  # plain SGD: factor 1 - rate / 0.01, beyond 0 from rate 0.01 on
     assert mean.abs().max() < 1e-7
 
 
