@@ -14,9 +14,10 @@ from blob_hf.utils.errors import BlobError
 
 Conversation: TypeAlias = list[dict[str, Any]]
 
-_COLUMNS = ("prompt", "messages", "conversations")
+ANSWERED = ("messages", "conversations")  # columns whose conversations may end with the answer
+_COLUMNS = ("prompt", *ANSWERED)
 _OF_TEMPLATES = ("tools", "chat_template_kwargs")  # columns that training hands to the template
-_SHAREGPT: dict[Any, str] = {"from": "role", "value": "content"}
+_SHAREGPT = {"from": "role", "value": "content"}
 _MARK = "ANSWER"
 
 
@@ -63,7 +64,7 @@ def conversation(value: Sequence[Any], where: str, answered: bool = False) -> Co
     for index, message in enumerate(value):
         if not isinstance(message, Mapping):
             raise BlobError(f"message {index} of {where} is not a dict of role and content: {str(message)[:60]!r}")
-        own: dict[str, Any] = {_SHAREGPT.get(key, key): part for key, part in message.items() if part is not None}
+        own = {_SHAREGPT.get(str(key), str(key)): part for key, part in message.items() if part is not None}
         for key in ("role", "content"):
             if key not in own and not (key == "content" and own.get("tool_calls")):
                 raise BlobError(f"message {index} of {where} has no {key}, only {', '.join(own) or 'nothing'}")

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blob_hf.data.columns import find_text_columns
 from blob_hf.data.conversations import (
+    ANSWERED,
     Conversation,
     check_columns,
     conversation,
@@ -109,7 +110,7 @@ def _prompt(value: Any, row: Mapping[str, Any], column: str | None, where: str) 
     if not isinstance(value, (list, tuple)):
         named = f"the {column} of {where}" if column else where
         raise BlobError(f"{named} is neither a text nor a list of messages: {str(value)[:60]!r}")
-    return conversation(value, where, answered=column not in (None, "prompt"))
+    return conversation(value, where, answered=column in ANSWERED)
 
 
 def question(text: Text) -> str:
