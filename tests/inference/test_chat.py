@@ -1,6 +1,7 @@
 """Causal models that are asked: conversations, ragged rows, where answers end, against decoding by hand row by row."""
 
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -9,12 +10,17 @@ from datasets import Dataset
 from helpers.adapters import one_line
 from helpers.chat import ENDS, by_hand, causal, networks
 from helpers.models import tiny_bart, words
-from helpers.sft import CHAT, tokenizer
+from helpers.sft import CHAT, llama, tokenizer
+from huggingface_hub.utils import filter_repo_objects
 
-from blob_hf import BlobConfig, Sampling, get_blob_model
-from blob_hf.inference.stopping import end_tokens
+from blob_hf import BlobConfig, BlobModel, Sampling, get_blob_model
+from blob_hf.inference.generate import generate_predictive
+from blob_hf.inference.inputs import find_tokenizer
+from blob_hf.inference.stopping import StopStrings, end_tokens
+from blob_hf.inference.uncertainty import likeliest
 from blob_hf.inference.writing import LexicalEquivalence
 from blob_hf.metrics.semantics import SEMANTIC_SCORES, semantic_scores
+from blob_hf.tuner import adapter_files
 
 SEED, SAMPLES, NEW = 3, 3, 6
 QUESTIONS = words(4, longest=9, seed=1)
@@ -246,3 +252,38 @@ def test_one_sample_neither_agrees_nor_disagrees():
         found = ask(model, samples=samples)
         assert set(found.uncertainty) == {"token_nll", "token_entropy", "token_aleatoric", "mutual_information"}
         assert found.sample_log_probs.shape == (4, samples) and "sample_sets" not in found.records()[0]
+
+
+def test_of_equally_likely_tokens_the_one_that_argmax_takes_is_recorded():
+    """In bfloat16 they are common, and topk may take another."""
+    scores = torch.randn(500, 60).bfloat16().float()
+    assert torch.equal(likeliest(scores, 1)[1].squeeze(-1), scores.argmax(-1))
+    assert not torch.equal(scores.topk(1).indices.squeeze(-1), scores.argmax(-1))
+
+
+def test_decoding_is_over_when_all_rows_have_their_stop_string():
+    model, own = causal("llama", ends=None), tokenizer()
+    ids = own(["w5 w6 w5 w7", "w5 w6 w5 w6", "w4 w4 w5 w6"], return_tensors="pt").input_ids
+    assert StopStrings(own, ["w5 w6"], start=2)(ids, None).tolist() == [False, True, True]
+    prompt = {"input_ids": torch.tensor([rendered(QUESTIONS[0])])}
+    free = generate_predictive(model, prompt, 2, max_new_tokens=20)
+    assert free.tokens.shape == (1, 20)
+    stop = own.decode(free.tokens[0, 2:4])
+    found = generate_predictive(model, prompt, 2, max_new_tokens=20, stop_strings=stop, tokenizer=own)
+    assert found.sequences.shape[1] < len(prompt["input_ids"][0]) + 5 and own.decode(found.tokens[0]).endswith(stop)
+    one_line("stop_strings need the tokenizer", lambda: generate_predictive(model, prompt, 2, stop_strings=stop))
+
+
+def test_the_chat_template_of_an_adapter_on_the_hub_is_fetched_with_it(tmp_path, monkeypatch):
+    def snapshot(repo, patterns, *_):
+        for name in filter_repo_objects([path.name for path in (tmp_path / repo).iterdir()], allow_patterns=patterns):
+            shutil.copy(tmp_path / repo / name, tmp_path / "cache" / name)
+        return tmp_path / "cache"
+
+    (tmp_path / "cache").mkdir()
+    causal("llama").save_pretrained(tmp_path / "me/chat")
+    tokenizer().save_pretrained(tmp_path / "me/chat")
+    (tmp_path / "me/chat/report.md").write_text("not needed")
+    monkeypatch.setattr(adapter_files.hub, "snapshot", snapshot)
+    loaded = BlobModel.from_pretrained("me/chat", model=llama())
+    assert find_tokenizer(loaded).chat_template == CHAT and not (tmp_path / "cache/report.md").exists()
