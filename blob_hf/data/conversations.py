@@ -16,7 +16,7 @@ Conversation: TypeAlias = list[dict[str, Any]]
 
 ANSWERED = ("messages", "conversations")  # columns whose conversations may end with the answer
 _COLUMNS = ("prompt", *ANSWERED)
-_OF_TEMPLATES = ("tools", "chat_template_kwargs")  # columns that training hands to the template
+OF_TEMPLATES = ("tools", "chat_template_kwargs")  # columns that training hands to the template
 _SHAREGPT = {"from": "role", "value": "content"}
 _MARK = "ANSWER"
 
@@ -45,7 +45,7 @@ def check_columns(row: Mapping[str, Any], where: str) -> None:
     Raises:
         BlobError: It has tools, or settings of the template.
     """
-    for name in _OF_TEMPLATES:
+    for name in OF_TEMPLATES:
         if row.get(name):
             raise BlobError(f"{where} has {name}, which are not read; give the token ids of the rendered prompt")
 

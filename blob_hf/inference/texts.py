@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from blob_hf.data.columns import find_text_columns
 from blob_hf.data.conversations import (
     ANSWERED,
+    OF_TEMPLATES,
     Conversation,
     check_columns,
     conversation,
@@ -77,6 +78,7 @@ def prompts_of(inputs: Inputs, columns: Sequence[str] | None = None) -> list[Tex
         )
         if column is None or column not in inputs.column_names:
             return list(texts_of(inputs, columns))
+        inputs = inputs.select_columns([name for name in inputs.column_names if name in (column, *OF_TEMPLATES)])
         return [_prompt(row[column], row, column, f"row {index}") for index, row in enumerate(inputs)]
     if isinstance(inputs, Mapping) or is_message(inputs[0] if isinstance(inputs, (list, tuple)) and inputs else None):
         inputs = [inputs]  # one row, one conversation

@@ -93,11 +93,11 @@ def write_texts(
     def write(inputs: dict[str, Tensor]) -> list[_Answer]:
         return _write(model, inputs, sampling, decoding, utility, settings, decoded)
 
-    answers = in_batches(model, rows, batch_size, write)
     if equivalence is None and is_decoder(model):
         equivalence = LexicalEquivalence()
-    if isinstance(equivalence, str):
+    if isinstance(equivalence, str):  # before the work is done
         equivalence = EntailmentEquivalence(equivalence, device=model.device)
+    answers = in_batches(model, rows, batch_size, write)
     return _together(answers, decoded, rows.questions, equivalence)
 
 
