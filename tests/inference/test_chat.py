@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -43,8 +44,13 @@ def text_of(tokens):
     return tokenizer().decode([token for token in tokens if token >= 0], skip_special_tokens=True).strip()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("per_batch", [None, 2])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "family, per_batch",
+    [("llama", 2), ("gpt2", None), pytest.param("llama", None, marks=SLOW), pytest.param("gpt2", 2, marks=SLOW)],
+)
 def test_a_row_of_a_ragged_batch_is_the_row_alone(family, per_batch):
     """Positions by rotation and absolute ones; each sample, and the average of all at each token."""
     model = causal(family)
@@ -73,6 +79,7 @@ def test_a_row_of_a_ragged_batch_is_the_row_alone(family, per_batch):
     assert len({text for texts in found.samples for text in texts}) > len(QUESTIONS)
 
 
+@SLOW
 def test_log_likelihoods_with_beams_are_those_of_a_forward():
     model = causal("llama")
     found = ask(model, num_beams=2)
@@ -90,7 +97,8 @@ def test_log_likelihoods_with_beams_are_those_of_a_forward():
 
 def test_every_form_of_a_conversation_is_the_same():
     model = causal("llama")
-    expected = ask(model, samples=2).tokens
+    answers = partial(ask, model, samples=2, max_new_tokens=3)
+    expected = answers().tokens
     table = {"messages": [user(text) for text in QUESTIONS]}
     answered = [[*one, {"role": "assistant", "content": "w9"}] for one in table["messages"]]
     sharegpt = [[{"from": "user", "value": text}] for text in QUESTIONS]
@@ -102,22 +110,22 @@ def test_every_form_of_a_conversation_is_the_same():
         [f"[SEP] user {text} [SEP] assistant" for text in QUESTIONS],
         Dataset.from_dict({"prompt": [f"[SEP] user {text} [SEP] assistant" for text in QUESTIONS], "text": ["w4"] * 4}),
     ):  # fmt: skip
-        np.testing.assert_array_equal(ask(model, inputs, samples=2).tokens, expected)
-    one = ask(model, user(QUESTIONS[1]), samples=2)
-    assert len(one) == 1 and one.texts == ask(model, {"prompt": user(QUESTIONS[1])}, samples=2).texts
+        np.testing.assert_array_equal(answers(inputs).tokens, expected)
+    one = answers(user(QUESTIONS[1]))
+    assert len(one) == 1 and one.texts == answers({"prompt": user(QUESTIONS[1])}).texts
     kept = expected[1][expected[1] >= 0]
     assert one.tokens[0].tolist() == kept.tolist()
-    mixed = ask(model, [user(QUESTIONS[1]), f"[SEP] user {QUESTIONS[2]} [SEP] assistant"], samples=2)
+    mixed = answers([user(QUESTIONS[1]), f"[SEP] user {QUESTIONS[2]} [SEP] assistant"])
     assert mixed.texts == [text_of(row) for row in expected[1:3]]
     half = [*user(QUESTIONS[0]), {"role": "assistant", "content": "w9"}]  # of a prompt the end is part of it
     whole = f"[SEP] user {QUESTIONS[0]} [SEP] assistant w9 [END] [SEP] assistant"
-    assert ask(model, {"prompt": half}, samples=2).texts == ask(model, whole, samples=2).texts
+    assert answers({"prompt": half}).texts == answers(whole).texts
 
 
 # ----- where an answer ends ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=SLOW)])
 def test_each_row_ends_before_its_own_stop_string(family):
     model = causal(family, ends=None)
     plain = tokenizer()

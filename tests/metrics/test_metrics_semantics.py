@@ -133,7 +133,7 @@ def by_hand(model, premise, hypothesis):
     return int(probs.argmax()) == 1, float(probs[1])
 
 
-@pytest.mark.parametrize("question", ["", "w4 w5"])
+@pytest.mark.parametrize("question", [pytest.param("", marks=pytest.mark.slow), "w4 w5"])
 def test_answers_mean_the_same_if_each_entails_the_other(nli, question):
     folder, model = nli
     texts = [f"w{first} w{second}" + " w9" * (first % 3) for first in (6, 7, 8) for second in (20, 30)]
