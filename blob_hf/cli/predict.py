@@ -18,17 +18,21 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from peft import TaskType
 from tqdm.auto import tqdm
 
 from blob_hf.cli.arguments import OneLineParser
 from blob_hf.cli.limits import check_numbers
 from blob_hf.cli.row_files import Row, RowFile, TextFile
 from blob_hf.cli.terminal import setup_logging, user_errors
+from blob_hf.data.conversations import is_conversation, prompt_column
 from blob_hf.data.loading import FORMATS
 from blob_hf.data.summarization import DEFAULT_PROMPT
 from blob_hf.inference.answers import Prediction, TextPrediction
+from blob_hf.inference.inputs import is_decoder
 from blob_hf.inference.predictor import DECODINGS
-from blob_hf.tuner.adapter_files import NAMES, resolve
+from blob_hf.metrics.entailment import EntailmentEquivalence
+from blob_hf.tuner.adapter_files import NAMES, read_config, resolve
 from blob_hf.tuner.base_model import is_sequence_classifier
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.registry import companion_files
@@ -38,7 +42,10 @@ from blob_hf.utils.errors import BlobError
 
 _BATCHES = 4  # that are predicted together: rows of similar length among them share a batch
 _GO_ON = "the same command goes on from the rows that are written"
-_RESULTS = ("id", "label", "probability", "probabilities", "entropy", "generated_text", "samples", "abstain")
+_RESULTS = (
+    "id", "label", "probability", "probabilities", "entropy", "generated_text", "samples", "sample_sets", "uncertainty",
+    "abstain",
+)  # fmt: skip
 
 
 class Predictor:
@@ -54,12 +61,18 @@ class Predictor:
             written = args.prompt or (DEFAULT_PROMPT if base.config.is_encoder_decoder else None)
             self.options |= {
                 "prompt": written, "decoding": args.decoding, "max_new_tokens": args.max_new_tokens,
-                "num_beams": args.num_beams,
+                "num_beams": args.num_beams, "stop_strings": args.stop_strings,
+                "equivalence": EntailmentEquivalence(args.equivalence, device=device) if args.equivalence else None,
             }  # fmt: skip
 
     def __call__(self, rows: Sequence[Row], columns: Sequence[str]) -> Prediction | TextPrediction:
-        """Answers for the texts in these columns."""
-        texts = [tuple(row[name] for name in columns) for row in rows]
+        """Answers for the texts or conversations in these columns."""
+        texts: list[Any] = [tuple(row[name] for name in columns) for row in rows]
+        if len(columns) == 1:
+            own = columns[0]
+            texts = [
+                {own: row[own]} if is_conversation(row[own]) and prompt_column(columns) else row[own] for row in rows
+            ]
         return self.model.predict(texts, sampling=self.sampling, **self.options)
 
     def entropies(self, source: TextFile) -> np.ndarray:
@@ -111,18 +124,21 @@ def _prepare(args: argparse.Namespace) -> tuple[Path, TextFile, int]:
         raise BlobError("--coverage needs a --calibration_file to find the threshold for it, and the other way round")
     if args.coverage is not None and (args.abstain_above is not None or not 0 < args.coverage <= 1):
         raise BlobError("give --abstain_above, or a --coverage above 0 and at most 1; not both")
+    if args.equivalence is not None and args.num_samples < 2:
+        raise BlobError(f"--equivalence compares two or more sampled answers; got --num_samples {args.num_samples}")
     output = RowFile(args.output)
-    source = TextFile.survey(args.input, args.text_columns, args.delimiter)
+    folder = resolve(args.adapter)
+    prompts = read_config(folder).task_type == TaskType.CAUSAL_LM
+    source = TextFile.survey(args.input, args.text_columns, args.delimiter, prompts=prompts)
     if output.path.resolve() == Path(source.path).resolve():
         raise BlobError(f"--output {args.output} is the input itself")
     if clash := set(source.columns) & set(_RESULTS):
         raise BlobError(f"the text column {min(clash)!r} has the name of a result; rename it in {args.input}")
-    folder = resolve(args.adapter)
     settings = {
         "adapter": _fingerprint(folder), "input": source.fingerprint, "text_columns": list(source.columns),
         **{name: getattr(args, name) for name in (
             "num_samples", "seed", "max_length", "prompt", "decoding", "max_new_tokens", "num_beams", "abstain_above",
-            "coverage", "calibration_file",
+            "coverage", "calibration_file", "stop_strings", "equivalence",
         )},
     }  # fmt: skip
     return folder, source, _claim(output, settings, args.overwrite_output)
@@ -205,7 +221,8 @@ def _threshold(args: argparse.Namespace, state: PartialState, predictor: Predict
     if state.is_main_process:
         settings = json.loads(record.read_text(encoding="utf-8"))
         if "threshold" not in settings:
-            source = TextFile.survey(args.calibration_file, args.text_columns, args.delimiter, "calibration")
+            prompts = is_decoder(predictor.model)
+            source = TextFile.survey(args.calibration_file, args.text_columns, args.delimiter, "calibration", prompts)
             entropies = predictor.entropies(source)
             settings["threshold"] = float(np.quantile(entropies, args.coverage, method="inverted_cdf"))
             files.write_text(record, json.dumps(settings, indent=2) + "\n")
@@ -232,7 +249,10 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--delimiter", help="of csv files; default: found in the file")
     own.add_argument("--output", required=True, help="jsonl, csv or tsv file to write, or to go on with")
     own.add_argument("--overwrite_output", action="store_true", help="replace the output instead of going on with it")
-    own.add_argument("--text_columns", nargs="+", help="one or two columns; default: those that can only be meant")
+    own.add_argument(
+        "--text_columns", nargs="+",
+        help="one or two columns; default: those that can only be meant; of causal models prompt, else messages, first",
+    )  # fmt: skip
     own.add_argument("--num_samples", type=int, default=Sampling.num_samples, help="posterior samples; 0: the mean")
     own.add_argument("--seed", type=int, default=Sampling.seed, help="names the samples")
     own.add_argument("--posterior_batch_size", type=int, help="samples together, to bound memory")
@@ -249,6 +269,10 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--decoding", choices=DECODINGS, default=DECODINGS[0], help="models that write: which text")
     own.add_argument("--max_new_tokens", type=int, default=128, help="models that write: longest text in tokens")
     own.add_argument("--num_beams", type=int, default=1, help="models that write: beams")
+    own.add_argument("--stop_strings", nargs="+", help="models that write: a text ends before the first of these")
+    own.add_argument(
+        "--equivalence", help="NLI model that says which sampled answers mean the same; default: their words"
+    )
     return own
 
 

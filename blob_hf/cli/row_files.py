@@ -14,7 +14,9 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 
 from blob_hf.data.columns import IDS, check_texts, find_text_columns
+from blob_hf.data.conversations import is_conversation, prompt_column
 from blob_hf.data.loading import load_files
+from blob_hf.inference.texts import prompts_of
 from blob_hf.utils.errors import BlobError
 
 Row = dict[str, Any]
@@ -58,22 +60,34 @@ class TextFile:
 
     @classmethod
     def survey(
-        cls, path: str, columns: Sequence[str] | None = None, delimiter: str | None = None, split: str = "input"
+        cls,
+        path: str,
+        columns: Sequence[str] | None = None,
+        delimiter: str | None = None,
+        split: str = "input",
+        prompts: bool = False,
     ) -> "TextFile":
         """Read a file: count its rows, find its texts, and refuse what would fail later.
 
         Args:
             columns: Default those that can only be meant.
             split: What it is, for messages.
+            prompts: Whether they are of a causal model: then the column may be that of its prompts or conversations
+                (`blob_hf.data.conversations`), as it is wherever that holds messages.
 
         Raises:
             BlobError: No such file, of another format, or a row that cannot be read or has no text.
         """
         rows = _load(path, delimiter, split)
-        chosen = tuple(columns or find_text_columns(rows, LABELS))
+        own = prompt_column(rows.column_names)
+        own = own if own and (prompts or is_table_of_messages(rows, own)) else None
+        chosen = tuple(columns or ([own] if own else find_text_columns(rows, LABELS)))
         if not 1 <= len(chosen) <= 2:
             raise BlobError(f"--text_columns takes one or two columns, got {', '.join(chosen)}")
-        check_texts(DatasetDict({split: rows}), chosen)
+        if len(chosen) == 1 and is_table_of_messages(rows, chosen[0]):
+            prompts_of(rows, chosen)
+        else:
+            check_texts(DatasetDict({split: rows}), chosen)
         id_column = next((name for name in IDS if name in rows.column_names), None)
         return cls(path, delimiter, split, chosen, id_column, len(rows), _digest(Path(path)))
 
@@ -84,6 +98,11 @@ class TextFile:
             row = rows[index]
             name = index if self.id_column is None else row[self.id_column]
             yield {"id": name, **{column: row[column] for column in self.columns}}
+
+
+def is_table_of_messages(rows: Dataset, column: str) -> bool:
+    """Whether a column has lists in it, and not texts."""
+    return column in rows.column_names and any(isinstance(value, list) for value in rows[column])
 
 
 def _digest(path: Path) -> str:
@@ -162,6 +181,8 @@ def flattened(row: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in row.items():
         if isinstance(value, Mapping):
             flat |= {f"{name}_{key}": inner for key, inner in value.items()}
+        elif is_conversation(value):
+            flat[name] = json.dumps(value, ensure_ascii=False)  # of any number of messages
         elif isinstance(value, (list, tuple)):
             flat |= {f"{name}_{number}": inner for number, inner in enumerate(value, start=1)}
         else:

@@ -86,7 +86,12 @@ class TextPrediction:
         token_uncertainty: Of each of these tokens, nats.
         uncertainty: Of each text, `(inputs,)` by name, higher is less certain: token_nll, token_entropy,
             token_aleatoric and mutual_information are means over its tokens, nats; dissimilarity (1 - ROUGE-L) and
-            cluster_entropy (nats) say how the samples differ, if there are any.
+            cluster_entropy (nats) say how the samples differ, if there are two or more, and so do
+            `blob_hf.metrics.semantics.SEMANTIC_SCORES` where it was asked whether they mean the same.
+        sample_log_probs: log p(text | x, A_s) of each sample under the network that wrote it, nats,
+            `(inputs, samples)`.
+        sample_sets: The set of one meaning that each sample belongs to, `(inputs, samples)`; none where that was not
+            asked.
     """
 
     texts: list[str]
@@ -94,6 +99,8 @@ class TextPrediction:
     tokens: NDArray[np.int64]
     token_uncertainty: TokenUncertainty
     uncertainty: dict[str, Floats]
+    sample_log_probs: Floats
+    sample_sets: list[list[int]]
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -109,6 +116,7 @@ class TextPrediction:
             {
                 "generated_text": text,
                 "samples": samples,
+                **({"sample_sets": self.sample_sets[i]} if self.sample_sets[i] else {}),
                 "uncertainty": {name: float(values[i]) for name, values in self.uncertainty.items()},
             }
             for i, (text, samples) in enumerate(zip(self.texts, self.samples, strict=True))

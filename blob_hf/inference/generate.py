@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from blob_hf.inference.predict import IGNORED_LABEL, repeat_rows
+from blob_hf.inference.stopping import stop_strings_of, with_stop_strings
 from blob_hf.inference.uncertainty import PredictiveProcessor, PredictiveText
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import posterior_mean, posterior_samples
@@ -66,27 +67,37 @@ def generate_posterior(model: BlobModel, sampling: Sampling | int, **kwargs: Any
         BlobError: S < 1, no posterior, or a way of decoding that needs a single network.
     """
     wanted = Sampling.of(sampling).required()
-    _refuse_one_network(model, kwargs)
-    batch = _batch_size(kwargs)
+    refuse_one_network(model, kwargs)
+    batch = batch_size_of(kwargs)
     parts = []
     for part in wanted.batches():
         with posterior_samples(model, part):
             output = model.generate(**_repeated(kwargs, batch, part.num_samples))
         parts.append(_Part(output, part.first - wanted.first, part.num_samples))
-    return _merge(parts, batch, wanted.num_samples, _pad_token(model, kwargs))
+    return _merge(parts, batch, wanted.num_samples, pad_token_of(model, kwargs))
 
 
 VERBS.generate = generate_posterior
 
 
-def _refuse_one_network(model: Any, kwargs: dict[str, Any]) -> None:
+def refuse_one_network(model: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse ways of decoding that need a single network.
+
+    Raises:
+        BlobError: naming what to leave out.
+    """
     config = kwargs.get("generation_config") or model.generation_config
     for name, what in _ONE_NETWORK.items():
         if kwargs.get(name, getattr(config, name, None)) not in (None, False):
             raise BlobError(f"{what} is not supported together with posterior samples; leave out {name}")
 
 
-def _batch_size(kwargs: dict[str, Any]) -> int:
+def batch_size_of(kwargs: dict[str, Any]) -> int:
+    """Rows of the inputs of `generate`.
+
+    Raises:
+        BlobError: There are none.
+    """
     for name in ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids"):
         if isinstance(kwargs.get(name), Tensor):
             return len(kwargs[name])
@@ -99,7 +110,8 @@ def _repeated(kwargs: dict[str, Any], batch: int, times: int) -> dict[str, Any]:
     return {**kwargs, **repeat_rows(rows, times)}
 
 
-def _pad_token(model: Any, kwargs: dict[str, Any]) -> int:
+def pad_token_of(model: Any, kwargs: dict[str, Any]) -> int:
+    """What `generate` fills texts up with that have ended."""
     config = kwargs.get("generation_config") or model.generation_config
     for value in (kwargs.get("pad_token_id"), config.pad_token_id, config.eos_token_id):
         if value is not None:
@@ -187,30 +199,42 @@ def generate_predictive(
 
     Args:
         sampling: S >= 1 samples; the S networks decode in one batch.
-        gen_kwargs: For `generate`.
+        gen_kwargs: For `generate`; `stop_strings` need `tokenizer`.
 
     Raises:
         BlobError: Token sampling was asked for, or what `generate_posterior` refuses.
     """
     drawn = Sampling.of(sampling).required()
-    _refuse_one_network(model, gen_kwargs)
+    refuse_one_network(model, gen_kwargs)
     config = gen_kwargs.get("generation_config") or model.generation_config
     if gen_kwargs.get("do_sample", config.do_sample) or gen_kwargs.get("num_return_sequences", 1) != 1:
         raise BlobError("predictive decoding gives one text per input, greedily or with beams; leave out do_sample")
-    beams, ends = gen_kwargs.get("num_beams", config.num_beams) or 1, _end_tokens(model, gen_kwargs)
-    # a row's continuations that beam search looks at (transformers' beams_to_keep)
-    candidates = max(2, 1 + len(ends)) * beams if beams > 1 else 1
+    gen_kwargs = with_stop_strings(gen_kwargs, prompt_length(model, inputs))
+    beams, candidates = candidates_of(model, gen_kwargs)
     processor = PredictiveProcessor(drawn.num_samples, normalized=beams > 1, candidates=candidates)
     own = gen_kwargs.pop("logits_processor", None) or []
     gen_kwargs |= {"logits_processor": LogitsProcessorList([*own, processor]), "return_dict_in_generate": True}
-    batch = _batch_size(inputs)
+    batch = batch_size_of(inputs)
     with posterior_samples(model, drawn):
         output: Any = model.generate(**repeat_rows(inputs, drawn.num_samples), **gen_kwargs)
     sequences = output.sequences[:batch]
     tokens = generated_tokens(model, inputs, sequences, gen_kwargs)
+    return PredictiveText(sequences, tokens, processor.uncertainty(tokens, chosen_rows(output, tokens)))
+
+
+def candidates_of(model: Any, gen_kwargs: dict[str, Any]) -> tuple[int, int]:
+    """The number of beams, and of a row's continuations that decoding looks at (transformers' beams_to_keep)."""
+    config = gen_kwargs.get("generation_config") or model.generation_config
+    beams = gen_kwargs.get("num_beams", config.num_beams) or 1
+    return beams, max(2, 1 + len(_end_tokens(model, gen_kwargs))) * beams if beams > 1 else 1
+
+
+def chosen_rows(output: Any, tokens: Tensor) -> Tensor:
+    """The row of decoding's batch that each token was chosen from, `(rows, new tokens)`, of the first rows of all."""
     rows = output.get("beam_indices")
-    rows = torch.arange(batch, device=tokens.device).unsqueeze(1).expand_as(tokens) if rows is None else rows[:batch]
-    return PredictiveText(sequences, tokens, processor.uncertainty(tokens, pad_to(rows, tokens.shape[1], 0)))
+    if rows is None:
+        return torch.arange(len(tokens), device=tokens.device).unsqueeze(1).expand_as(tokens)
+    return pad_to(rows[: len(tokens)], tokens.shape[1], 0)
 
 
 def _end_tokens(model: Any, gen_kwargs: dict[str, Any]) -> list[int]:
@@ -219,7 +243,7 @@ def _end_tokens(model: Any, gen_kwargs: dict[str, Any]) -> list[int]:
     return list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [int(ends)]
 
 
-def _prompt_length(model: Any, inputs: dict[str, Any]) -> int:
+def prompt_length(model: Any, inputs: dict[str, Any]) -> int:
     """Tokens at the start of a sequence that were not chosen: the start token of a decoder, or the prompt."""
     if model.config.is_encoder_decoder:
         return 1
@@ -228,7 +252,9 @@ def _prompt_length(model: Any, inputs: dict[str, Any]) -> int:
 
 def generated_tokens(model: BlobModel, inputs: dict[str, Any], sequences: Tensor, gen_kwargs: dict[str, Any]) -> Tensor:
     """What was written in `sequences` `(batch, length)` of `generate`: `(batch, new tokens)`, -100 behind the end."""
-    return _until_end(sequences[:, _prompt_length(model, inputs) :], _end_tokens(model, gen_kwargs))
+    tokens = _until_end(sequences[:, prompt_length(model, inputs) :], _end_tokens(model, gen_kwargs))
+    stop = stop_strings_of(gen_kwargs)
+    return tokens if stop is None else stop.ended(tokens)
 
 
 def _until_end(tokens: Tensor, ends: list[int]) -> Tensor:

@@ -1,11 +1,10 @@
-"""From what a user has (texts, pairs, a tokenized batch, a dataset) to the rows that a model reads."""
+"""From what a user has (texts, conversations, a tokenized batch, a dataset) to the rows that a model reads."""
 
 import inspect
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset, DatasetDict
@@ -13,28 +12,40 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from blob_hf.data.columns import find_text_columns
-from blob_hf.data.summarization import Prompt
+from blob_hf.data.conversations import is_conversation
+from blob_hf.inference.choices import ChoiceRows
+from blob_hf.inference.texts import LABELS, Inputs, Text, encode, prompts_of, question, texts_of
 from blob_hf.tuner.adapter_files import TOKENIZER_FILES
 from blob_hf.tuner.base_model import is_sequence_classifier
 from blob_hf.tuner.model import BlobModel
 from blob_hf.utils.errors import BlobError
 
-# A text, texts, pairs of texts; token ids by the model's names; a dataset of either.
-Inputs: TypeAlias = str | Sequence[str] | Sequence[Sequence[str]] | Mapping[str, Any] | Dataset
-
-_LABELS = ("label", "labels", "label_ids")
-_TOKENIZING = threading.Lock()  # truncating is a setting of a fast tokenizer, which one thread changes at a time
+Part = TypeVar("Part")
 _NO_LIMIT = 1_000_000  # tokenizers that know no longest input say 1e30
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Model inputs by name, one tensor a row: lengths may differ until rows are put into a batch."""
+    """Model inputs by name, one tensor a row: lengths may differ until rows are put into a batch.
+
+    Attributes:
+        texts: What they were made of; none of a tokenized batch.
+    """
 
     columns: dict[str, list[Tensor]]
     padding: dict[str, int]
     pads_left: bool = False
+    texts: Sequence[Text] = ()
+
+    @property
+    def questions(self) -> list[str]:
+        """What each row asks; "" of a tokenized batch."""
+        return [question(text) for text in self.texts] or [""] * len(self)
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether any row is of messages."""
+        return any(is_conversation(text) for text in self.texts)
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -75,7 +86,7 @@ def rows_of(
         tokenizer: Default that of `find_tokenizer`; not needed for tokenized inputs.
         columns: Of a dataset: one or two with texts; default those of `find_text_columns`.
         prompt: What a model that writes reads for a text, with {dialogue} in the text's place.
-        max_length: Longest input in tokens; default what tokenizer and model allow.
+        max_length: Longest input in tokens, what is longer is cut; default what tokenizer and model allow.
         room: Tokens of that which the answer of a decoder needs.
 
     Raises:
@@ -84,63 +95,33 @@ def rows_of(
     if isinstance(inputs, DatasetDict):
         raise BlobError(f"got a dataset with the splits {', '.join(map(str, inputs))}: give one of them")
     named = inputs.column_names if isinstance(inputs, Dataset) else list(inputs) if isinstance(inputs, Mapping) else []
+    texts: Sequence[Text] = ()
     if "input_ids" in named or "inputs_embeds" in named:
         tokens = _tokenized(model, inputs)
         tokenizer = tokenizer or _saved_tokenizer(model)
     else:
-        texts = texts_of(inputs, columns)
+        decoder = is_decoder(model)
+        texts = prompts_of(inputs, columns) if decoder else texts_of(inputs, columns)
         tokenizer = tokenizer or find_tokenizer(model)
         limit = max_length or longest_input(model, tokenizer) - room
         if limit < 1:
             raise BlobError(f"{room} new tokens leave no room for a text: the model takes {limit + room}")
-        tokens = {name: list(map(torch.as_tensor, v)) for name, v in _encode(texts, tokenizer, prompt, limit).items()}
+        encoded = encode(texts, tokenizer, prompt, limit, decoder)
+        tokens = {name: list(map(torch.as_tensor, values)) for name, values in encoded.items()}
         tokens = {name: value for name, value in tokens.items() if name in _accepted(model)}
     if not tokens or not len(next(iter(tokens.values()))):
         raise BlobError("there is nothing to predict: the input has no rows")
-    return Rows(tokens, _padding(model, tokenizer), pads_left=_is_decoder(model))
+    return Rows(tokens, _padding(model, tokenizer), pads_left=is_decoder(model), texts=texts)
 
 
-def texts_of(inputs: Inputs, columns: Sequence[str] | None = None) -> list[tuple[str, ...]]:
-    """One or two texts of each row.
-
-    Raises:
-        BlobError: It holds something else.
-    """
-    rows: list[Any]
-    if isinstance(inputs, Dataset):
-        columns = columns or find_text_columns(inputs, _LABELS)
-        missing = [name for name in columns if name not in inputs.column_names]
-        if missing:
-            raise BlobError(f"the dataset has no column {missing[0]!r}, only {', '.join(inputs.column_names)}")
-        rows = list(zip(*(inputs[name] for name in columns), strict=True))
-    elif isinstance(inputs, Mapping):
-        raise BlobError(f"a tokenized batch has input_ids; this one has {', '.join(map(str, inputs)) or 'nothing'}")
-    else:
-        try:
-            rows = [inputs] if isinstance(inputs, str) else list(inputs)
-        except TypeError:
-            raise BlobError(f"give texts, pairs, a tokenized batch or a dataset, not {type(inputs).__name__}") from None
-        rows = [(row,) if isinstance(row, str) else row for row in rows]
-    for index, row in enumerate(rows):
-        if not isinstance(row, (tuple, list)) or not all(isinstance(text, str) for text in row):
-            raise BlobError(f"row {index} is not a text or a pair of texts: {str(row)[:60]!r}")
-        if not 1 <= len(row) <= 2 or len(row) != len(rows[0]):
-            raise BlobError(f"row {index} has {len(row)} texts, the first one {len(rows[0])}; give one or two in each")
-    return [tuple(row) for row in rows]
-
-
-def _encode(
-    texts: Sequence[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, prompt: str | None, limit: int
-) -> Mapping[str, Any]:
-    if not texts:
-        return {}
-    if prompt is not None:
-        if len(texts[0]) > 1:
-            raise BlobError("a prompt has room for one text, but the rows are pairs")
-        with _TOKENIZING:
-            return Prompt(prompt).encode([text for (text,) in texts], tokenizer, limit)
-    with _TOKENIZING:
-        return tokenizer(*map(list, zip(*texts, strict=True)), truncation=True, max_length=limit)
+def in_batches(
+    model: BlobModel, rows: Rows | ChoiceRows, batch_size: int, make: Callable[[dict[str, Tensor]], Sequence[Part]]
+) -> list[Part]:
+    """What `make` gives for each row, in the order of the rows."""
+    found: dict[int, Part] = {}
+    for indices in rows.batches(batch_size):
+        found |= zip(indices, make(rows.batch(indices, model.device)), strict=True)
+    return [found[index] for index in range(len(rows))]
 
 
 def _tokenized(model: BlobModel, inputs: Any) -> dict[str, list[Tensor]]:
@@ -166,10 +147,10 @@ def _accepted(model: BlobModel) -> set[str]:
     base: Any = model.get_base_model()
     if not is_sequence_classifier(base):
         return {"input_ids", "attention_mask"}  # what `generate` goes on from, and texts are read back with
-    return set(inspect.signature(base.forward).parameters) - set(_LABELS)
+    return set(inspect.signature(base.forward).parameters) - set(LABELS)
 
 
-def _is_decoder(model: BlobModel) -> bool:
+def is_decoder(model: BlobModel) -> bool:
     """Whether it goes on from its input, which therefore is padded on the left."""
     base: Any = model.get_base_model()
     return not base.config.is_encoder_decoder and type(base).__name__.endswith(("LMHeadModel", "ForCausalLM"))
@@ -179,7 +160,7 @@ def _padding(model: BlobModel, tokenizer: PreTrainedTokenizerBase | None) -> dic
     base: Any = model.get_base_model()
     config = base.config
     ids = [getattr(tokenizer, "pad_token_id", None), getattr(config, "pad_token_id", None)]
-    if _is_decoder(model):  # padding on the left is masked: any token does
+    if is_decoder(model):  # padding on the left is masked: any token does
         ids += [getattr(tokenizer, "eos_token_id", None), getattr(config, "eos_token_id", None), 0]
     known = [value for value in ids if isinstance(value, int)]
     types = getattr(tokenizer, "pad_token_type_id", 0)

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ class PredictiveProcessor(LogitsProcessor):
         # where a probability underflows, its logarithm is still known
         predictive = torch.where(mean > 0, mean.log(), log_mean_exp(blocks, dim=0) if (mean == 0).any() else mean)
         aleatoric = -torch.where(probs > 0, probs * blocks, 0.0).sum(-1).mean(0)
-        top, token = predictive.topk(min(self.candidates, scores.shape[-1]), dim=-1)
+        top, token = likeliest(predictive, self.candidates)
         self._steps.append((torch.special.entr(mean).sum(-1), aleatoric, top, token))
         return predictive.repeat(self.num_samples, 1)
 
@@ -77,10 +77,29 @@ class PredictiveProcessor(LogitsProcessor):
         at = [self._steps[t] for t in steps]
         total = torch.stack([at[t][0][rows[:, t]] for t in steps], dim=1)
         aleatoric = torch.stack([at[t][1][rows[:, t]] for t in steps], dim=1)
-        chosen = [at[t][3][rows[:, t]] == tokens[:, t : t + 1] for t in steps]
-        own = torch.stack([torch.where(chosen[t], at[t][2][rows[:, t]], 0.0).sum(-1) for t in steps], dim=1)
+        own = chosen_log_probs([step[2:] for step in at], tokens, rows)
         epistemic = (total - aleatoric).clamp(min=0.0)  # below 0 by rounding alone (Jensen)
         return TokenUncertainty(*(value.masked_fill(~kept, 0.0) for value in (own, total, aleatoric, epistemic)))
+
+
+def likeliest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The highest scores of each row and their tokens, `(rows, count)`; of equal ones the one that argmax takes."""
+    return scores.max(dim=-1, keepdim=True) if count == 1 else scores.topk(min(count, scores.shape[-1]), dim=-1)
+
+
+def chosen_log_probs(steps: Sequence[tuple[Tensor, Tensor]], tokens: Tensor, rows: Tensor) -> Tensor:
+    """Log-probabilities of the tokens that were chosen, `(batch, length)`, 0 where the token is -100.
+
+    Args:
+        steps: For each step the log-probabilities of the tokens that could be chosen, and the tokens.
+        tokens, rows: As of `PredictiveProcessor.uncertainty`.
+    """
+    rows = rows.masked_fill(tokens == IGNORED_LABEL, 0)
+    own = []
+    for t in range(tokens.shape[1]):
+        log_probs, candidates = (value[rows[:, t]] for value in steps[t])
+        own.append(torch.where(candidates == tokens[:, t : t + 1], log_probs, 0.0).sum(-1))
+    return torch.stack(own, dim=1)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from sklearn.cluster import AgglomerativeClustering
 from blob_hf.metrics.summarization import ROUGE_TYPES, rouge_per_example
 from blob_hf.utils.errors import BlobError
 
+LIKE = 0.5  # texts of that similarity count as saying the same
+
 # Scores `(pairs,)` in which higher is more alike, of candidates against references; symmetric in the two.
 Utility = Callable[[Sequence[str], Sequence[str]], NDArray[np.float64]]
 
@@ -76,7 +78,7 @@ def dissimilarity(similarities: NDArray[np.float64]) -> float:
     return float((1 - similarities)[np.triu_indices(count, k=1)].mean())
 
 
-def cluster_entropy(similarities: NDArray[np.float64], threshold: float = 0.5) -> float:
+def cluster_entropy(similarities: NDArray[np.float64], threshold: float = LIKE) -> float:
     """Entropy in nats of the clusters that the samples fall into: 0 if they all say nearly the same.
 
     A lexical relative of semantic entropy (Kuhn et al., 2023): clusters are made by average linkage of texts whose
@@ -88,5 +90,16 @@ def cluster_entropy(similarities: NDArray[np.float64], threshold: float = 0.5) -
     clustering = AgglomerativeClustering(
         n_clusters=None, metric="precomputed", linkage="average", distance_threshold=1 - threshold
     )
-    shares = np.bincount(clustering.fit_predict(1 - similarities)) / count
+    return share_entropy(clustering.fit_predict(1 - similarities))
+
+
+def share_entropy(groups: NDArray[np.int64], weights: NDArray[np.float64] | None = None) -> float:
+    """Entropy in nats of the shares of groups 0, 1, ... in what is in them.
+
+    Args:
+        groups: The group of each text, `(texts,)`.
+        weights: Of the texts, which sum to 1; default all the same.
+    """
+    shares = np.bincount(groups) / len(groups) if weights is None else np.bincount(groups, weights)
+    shares = shares[shares > 0]
     return max(0.0, float(-(shares * np.log(shares)).sum()))  # not -0.0

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from blob_hf.data.conversations import is_conversation, prompt_column
 from blob_hf.utils.errors import BlobError
 
 _JINJA = (".jinja", ".j2")
@@ -25,8 +26,8 @@ def first_row(rows: Any) -> Mapping[str, Any]:
 
 def has_messages(row: Mapping[str, Any]) -> bool:
     """Whether a row is a conversation: a list of messages, or a prompt and a completion of messages."""
-    values = (row.get(name) for name in ("messages", "conversations", "prompt"))
-    return any(isinstance(value, list) and value and isinstance(value[0], Mapping) for value in values)
+    column = prompt_column(row)
+    return column is not None and is_conversation(row[column])
 
 
 def check_rows(row: Mapping[str, Any], text_field: str, formatted: bool) -> None:

@@ -47,6 +47,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "*.model",
 )
+_CHAT_TEMPLATES = ("*.jinja", "additional_chat_templates/*.jinja")
 _KEPT_BASE = ("base_model/*.json", "base_model/*.safetensors", "base_model/*.txt", "base_model/*.model")
 
 
@@ -159,7 +160,8 @@ def resolve(
     if os.path.isdir(path):
         folder = Path(path, inside)
     else:
-        wanted = [str(inside / name) for name in (*NAMES, *companion_files(), *TOKENIZER_FILES, *_KEPT_BASE)]
+        files = (*NAMES, *companion_files(), *TOKENIZER_FILES, *_CHAT_TEMPLATES, *_KEPT_BASE)
+        wanted = [str(inside / name) for name in files]
         folder = hub.snapshot(path, wanted, revision, token, cache_dir) / inside
     shown = Path(path, inside)
     if not (folder / CONFIG_NAME).is_file():

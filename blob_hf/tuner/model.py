@@ -184,7 +184,7 @@ class BlobModel(PeftModel):
         """Labels or texts for new inputs, with what the posterior samples say of their certainty.
 
         Args:
-            inputs: A text, a list of texts or of pairs; a tokenized batch; a `datasets.Dataset` of either.
+            inputs: Texts, pairs, conversations; a tokenized batch; a `datasets.Dataset` of any of these.
             tokenizer: Default the one saved with the adapter, else the base model's.
             sampling: S samples, or their number; 0 is the posterior mean.
             options: See `blob_hf.inference.predictor.predict`.

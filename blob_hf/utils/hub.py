@@ -31,7 +31,7 @@ def fetching(what: str, name: str, local_flag: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, HttpError, DatasetsError) as error:
         raise BlobError(
-            f"cannot get the {what} {name!r} from a local folder or the Hugging Face Hub ({_reason(error)}). "
+            f"cannot get the {what} {name!r} from a local folder or the Hugging Face Hub ({reason(error)}). "
             f"Use --demo to run without network, or give a local path with {local_flag}"
         ) from error
 
@@ -62,7 +62,7 @@ def snapshot(
     except (OSError, ValueError, HttpError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise BlobError(
-            f"{repo!r}{at} is not a local folder, and cannot be had from the Hugging Face Hub: {_reason(error)}"
+            f"{repo!r}{at} is not a local folder, and cannot be had from the Hugging Face Hub: {reason(error)}"
         ) from error
     return Path(folder)
 
@@ -114,11 +114,12 @@ def pushing(repo: str | None, advice: str) -> Iterator[None]:
         yield
     except (OSError, HttpError, HFValidationError) as error:
         raise BlobError(
-            f"cannot push to {repo!r} on the Hugging Face Hub: {_reason(error)}; nothing was committed, {advice}"
+            f"cannot push to {repo!r} on the Hugging Face Hub: {reason(error)}; nothing was committed, {advice}"
         ) from error
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """Why something could not be had, in half a line."""
     if isinstance(error, RepositoryNotFoundError):
         return "no such repo, or it is private or gated: log in with `hf auth login` or pass token="
     if isinstance(error, RevisionNotFoundError):

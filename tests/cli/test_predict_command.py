@@ -15,28 +15,14 @@ import pandas as pd
 import pytest
 from helpers.adapters import trained
 from helpers.models import tiny_tokenizer, words
-from helpers.running import GLUE, ROOT, SUMMARIZATION, run_script
+from helpers.running import GLUE, ROOT, SUMMARIZATION, lines, predict, run_script
 
 from blob_hf import BlobModel, Sampling
-from blob_hf.__main__ import main
 from blob_hf.cli.row_files import RowFile, TextFile
 from blob_hf.data import demo
 from blob_hf.utils.errors import BlobError
 
 QUICK = ["--demo", "--max_steps", 3, "--use_cpu", "true", "--disable_tqdm", "true", "--compare_base", "false"]
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def predict(*arguments):
-    """Exit code of the command."""
-    try:
-        main(["predict", *map(str, arguments)])
-    except SystemExit as exit_:
-        return exit_.code
-    return 0
 
 
 @pytest.fixture(scope="module")

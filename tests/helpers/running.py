@@ -1,9 +1,11 @@
 """Commands as a user runs them, in this process."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
 
+from blob_hf.__main__ import main as blob
 from blob_hf.experiments.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,3 +29,17 @@ def run_experiment(*arguments):
     except SystemExit as exit_:
         return exit_.code
     return 0
+
+
+def predict(*arguments):
+    """Exit code of `blob predict`."""
+    try:
+        blob(["predict", *map(str, arguments)])
+    except SystemExit as exit_:
+        return exit_.code
+    return 0
+
+
+def lines(path):
+    """The rows of a jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
