@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from blob_hf.tuner.kl import gaussian_kl
 from blob_hf.tuner.noise import NOISE_ESTIMATORS
-from blob_hf.tuner.sampled import SampledLinear, standard_normal
+from blob_hf.tuner.sampled import Noise, SampledLinear, standard_normal
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import full_tensor, gathered
@@ -86,13 +86,16 @@ class GaussianA(SampledLinear):
             x, mean = x.to(dtype), mean.to(dtype)
         return NOISE_ESTIMATORS[self.noise](x, mean, std)
 
+    def wanted_noise(self, sampling: Sampling) -> Noise:
+        return self.name, sampling, (self.out_features, self.in_features)
+
     @torch.no_grad()
     def draw(self, sampling: Sampling) -> Tensor:
         """Posterior samples M + Omega eps of A, shape (num_samples, rank, in_features)."""
         with gathered([self.weight, self.rho]):
             mean, std = full_tensor(self.weight).float(), full_tensor(self.std).float()
-            noise = standard_normal(self.name, sampling, mean.shape)
-            return (mean + std * noise.to(mean.device)).to(self.weight.dtype)
+            noise = standard_normal(*self.wanted_noise(sampling)).to(mean.device)
+            return noise.mul_(std).add_(mean).to(self.weight.dtype)
 
     @torch.no_grad()
     def set_std(self, std: Tensor) -> None:

@@ -15,7 +15,7 @@ from blob_hf.tuner.injection import check_layer, has_adapter, make_gaussian
 from blob_hf.tuner.layer import GaussianA
 from blob_hf.tuner.parameters import make_sampled
 from blob_hf.tuner.repeating import repeating
-from blob_hf.tuner.sampled import SampledLinear, layer_name
+from blob_hf.tuner.sampled import SampledLinear, drawn_ahead, layer_name
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import full_tensor, gathered
@@ -161,9 +161,9 @@ def posterior_samples(
         BlobError: S < 1, the model has no posterior, or its adapter is merged.
     """
     drawn = Sampling.of(sampling, seed).required()
-    frozen: dict[SampledLinear, Frozen | Later] = {
-        layer: layer.freeze(own) for layer, own in layer_samplings(model, drawn).items()
-    }
+    layers = layer_samplings(model, drawn)
+    with drawn_ahead(filter(None, (layer.wanted_noise(own) for layer, own in layers.items()))):
+        frozen: dict[SampledLinear, Frozen | Later] = {layer: layer.freeze(own) for layer, own in layers.items()}
     frozen |= {layer: Later(layer, drawn) for layer in layer_positions(model, inactive=True)}
     with fixed(frozen), repeating(model, drawn.num_samples if repeat else 1):
         yield
