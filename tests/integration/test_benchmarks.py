@@ -79,8 +79,8 @@ def test_posterior_samples(table):
 def test_scoring(table):
     _, rows = table("scoring")
     ratios = {name: number(row["ratio"]) for name, row in rows.items()}
-    assert len(ratios) == 10 and all(ratio > 0 for ratio in ratios.values())
-    assert all(ratio == 1 for name, ratio in ratios.items() if "plain" in name or "whole" in name)
+    assert len(ratios) == 12 and all(ratio > 0 for ratio in ratios.values())
+    assert all(ratio == 1 for name, ratio in ratios.items() if "passes of plain" in name or "whole" in name)
 
 
 def test_server(monkeypatch, capsys):
