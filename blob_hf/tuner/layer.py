@@ -87,7 +87,8 @@ class GaussianA(SampledLinear):
         return NOISE_ESTIMATORS[self.noise](x, mean, std)
 
     def wanted_noise(self, sampling: Sampling) -> Noise:
-        return self.name, sampling, (self.out_features, self.in_features)
+        # not (out_features, in_features): PiSSA's A has no more rows than the layer has outputs; ZeRO-3's is empty here
+        return self.name, sampling, tuple(getattr(self.weight, "ds_shape", self.weight.shape))
 
     @torch.no_grad()
     def draw(self, sampling: Sampling) -> Tensor:
