@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from blob_hf.data.multiple_choice import PUBLISHED, Asking, questions, tokenize_choices
+from blob_hf.inference.cut_head import cut_head
 from blob_hf.tuner.base_model import call_classes
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.registry import Companion, register_companion
@@ -121,19 +122,23 @@ class ChoiceScoring(Companion):
             words, own = (", ".join(one) or "letters" for one in (other.answers, self.answers))
             raise BlobError(f"{name} is answered by {words}, but here by {own}; use the scoring of texts")
 
-    def answer(self, network: Callable[..., Any], inputs: Mapping[str, Any]) -> SequenceClassifierOutput:
+    def answer(
+        self, model: BlobModel, network: Callable[..., Any], inputs: Mapping[str, Any]
+    ) -> SequenceClassifierOutput:
         """Logits `(rows, choices)` of a batch of `ChoiceCollator`; softmax of them are the probabilities."""
         inputs = dict(inputs)
         counts = inputs.pop(ASKED_BY)
-        scores = self._of_letters(network, inputs) if self.scoring == "letter" else self._of_texts(network, inputs)
+        letters = self.scoring == "letter"
+        scores = self._of_letters(model, network, inputs) if letters else self._of_texts(network, inputs)
         scores = F.pad(scores.float(), (0, len(self.tokens) - scores.shape[1]))
         missing = torch.arange(len(self.tokens), device=scores.device) >= counts.unsqueeze(1)
         return SequenceClassifierOutput(logits=scores.masked_fill(missing, _NO_CHOICE))
 
-    def _of_letters(self, network: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
+    def _of_letters(self, model: BlobModel, network: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
         """Logits of the letters at the last position, which is the same for all rows: they are padded on the left."""
-        logits = network(**_positioned(inputs), logits_to_keep=1).logits
-        return logits[:, -1].index_select(1, torch.tensor(self.tokens, device=logits.device))
+        with cut_head(model, self.tokens) as cut:
+            logits = network(**_positioned(inputs), logits_to_keep=1).logits[:, -1]
+        return logits if cut.done else logits.index_select(1, torch.tensor(self.tokens, device=logits.device))
 
     def _of_texts(self, network: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
         """Log-likelihood of each choice's text after its context, divided by its length; (rows, choices, length) in."""

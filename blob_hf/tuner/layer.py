@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from blob_hf.tuner.kl import gaussian_kl
 from blob_hf.tuner.noise import NOISE_ESTIMATORS
-from blob_hf.tuner.sampled import SampledLinear, standard_normal
+from blob_hf.tuner.sampled import Noise, SampledLinear, standard_normal
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import full_tensor, gathered
@@ -84,13 +84,17 @@ class GaussianA(SampledLinear):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return NOISE_ESTIMATORS[self.noise](x, self.weight, self.std)
 
+    def wanted_noise(self, sampling: Sampling) -> Noise:
+        # not (out_features, in_features): PiSSA's A has no more rows than the layer has outputs; ZeRO-3's is empty here
+        return self.name, sampling, tuple(getattr(self.weight, "ds_shape", self.weight.shape))
+
     @torch.no_grad()
     def draw(self, sampling: Sampling) -> Tensor:
         """Posterior samples M + Omega eps of A, shape (num_samples, rank, in_features)."""
         with gathered([self.weight, self.rho]):
             mean, std = full_tensor(self.weight).float(), full_tensor(self.std).float()
-            noise = standard_normal(self.name, sampling, mean.shape)
-            return (mean + std * noise.to(mean.device)).to(self.weight.dtype)
+            noise = standard_normal(*self.wanted_noise(sampling)).to(mean.device)
+            return noise.mul_(std).add_(mean).to(self.weight.dtype)
 
     @torch.no_grad()
     def set_std(self, std: Tensor) -> None:

@@ -117,7 +117,7 @@ class BlobModel(PeftModel):
             self._count_forward()
         for companion in self.companions.get(str(self.active_adapter), {}).values():
             if companion.asked_by in kwargs:
-                return companion.answer(super().forward, kwargs)
+                return companion.answer(self, super().forward, kwargs)
         return super().forward(*args, **kwargs)
 
     @property

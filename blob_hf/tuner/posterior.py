@@ -16,7 +16,7 @@ from blob_hf.tuner.kl import gaussian_kl
 from blob_hf.tuner.layer import GaussianA, std_from_rho
 from blob_hf.tuner.parameters import make_sampled
 from blob_hf.tuner.repeating import repeating
-from blob_hf.tuner.sampled import SampledLinear, layer_name
+from blob_hf.tuner.sampled import SampledLinear, drawn_ahead, layer_name
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import full_tensor, gathered
@@ -61,7 +61,7 @@ def gaussian_layers(model: nn.Module, adapter: str | None = None) -> dict[str, G
     return layers
 
 
-def check_complete(model: nn.Module) -> None:
+def _check_complete(model: nn.Module, lora: Sequence[LoraLayer]) -> None:
     """Refuse an adapter that says it is BLoB, but has layers with a point-valued A.
 
     Raises:
@@ -69,8 +69,9 @@ def check_complete(model: nn.Module) -> None:
     """
     for adapter, config in (getattr(model, "peft_config", None) or {}).items():
         if isinstance(config, BlobConfig):
-            for path, module in lora_layers(model, adapter):
-                if not isinstance(module.lora_A[adapter], SampledLinear):
+            for layer in lora:
+                if adapter in layer.lora_A and not isinstance(layer.lora_A[adapter], SampledLinear):
+                    path = next(path for path, module in model.named_modules() if module is layer)
                     raise BlobError(
                         f"adapter {adapter!r} is a BlobConfig, but {layer_name(path)} is plain LoRA: something has "
                         "replaced its A; bayesianize(model) makes it a posterior again"
@@ -88,18 +89,25 @@ def layer_positions(model: nn.Module, inactive: bool = False) -> dict[SampledLin
     Args:
         inactive: Those of adapters that are not active, at position 0, instead.
     """
+    positions = _positions(*_parts(model))
+    return {layer: max(position, 0) for layer, position in positions.items() if (position < 0) == inactive}
+
+
+def _parts(model: nn.Module) -> tuple[list[LoraLayer], list[SampledLinear]]:
+    """In one walk over a model, which takes milliseconds where there are thousands of modules."""
+    modules = list(model.modules())
+    lora: list[LoraLayer] = [module for module in modules if isinstance(module, LoraLayer)]
+    return lora, [module for module in modules if isinstance(module, SampledLinear)]
+
+
+def _positions(lora: Sequence[LoraLayer], sampled: Sequence[SampledLinear]) -> dict[SampledLinear, int]:
+    """Of every layer that can be sampled, how many active adapters come before its own; -1: its own is not active."""
     positions = {}
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            for weights in (module.lora_A, module.lora_B):
-                for key, layer in weights.items():
-                    active = module.active_adapters.index(key) if key in module.active_adapters else -1
-                    positions[layer] = active
-    found = {}
-    for module in model.modules():
-        if isinstance(module, SampledLinear) and (positions.get(module, 0) < 0) == inactive:
-            found[module] = max(positions.get(module, 0), 0)
-    return found
+    for module in lora:
+        for weights in (module.lora_A, module.lora_B):
+            for key, layer in weights.items():
+                positions[layer] = module.active_adapters.index(key) if key in module.active_adapters else -1
+    return {layer: positions.get(layer, 0) for layer in sampled}
 
 
 def layer_samplings(model: nn.Module, sampling: Sampling) -> dict[SampledLinear, Sampling]:
@@ -110,8 +118,8 @@ def layer_samplings(model: nn.Module, sampling: Sampling) -> dict[SampledLinear,
     Raises:
         BlobError: There is none, or the adapter is merged.
     """
-    samplable_layers(model)
-    return {layer: sampling.of_adapter(position) for layer, position in layer_positions(model).items()}
+    positions = _samplable(model)
+    return {layer: sampling.of_adapter(position) for layer, position in positions.items() if position >= 0}
 
 
 def samplable_layers(model: nn.Module) -> list[SampledLinear]:
@@ -120,13 +128,18 @@ def samplable_layers(model: nn.Module) -> list[SampledLinear]:
     Raises:
         BlobError: There is none, or the adapter is merged.
     """
-    check_complete(model)
-    layers = sampled_layers(model)
-    if not layers:
+    return [layer for layer, position in _samplable(model).items() if position >= 0]
+
+
+def _samplable(model: nn.Module) -> dict[SampledLinear, int]:
+    lora, sampled = _parts(model)
+    _check_complete(model, lora)
+    positions = _positions(lora, sampled)
+    if all(position < 0 for position in positions.values()):
         raise BlobError("the model has no posterior to sample from; make one with get_blob_model or bayesianize")
-    if any(isinstance(module, LoraLayer) and module.merged for module in model.modules()):
+    if any(module.merged for module in lora):
         raise BlobError("the adapter is merged into the base weights; unmerge_adapter() before sampling")
-    return layers
+    return positions
 
 
 @contextmanager
@@ -162,10 +175,11 @@ def posterior_samples(
         BlobError: S < 1, the model has no posterior, or its adapter is merged.
     """
     drawn = Sampling.of(sampling, seed).required()
-    frozen: dict[SampledLinear, Frozen | Later] = {
-        layer: layer.freeze(own) for layer, own in layer_samplings(model, drawn).items()
-    }
-    frozen |= {layer: Later(layer, drawn) for layer in layer_positions(model, inactive=True)}
+    positions = _samplable(model)
+    layers = {layer: drawn.of_adapter(position) for layer, position in positions.items() if position >= 0}
+    with drawn_ahead(filter(None, (layer.wanted_noise(own) for layer, own in layers.items()))):
+        frozen: dict[SampledLinear, Frozen | Later] = {layer: layer.freeze(own) for layer, own in layers.items()}
+    frozen |= {layer: Later(layer, drawn) for layer, position in positions.items() if position < 0}
     with fixed(frozen), repeating(model, drawn.num_samples if repeat else 1):
         yield
 

@@ -32,10 +32,11 @@ class Companion:
     name: ClassVar[str]
     asked_by: ClassVar[str | None] = None
 
-    def answer(self, network: Callable[..., Any], inputs: Mapping[str, Any]) -> ModelOutput:
+    def answer(self, model: "BlobModel", network: Callable[..., Any], inputs: Mapping[str, Any]) -> ModelOutput:
         """The output of a forward in the place of the network's own.
 
         Args:
+            model: That the companion belongs to.
             network: The network's forward, as it is in this context: at the mean, noisy, or at samples.
         """
         raise NotImplementedError

@@ -125,6 +125,17 @@ def test_scores_are_those_of_a_loop_over_questions_for_the_mean_and_each_sample(
             torch.testing.assert_close(found.sample_log_probs[index, sample, :count], expected)
 
 
+@torch.no_grad()
+def test_letters_are_scored_by_their_rows_of_the_head_alone():
+    model, how, widths = blob(), scoring("letter"), []
+    model.set_companion(how)
+    model.get_output_embeddings().register_forward_hook(lambda *found: widths.append(found[2].shape[1:]))
+    inputs = batch(how)
+    del inputs["labels"]
+    model(**inputs)
+    assert widths == [(1, 5)]  # at the last position
+
+
 def test_other_batches_go_to_the_model_itself():
     model = blob()
     plain = model(input_ids=torch.tensor([[5, 6, 7]])).logits

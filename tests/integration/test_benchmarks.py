@@ -20,6 +20,8 @@ SMOKE = {
         "--model", "tiny", "--samples", 2, "--source", 8, "--new_tokens", 4, "--rounds", 1, "--loop_samples", 1,
         "--summaries", 100,
     ],
+    "posterior_samples": ["--tiny", "--samples", 2, "--length", 4, "--rounds", 1, "--threads", 1],
+    "scoring": ["--tiny", "--samples", 2, "--rows", 2, "--length", 8, "--rounds", 1, "--threads", 1],
     "train_step": [
         "--model", "tiny", "--steps", 1, "--threads", 1, "--methods", "lora", "flipout", "--memory_processes", 1,
     ],
@@ -64,6 +66,21 @@ def test_evaluation(table):
     assert list(rows) == ["3 plain LoRA evaluations", "3 samples, one per forward", "3 samples, all in one forward"]
     ratios = [number(row["ratio"]) for row in rows.values()]
     assert ratios[0] == 1 and all(ratio > 0 for ratio in ratios)
+
+
+def test_posterior_samples(table):
+    _, rows = table("posterior_samples")
+    assert len(rows) == 4 and all(number(row["drawing (ms)"]) > 0 for row in rows.values())
+    first, second = (number(rows[f"tiny, q, v, r = {rank}"]["million numbers"]) for rank in (8, 16))
+    assert first == pytest.approx(2 * 2 * 2 * 8 * 64 / 1e6, abs=0.005) and second == pytest.approx(2 * first, abs=0.01)
+
+
+@pytest.mark.slow
+def test_scoring(table):
+    _, rows = table("scoring")
+    ratios = {name: number(row["ratio"]) for name, row in rows.items()}
+    assert len(ratios) == 12 and all(ratio > 0 for ratio in ratios.values())
+    assert all(ratio == 1 for name, ratio in ratios.items() if "passes of plain" in name or "whole" in name)
 
 
 def test_server(monkeypatch, capsys):

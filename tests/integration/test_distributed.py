@@ -21,14 +21,15 @@ pytestmark = pytest.mark.slow
 RUN = """
 import json, os, signal, sys, torch
 from datasets import Dataset
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from blob_hf import BlobConfig, BlobTrainer, BlobTrainingArguments, get_blob_model
 from blob_hf import cli
+from blob_hf.inference.choices import ChoiceCollator, ChoiceScoring
 from blob_hf.trainer.engines import shutdown
 from blob_hf.tuner.posterior import gaussian_layers
 out, per_device, engine, checkpoint, changes = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
 changes = json.loads(changes)
-fault, quiet = changes.pop("fault", None), changes.pop("quiet", False)
+fault, quiet, causal = changes.pop("fault", None), changes.pop("quiet", False), changes.pop("causal", False)
 if engine == "fsdp2":
     # accelerate offers FSDP for GPUs alone, but torch's FSDP2 itself runs on CPUs with gloo
     import accelerate.state as state
@@ -41,7 +42,8 @@ if engine == "fsdp2":
     state.PartialState._prepare_backend = as_gpu
     state.PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
     extra = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": ["BertLayer"], "state_dict_type": "SHARDED_STATE_DICT"}}
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer" if causal else "BertLayer"],
+        "state_dict_type": "SHARDED_STATE_DICT"}}
 else:
     extra = {"deepspeed": engine or None}
 args = BlobTrainingArguments(**{**dict(
@@ -49,18 +51,29 @@ args = BlobTrainingArguments(**{**dict(
     learning_rate=1e-2, logging_steps=1, report_to="none", disable_tqdm=True, save_strategy="steps", save_steps=3,
     use_cpu=True, kl_cycle_steps=3, eval_samples=3, dataloader_pin_memory=False), **extra, **changes})
 torch.manual_seed(0)
-model = BertForSequenceClassification(BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2,
-    num_attention_heads=2, intermediate_size=32, max_position_embeddings=40, num_labels=3))
-model = get_blob_model(model, BlobConfig(target_modules=["query", "value", "classifier"], task_type="SEQ_CLS",
-    init_eps=0.3, noise="shared"))
+sizes = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+    max_position_embeddings=40)
+if causal:  # multiple choice by letters
+    model, targets, task = LlamaForCausalLM(LlamaConfig(**sizes)), ["q_proj", "v_proj", "lm_head"], "CAUSAL_LM"
+else:
+    model, targets = BertForSequenceClassification(BertConfig(**sizes, num_labels=3)), ["query", "value", "classifier"]
+    task = "SEQ_CLS"
+model = get_blob_model(model, BlobConfig(target_modules=targets, task_type=task, init_eps=0.3, noise="shared"))
 for layer in gaussian_layers(model).values():
     layer.mean_only = quiet
 for name, parameter in model.named_parameters():
     if ".lora_B." in name:
         torch.nn.init.normal_(parameter, std=0.5)
 ids = torch.randint(4, 60, (24, 8), generator=torch.Generator().manual_seed(1))
-data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 0] % 3).tolist()})
-trainer = BlobTrainer(model=model, args=args, train_dataset=data, eval_dataset=data.select(range(13)))
+rows = {"input_ids": ids.tolist(), "labels": (ids[:, 0] % 3).tolist()}
+if causal:
+    scoring = ChoiceScoring("letter", (11, 7, 40))
+    model.set_companion(scoring), scoring.attach(model, None)
+    rows = {"input_ids": [row[: 4 + i % 5] for i, row in enumerate(rows["input_ids"])], "num_choices": [3] * len(ids),
+        "labels": rows["labels"]}
+data = Dataset.from_dict(rows)
+trainer = BlobTrainer(model=model, args=args, train_dataset=data, eval_dataset=data.select(range(13)),
+    data_collator=ChoiceCollator(0, "letter") if causal else None)
 if fault and trainer.accelerator.process_index == 1:
     inner = trainer.compute_loss
     nll = trainer._nll
@@ -208,6 +221,24 @@ def test_two_processes_train_as_one(tmp_path, single, engine):
     again, history_again, _ = train(tmp_path, "again", 2, 4, config, tmp_path / engine / "checkpoint-3")
     assert all(torch.equal(again[name], value) for name, value in weights.items())
     assert history_again.equals(history)
+
+
+@pytest.fixture(scope="module")
+def single_causal(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("causal"), "out", 1, 8, **CAUSAL)
+
+
+CAUSAL = {"causal": True, "remove_unused_columns": False, "max_steps": 3}
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_two_processes_train_a_causal_model_as_one(tmp_path, single_causal, engine):
+    """Multiple choice by letters, with LoRA on lm_head, and under ZeRO-3 with gradient checkpointing."""
+    config, changes = engine, CAUSAL
+    if engine == "zero3":
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+        config, changes = str(ROOT / "ds_configs" / "zero3.json"), {**CAUSAL, "gradient_checkpointing": True}
+    assert_the_same_training(train(tmp_path, engine, 2, 4, config, **changes), single_causal)
 
 
 @pytest.mark.parametrize("class_weights", [None, "balanced"])
