@@ -82,8 +82,8 @@ def distil(args: argparse.Namespace) -> Comparison | None:
     cache = TargetCache(output / CACHE, _key(args, folder, sampling))
     given.rows.ask(teacher, sampling, cache, args.batch_size, _BATCHES * args.batch_size)
     if state.is_main_process:
-        print(f"{len(given.rows)} rows: the teacher (method {method}, N={sampling.num_samples}) was asked for "
-              f"{cache.asked} by this process, the others were there")  # fmt: skip
+        print(f"{len(given.rows)} rows: the teacher (method {method}, N={sampling.num_samples}) answered "
+              f"{cache.asked} of them now")  # fmt: skip
     trainer = DistilTrainer(student, _training(args), given.rows)
     trained = trainer.train()
     student = student.eval()
