@@ -241,7 +241,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--top_k", type=int, default=32, help="models that write: tokens told apart; the rest are one")
     own.add_argument("--r", type=int, help="rank of the student; default: the teacher's")
     own.add_argument("--target_modules", nargs="+", help="layers of the student; default: the teacher's")
-    own.add_argument("--max_steps", type=int, default=500, help="of the student's training")
+    own.add_argument("--max_steps", type=int, default=300, help="of the student's training")
     own.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW; it falls linearly")
     own.add_argument("--warmup_steps", type=float, default=0.06, help="steps, or a share of them")
     own.add_argument("--per_device_train_batch_size", type=int, default=16, help="rows of a step")

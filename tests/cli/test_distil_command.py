@@ -118,6 +118,7 @@ def test_a_classifier_is_distilled_measured_and_served_by_plain_peft(tiny, tmp_p
     assert "posterior_samples" not in card
 
 
+@pytest.mark.slow
 def test_the_second_run_reads_what_the_first_has_asked(tiny, tmp_path, capsys):
     run = [tiny / "adapter", "--data", tiny / "train.csv", *QUICK, "--output"]
     assert distil(*run, tmp_path / "a") == 0

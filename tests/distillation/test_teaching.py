@@ -8,9 +8,10 @@ import pytest
 import torch
 from helpers.adapters import one_line, saved_base, trained
 from helpers.models import randomize_b, tiny_tokenizer, words
+from helpers.training import fit
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from blob_hf import (
     BlobConfig,
@@ -22,6 +23,7 @@ from blob_hf import (
     get_lora_model,
     make_student,
 )
+from blob_hf.cli.routes import find_route
 from blob_hf.distillation import (
     ClassRows,
     Comparison,
@@ -32,9 +34,10 @@ from blob_hf.distillation import (
     require_samples,
     score_texts,
 )
+from blob_hf.inference.choices import ChoiceScoring, choice_rows
 from blob_hf.inference.inputs import rows_of
 from blob_hf.tuner.base_model import peft_loading
-from blob_hf.tuner.posterior import lora_layers
+from blob_hf.tuner.posterior import lora_layers, sampling_of
 from blob_hf.utils.errors import BlobError
 
 TEXTS = words(11, seed=3)
@@ -130,7 +133,7 @@ def test_another_teacher_seed_or_row_is_another_shard(bert, tmp_path):
 
 # ----- texts ------------------------------------------------------------------------------------------------------
 
-FAMILIES = ["bart", "gpt2"]
+SLOW = pytest.mark.slow
 
 
 def contexts(family, given):
@@ -139,8 +142,10 @@ def contexts(family, given):
     return [Context(draw(n), draw(m) if given else None) for n, m in ((5, 3), (2, 6), (7, 1))]
 
 
-@pytest.mark.parametrize("given", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "given"),
+    [("bart", True), ("gpt2", False), pytest.param("bart", False, marks=SLOW), pytest.param("gpt2", True, marks=SLOW)],
+)
 def test_token_distributions_are_those_of_a_loop_over_rows_and_networks(family, given, tmp_path):
     model = BlobModel.from_pretrained(saved(family, tmp_path))
     layout = Layout.of(model, pad=0)
@@ -173,7 +178,8 @@ def test_token_distributions_are_those_of_a_loop_over_rows_and_networks(family, 
             assert target == ids[:, 0].tolist()
 
 
-@pytest.mark.parametrize("family", [pytest.param("bart", marks=pytest.mark.slow), "gpt2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bart", "gpt2"])
 def test_a_student_of_texts_learns_them_and_the_cache_keeps_the_written_ones(family, tmp_path):
     folder = saved(family, tmp_path)
     model = BlobModel.from_pretrained(folder)
@@ -207,7 +213,7 @@ def mean_probabilities(model):
     return model.predict(TEXTS, tiny_tokenizer(), sampling=0).probabilities
 
 
-@pytest.mark.parametrize("head", ["trained", "frozen under LoRA"])
+@pytest.mark.parametrize("head", ["trained", pytest.param("frozen under LoRA", marks=SLOW)])
 def test_a_student_begins_as_the_mean_learns_the_predictive_and_plain_peft_loads_it(bert, tmp_path, head):
     bert = of_trained_head(tmp_path) if head == "trained" else bert
     teacher = BlobModel.from_pretrained(bert)
@@ -238,7 +244,7 @@ def of_trained_head(folder):
     return folder / "adapter"
 
 
-@pytest.mark.parametrize("head", ["trained", "frozen under LoRA"])
+@pytest.mark.parametrize("head", [pytest.param("trained", marks=SLOW), "frozen under LoRA"])
 def test_a_student_of_another_rank_begins_at_the_best_approximation(tmp_path, head):
     folder = of_trained_head(tmp_path) if head == "trained" else saved("bert", tmp_path)
     teacher = BlobModel.from_pretrained(folder)
@@ -297,3 +303,81 @@ def test_what_is_kept_is_a_share_of_the_gain():
     assert list(found.table().columns) == ["teacher, N=10", "teacher, N=0", "student", "kept of the gain"]
     with pytest.raises(BlobError, match="one network, without samples"):
         require_samples("map", "x")
+
+
+# ----- teachers of every method -----------------------------------------------------------------------------------
+
+CHANGES = {
+    "mc_dropout": {}, "ensemble": {"ensemble_size": 2}, "laplace": {}, "tfb": {"num_anchors": 8}, "scalabl": {},
+    "ivon": {},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", CHANGES)
+def test_every_method_teaches(method, tmp_path):
+    if method == "laplace":
+        pytest.importorskip("laplace")
+    base = saved_base("bert", tmp_path / "base")
+
+    def make_model():
+        torch.manual_seed(0)
+        own = type(base).from_pretrained(tmp_path / "base")
+        lora = {"target_modules": ["query", "value", "classifier"], "r": 4, "task_type": "SEQ_CLS"}
+        lora["lora_dropout"] = 0.3 if method == "mc_dropout" else 0.0
+        model = find_route(method).fresh_model(own, lora, {})
+        randomize_b(model)
+        return model
+
+    fitted, _ = fit(tmp_path / "run", method, make_model, **CHANGES[method])
+    fitted.model.save_pretrained(tmp_path / "adapter")
+    tiny_tokenizer().save_pretrained(tmp_path / "adapter")
+    teacher = BlobModel.from_pretrained(tmp_path / "adapter")
+    require_samples(teacher.method, tmp_path)
+    sampling = sampling_of(teacher, Sampling(5))
+    rows = asked(teacher, TargetCache(tmp_path / "cache", {}), sampling=sampling)
+    expected = teacher.predict(TEXTS, sampling=Sampling(5)).probabilities
+    np.testing.assert_allclose(rows.log_probs.exp().numpy(), expected, atol=1e-5)
+    student = make_student(tmp_path / "adapter")
+    assert type(student.active_peft_config) is LoraConfig and not student.has_posterior
+    np.testing.assert_allclose(mean_probabilities(student), mean_probabilities(teacher), atol=1e-5)
+    before = np.abs(mean_probabilities(student) - expected).max()
+    DistilTrainer(student, arguments(tmp_path / "t"), rows).train()
+    assert np.abs(mean_probabilities(student) - expected).max() < 0.2 * before + 1e-3
+    student.save_pretrained(tmp_path / "s")
+    assert mean_probabilities(BlobModel.from_pretrained(tmp_path / "s")) == pytest.approx(mean_probabilities(student))
+
+
+@pytest.mark.parametrize("kind", ["letter", pytest.param("text", marks=pytest.mark.slow)])
+def test_a_student_of_choices_answers_questions(kind, tmp_path):
+    torch.manual_seed(0)
+    base, tokens = tiny_llama(tmp_path / "base"), tuple(range(5, 8))
+    config = BlobConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", r=4, init_eps=0.9)
+    model = get_blob_model(base, config)
+    randomize_b(model)
+    asking = {"letter_prompt": "{question} {lettered}", "text_prompt": "{question}"}
+    model.set_companion(ChoiceScoring(kind, tokens if kind == "letter" else (0, 0, 0), **asking))
+    model.eval().save_pretrained(tmp_path / "adapter")
+    tiny_tokenizer().save_pretrained(tmp_path / "adapter")
+    teacher = BlobModel.from_pretrained(tmp_path / "adapter")
+    choices = ["w5 w6", "w7", "w8 w9 w10"]
+    questions = [{"question": text, "choices": choices[: 3 - i % 2]} for i, text in enumerate(words(4))]
+    scoring = teacher.companion(ChoiceScoring.slot)
+    rows = ClassRows(questions, choice_rows(questions, scoring, tiny_tokenizer()))
+    rows.ask(teacher, Sampling(6), TargetCache(tmp_path / "cache", {}), batch_size=3, block=4)
+    expected = teacher.predict(questions, sampling=6).probabilities
+    np.testing.assert_allclose(rows.log_probs.exp().numpy(), expected, atol=1e-5)
+    assert (expected[1, 2], expected[3, 2]) == (0, 0)  # a choice that is not there
+    student = make_student(tmp_path / "adapter")
+    before = np.abs(student.predict(questions, sampling=0).probabilities - expected).max()
+    DistilTrainer(student, arguments(tmp_path / "t", max_steps=40), rows).train()
+    assert np.abs(student.predict(questions, sampling=0).probabilities - expected).max() < 0.5 * before
+    student.save_pretrained(tmp_path / "s")
+    again = BlobModel.from_pretrained(tmp_path / "s").predict(questions, tiny_tokenizer(), sampling=0)
+    np.testing.assert_allclose(again.probabilities, student.predict(questions, sampling=0).probabilities, atol=1e-6)
+
+
+def tiny_llama(folder):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=60, max_position_embeddings=128, **sizes)).save_pretrained(folder)
+    return LlamaForCausalLM.from_pretrained(folder)
