@@ -196,6 +196,8 @@ def _prompted(model: BlobModel, args: argparse.Namespace, file: Dataset, split: 
     if _CONVERSATION in file.column_names and not args.text_columns:
         asked = [_up_to_the_answer(messages, number, split) for number, messages in enumerate(file[_CONVERSATION])]
         limit = _limit(model, args, tokenizer) - (0 if args.max_length else room)
+        if limit < 1:
+            raise BlobError(f"{room} new tokens leave no room for a text: the model takes {limit + room}")
         return [Context(_templated(tokenizer, one, True)[-limit:]) for one in asked]
     (column,) = _text_columns(args, file, _PAIR[0], None)
     texts = _column(file, column, split)
