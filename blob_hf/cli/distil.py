@@ -176,7 +176,7 @@ def _scorer(given: Given, batch_size: int) -> Callable[[BlobModel, Sampling], di
     labels = given.labels
 
     def score(model: BlobModel, sampling: Sampling) -> dict[str, float]:
-        found = model.predict(rows.inputs, sampling=sampling, batch_size=batch_size)
+        found = rows.answered(model, sampling, batch_size)
         with np.errstate(divide="ignore"):  # a choice that a question does not have
             return calibration_metrics(np.log(found.probabilities), labels)
 

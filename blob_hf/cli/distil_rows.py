@@ -74,7 +74,7 @@ def _of_classes(
 ) -> Given:
     columns = args.text_columns or find_text_columns(files[0], (*LABELS, args.label_column))
     texts = _texts(files, columns, split)
-    rows = ClassRows(texts, rows_of(model, texts, find_tokenizer(model), max_length=args.max_length))
+    rows = ClassRows(texts, rows_of(model, texts, find_tokenizer(model), max_length=args.max_length), args.max_length)
     if not labelled:
         return Given(rows)
     config: Any = model.get_base_model().config
@@ -112,7 +112,8 @@ def _of_choices(
     labels = [row.pop("label", None) for row in asked]
     if labelled and None in labels:
         raise BlobError(f"question {labels.index(None) + 1} of {paths[0]} has no label")
-    rows = ClassRows(asked, choice_rows(Dataset.from_list(asked), scoring, find_tokenizer(model), args.max_length))
+    tokenized = choice_rows(Dataset.from_list(asked), scoring, find_tokenizer(model), args.max_length)
+    rows = ClassRows(asked, tokenized, args.max_length)
     return Given(rows, labels=np.array(labels) if labelled else None)
 
 
@@ -124,14 +125,16 @@ def _of_texts(
 ) -> Given:
     tokenizer = find_tokenizer(model)
     base: Any = model.get_base_model()
-    answers, target = _answers(args, files[0], bool(base.config.is_encoder_decoder))
-    if labelled and answers == "teacher":
-        raise BlobError(
-            f"--eval_data needs answers to measure by ({target or 'prompt and completion, or messages'}), but its "
-            f"columns are {', '.join(files[0].column_names)}"
-        )
     contexts: list[Context] = []
-    for file in files:
+    kinds: dict[str, None] = {}
+    for file in files:  # some may have answers, others not
+        answers, target = _answers(args, file, bool(base.config.is_encoder_decoder))
+        if labelled and answers == "teacher":
+            raise BlobError(
+                f"--eval_data needs answers to measure by ({target}), but its columns are "
+                f"{', '.join(file.column_names)}; set --target_column"
+            )
+        kinds[answers] = None
         if base.config.is_encoder_decoder:
             contexts += _summarized(model, args, file, split, tokenizer, target if answers == "data" else None)
         elif answers == "data":
@@ -141,10 +144,10 @@ def _of_texts(
         else:
             contexts += _prompted(model, args, file, split, tokenizer)
     layout = Layout.of(model, padding_token(tokenizer))
-    return Given(TextRows(contexts, layout, args.top_k, args.max_new_tokens), answers)
+    return Given(TextRows(contexts, layout, args.top_k, args.max_new_tokens), " and ".join(kinds))
 
 
-def _answers(args: argparse.Namespace, file: Dataset, encodes: bool) -> tuple[str, str | None]:
+def _answers(args: argparse.Namespace, file: Dataset, encodes: bool) -> tuple[str, str]:
     """Which answers, and the column of those of the data."""
     names = file.column_names
     usual = _SUMMARIES[1] if encodes else (_CONVERSATION if _CONVERSATION in names else _PAIR[1])
@@ -206,7 +209,7 @@ def _prompted(model: BlobModel, args: argparse.Namespace, file: Dataset, split: 
 
 
 def _conversations(
-    model: BlobModel, args: argparse.Namespace, file: Dataset, split: str, tokenizer: Any, target: str | None
+    model: BlobModel, args: argparse.Namespace, file: Dataset, split: str, tokenizer: Any, target: str
 ) -> list[Context]:
     """Prompts and their completions, or conversations and their last answer, tokenized as TRL does for training."""
     limit, found = _limit(model, args, tokenizer), []
@@ -216,7 +219,7 @@ def _conversations(
             pair: tuple[Any, Any] = (asked, row[_CONVERSATION])
         else:
             prompt = row[args.text_columns[0] if args.text_columns else _PAIR[0]]
-            pair = (prompt, _joined(prompt, row[str(target)], number, split))
+            pair = (prompt, _joined(prompt, row[target], number, split))
         context, whole = (_tokens(tokenizer, one, first) for one, first in zip(pair, (True, False), strict=True))
         answer = whole[len(context) :][: args.max_new_tokens]
         if not answer:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from blob_hf.distillation.cache import Shard, TargetCache
 from blob_hf.distillation.loss import kl_classes
+from blob_hf.inference.answers import Prediction
 from blob_hf.inference.choices import ChoiceRows
 from blob_hf.inference.inputs import Rows
 from blob_hf.tuner.model import BlobModel
@@ -24,10 +25,11 @@ class ClassRows:
     Args:
         inputs: As `BlobModel.predict` takes a list of them.
         rows: The same, tokenized.
+        max_length: With which they were, if with any.
     """
 
-    def __init__(self, inputs: Sequence[Any], rows: Rows | ChoiceRows) -> None:
-        self.inputs, self.rows = list(inputs), rows
+    def __init__(self, inputs: Sequence[Any], rows: Rows | ChoiceRows, max_length: int | None = None) -> None:
+        self.inputs, self.rows, self.max_length = list(inputs), rows, max_length
         self.log_probs = torch.empty(0)
         self.epistemic = torch.empty(0)
 
@@ -45,8 +47,7 @@ class ClassRows:
         """
 
         def answer(indices: Sequence[int]) -> Shard:
-            inputs = [self.inputs[index] for index in indices]
-            found = teacher.predict(inputs, sampling=sampling, batch_size=batch_size)
+            found = self.answered(teacher, sampling, batch_size, indices)
             with np.errstate(divide="ignore"):  # a choice that a question does not have
                 log_probs = np.log(found.probabilities)
             return {
@@ -57,6 +58,13 @@ class ClassRows:
         shards = cache.answers([_content(row) for row in self._each()], block, answer)
         self.log_probs = torch.cat([shard[LOG_PROBS] for shard in shards])
         self.epistemic = torch.cat([shard[EPISTEMIC] for shard in shards])
+
+    def answered(
+        self, model: BlobModel, sampling: Sampling, batch_size: int, indices: Sequence[int] | None = None
+    ) -> Prediction:
+        """What `model.predict` says of these inputs, default all."""
+        inputs = self.inputs if indices is None else [self.inputs[index] for index in indices]
+        return model.predict(inputs, sampling=sampling, batch_size=batch_size, max_length=self.max_length)
 
     def _each(self) -> Iterator[Any]:
         if isinstance(self.rows, ChoiceRows):

@@ -1,5 +1,6 @@
 """Training the student: transformers' Trainer with one other loss."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -49,8 +50,9 @@ class DistilTrainer(Trainer):
     """
 
     def __init__(self, model: BlobModel, args: TrainingArguments, rows: TaughtRows) -> None:
-        args.remove_unused_columns = False  # a row is its index
-        super().__init__(model, args, data_collator=rows.collate, train_dataset=_Indices(len(rows)))
+        own = copy.copy(args)
+        own.remove_unused_columns = False  # a row is its index
+        super().__init__(model, own, data_collator=rows.collate, train_dataset=_Indices(len(rows)))
         self.rows = rows
         self.model_accepts_loss_kwargs = False  # the loss is a mean already
 

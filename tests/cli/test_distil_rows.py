@@ -32,10 +32,12 @@ def writers():
 
 
 def read(model, folder, rows, *options, labelled=False):
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    args = parser().parse_args(["x", "--data", str(path), "--output", "o", *map(str, options)])
-    given = read_rows(model, args, [str(path)], "data", labelled)
+    paths = []
+    for number, some in enumerate(rows if isinstance(rows[0], list) else [rows]):
+        paths.append(str(folder / f"rows{number}.jsonl"))
+        (folder / f"rows{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    args = parser().parse_args(["x", "--data", *paths, "--output", "o", *map(str, options)])
+    given = read_rows(model, args, paths, "data", labelled)
     return given.answers, [(one.tokens, one.target) for one in given.rows.contexts]
 
 
@@ -83,5 +85,7 @@ def test_rows_of_a_summarizer(writers, tmp_path):
     assert read(model, tmp_path, rows, *prompt, "--answers", "teacher") == ("teacher", [([59, 4, 5, END], None)])
     bare = [{"text": "w4 w5"}]
     assert read(model, tmp_path, bare, *prompt) == ("teacher", [([59, 4, 5, END], None)])
+    both = [([59, 4, 5, END], [6, END]), ([59, 4, 5, END], None)]
+    assert read(model, tmp_path, [rows, bare], *prompt) == ("data and teacher", both)
     one_line("no column of answers 'summary'", lambda: read(model, tmp_path, bare, "--answers", "data"))
     one_line("--answers text is for causal", lambda: read(model, tmp_path, rows, "--answers", "text"))

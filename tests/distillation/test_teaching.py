@@ -84,6 +84,11 @@ def test_answers_are_those_of_predict_and_the_cache_changes_no_bit(bert, tmp_pat
     expected = model.predict(TEXTS, sampling=Sampling(3))
     np.testing.assert_allclose(plain.log_probs.exp().numpy(), expected.probabilities, rtol=1e-4)
     np.testing.assert_allclose(plain.epistemic.numpy(), expected.epistemic, atol=1e-5)
+    short = ClassRows(TEXTS, rows_of(model, TEXTS, max_length=4), 4)
+    short.ask(model, Sampling(3), TargetCache(None, {}), batch_size=2, block=4)
+    cut = model.predict(TEXTS, sampling=Sampling(3), max_length=4).probabilities
+    np.testing.assert_allclose(short.log_probs.exp().numpy(), cut, rtol=1e-4)
+    assert np.abs(cut - expected.probabilities).max() > 1e-3
     first, second = TargetCache(tmp_path, {"n": 3}), TargetCache(tmp_path, {"n": 3})
     written, read = asked(model, first), asked(model, second)
     assert (first.asked, second.asked) == (11, 0) and len(list(tmp_path.iterdir())) == 3
