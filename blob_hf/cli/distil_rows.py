@@ -128,7 +128,8 @@ def _of_texts(
     contexts: list[Context] = []
     kinds: dict[str, None] = {}
     for file in files:  # some may have answers, others not
-        answers, target = _answers(args, file, bool(base.config.is_encoder_decoder))
+        wanted = "auto" if labelled and args.answers == "teacher" else args.answers  # measured by the data's
+        answers, target = _answers(args, file, bool(base.config.is_encoder_decoder), wanted)
         if labelled and answers == "teacher":
             raise BlobError(
                 f"--eval_data needs answers to measure by ({target}), but its columns are "
@@ -147,17 +148,17 @@ def _of_texts(
     return Given(TextRows(contexts, layout, args.top_k, args.max_new_tokens), " and ".join(kinds))
 
 
-def _answers(args: argparse.Namespace, file: Dataset, encodes: bool) -> tuple[str, str]:
+def _answers(args: argparse.Namespace, file: Dataset, encodes: bool, wanted: str) -> tuple[str, str]:
     """Which answers, and the column of those of the data."""
     names = file.column_names
     usual = _SUMMARIES[1] if encodes else (_CONVERSATION if _CONVERSATION in names else _PAIR[1])
     target = args.target_column or usual
     there = target in names and (encodes or target == _CONVERSATION or _PAIR[0] in names or bool(args.text_columns))
-    if (args.answers == "data" and not there) or (args.target_column and target not in names):
+    if (wanted == "data" and not there) or (args.target_column and target not in names):
         raise BlobError(f"there is no column of answers {target!r}, only {', '.join(names)}; set --target_column")
-    if args.answers == "text" and encodes:
+    if wanted == "text" and encodes:
         raise BlobError("--answers text is for causal models, which read and write one text; choose data or teacher")
-    return (("data" if there else "teacher") if args.answers == "auto" else args.answers), target
+    return (("data" if there else "teacher") if wanted == "auto" else wanted), target
 
 
 def _limit(model: BlobModel, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -83,6 +83,8 @@ def test_rows_of_a_summarizer(writers, tmp_path):
     rows = [{"dialogue": "w4 w5", "summary": "w6"}]
     assert read(model, tmp_path, rows, *prompt) == ("data", [([59, 4, 5, END], [6, END])])
     assert read(model, tmp_path, rows, *prompt, "--answers", "teacher") == ("teacher", [([59, 4, 5, END], None)])
+    measured = read(model, tmp_path, rows, *prompt, "--answers", "teacher", labelled=True)
+    assert measured == ("data", [([59, 4, 5, END], [6, END])])  # whatever it is taught along
     bare = [{"text": "w4 w5"}]
     assert read(model, tmp_path, bare, *prompt) == ("teacher", [([59, 4, 5, END], None)])
     both = [([59, 4, 5, END], [6, END]), ([59, 4, 5, END], None)]
