@@ -126,7 +126,6 @@ def _of_texts(
     tokenizer = find_tokenizer(model)
     base: Any = model.get_base_model()
     contexts: list[Context] = []
-    kinds: dict[str, None] = {}
     for file in files:  # some may have answers, others not
         wanted = "auto" if labelled and args.answers == "teacher" else args.answers  # measured by the data's
         answers, target = _answers(args, file, bool(base.config.is_encoder_decoder), wanted)
@@ -135,17 +134,19 @@ def _of_texts(
                 f"--eval_data needs answers to measure by ({target}), but its columns are "
                 f"{', '.join(file.column_names)}; set --target_column"
             )
-        kinds[answers] = None
         if base.config.is_encoder_decoder:
             contexts += _summarized(model, args, file, split, tokenizer, target if answers == "data" else None)
         elif answers == "data":
-            contexts += _conversations(model, args, file, split, tokenizer, target)
+            open_ended = not labelled and args.answers == "auto"
+            contexts += _conversations(model, args, file, split, tokenizer, target, open_ended)
         elif answers == "text":
             contexts += _themselves(model, args, file, split, tokenizer)
         else:
             contexts += _prompted(model, args, file, split, tokenizer)
     layout = Layout.of(model, padding_token(tokenizer))
-    return Given(TextRows(contexts, layout, args.top_k, args.max_new_tokens), " and ".join(kinds))
+    given = "text" if args.answers == "text" else "data"
+    kinds = {given if one.target is not None else "teacher" for one in contexts}
+    return Given(TextRows(contexts, layout, args.top_k, args.max_new_tokens), " and ".join(sorted(kinds)))
 
 
 def _answers(args: argparse.Namespace, file: Dataset, encodes: bool, wanted: str) -> tuple[str, str]:
@@ -199,24 +200,36 @@ def _prompted(model: BlobModel, args: argparse.Namespace, file: Dataset, split: 
     room = args.max_new_tokens
     if _CONVERSATION in file.column_names and not args.text_columns:
         asked = [_up_to_the_answer(messages, number, split) for number, messages in enumerate(file[_CONVERSATION])]
-        limit = _limit(model, args, tokenizer) - (0 if args.max_length else room)
-        if limit < 1:
-            raise BlobError(f"{room} new tokens leave no room for a text: the model takes {limit + room}")
-        return [Context(_templated(tokenizer, one, True)[-limit:]) for one in asked]
+        return [_question(model, args, tokenizer, one) for one in asked]
     (column,) = _text_columns(args, file, _PAIR[0], None)
     texts = _column(file, column, split)
     ids = rows_of(model, texts, tokenizer, None, args.prompt, args.max_length, room).columns["input_ids"]
     return [Context(row.tolist()) for row in ids]
 
 
+def _question(
+    model: BlobModel, args: argparse.Namespace, tokenizer: Any, messages: Sequence[Mapping[str, Any]]
+) -> Context:
+    """A conversation that the teacher answers; what is too long loses its beginning."""
+    limit = _limit(model, args, tokenizer) - (0 if args.max_length else args.max_new_tokens)
+    if limit < 1:
+        raise BlobError(f"{args.max_new_tokens} new tokens leave no room for a text: the model takes "
+                        f"{limit + args.max_new_tokens}")  # fmt: skip
+    return Context(_templated(tokenizer, messages, True)[-limit:])
+
+
 def _conversations(
-    model: BlobModel, args: argparse.Namespace, file: Dataset, split: str, tokenizer: Any, target: str
-) -> list[Context]:
+    model: BlobModel, args: argparse.Namespace, file: Dataset, split: str, tokenizer: Any, target: str,
+    open_ended: bool,
+) -> list[Context]:  # fmt: skip
     """Prompts and their completions, or conversations and their last answer, tokenized as TRL does for training."""
     limit, found = _limit(model, args, tokenizer), []
     for number, row in enumerate(file):
         if target == _CONVERSATION:
             asked = _up_to_the_answer(row[_CONVERSATION], number, split)
+            if open_ended and len(asked) == len(row[_CONVERSATION]):  # it ends with a question
+                found.append(_question(model, args, tokenizer, asked))
+                continue
             pair: tuple[Any, Any] = (asked, row[_CONVERSATION])
         else:
             prompt = row[args.text_columns[0] if args.text_columns else _PAIR[0]]

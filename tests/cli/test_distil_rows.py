@@ -65,6 +65,10 @@ def test_causal_rows(writers, tmp_path):
     few = ["--max_new_tokens", 8]
     assert read(model, tmp_path, chat, "--answers", "teacher", *few)[1] == [([50, 4, 51, 5, 50, 6, 51], None)]
     one_line("128 new tokens leave no room", lambda: read(model, tmp_path, chat, "--answers", "teacher"))
+    asked = [{"messages": chat[0]["messages"][:3]}]
+    both = [([50, 4, 51, 5, 50, 6, 51], [7, 8]), ([50, 4, 51, 5, 50, 6, 51], None)]
+    assert read(model, tmp_path, [chat, asked], *few) == ("data and teacher", both)
+    one_line("row 0 of data has no answer", lambda: read(model, tmp_path, asked, labelled=True))
     messages = [{"prompt": [turn("user", "w4")], "completion": [turn("assistant", "w5")]}]
     assert read(model, tmp_path, messages) == ("data", [([50, 4, 51], [5])])
     one_line("has an answer, but no question", lambda: read(model, tmp_path, [{"messages": [turn("assistant", "w4")]}]))
