@@ -168,6 +168,7 @@ def test_mistakes_are_one_line(tiny, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_summarizer_learns_its_own_texts_or_those_of_the_data(tmp_path):
     torch.manual_seed(0)
     model = trained("bart", tmp_path / "base", init_eps=0.9)
