@@ -49,15 +49,18 @@ class Comparison:
 
     def sentence(self) -> str:
         """In plain words."""
-        parts = []
-        for metric, kept in self.gains().items():
+        kept, nothing = [], []
+        for metric, share in self.gains().items():
             name = metric.upper()
-            if np.isnan(kept):
-                parts.append(f"the samples gain nothing in {name} (N={self.num_samples} {self.predictive[metric]:.4f}, "
-                             f"N=0 {self.mean[metric]:.4f}, student {self.student[metric]:.4f})")  # fmt: skip
+            if np.isnan(share):
+                scores = (self.predictive[metric], self.mean[metric], self.student[metric])
+                shown = "N={} {:.4f}, N=0 {:.4f}, student {:.4f}".format(self.num_samples, *scores)
+                nothing.append(f"The samples gain nothing in {name} there ({shown}).")
             else:
-                parts.append(f"{100 * kept:.0f} % of what {self.num_samples} samples gain in {name}")
-        return f"On {self.rows} labelled rows the student keeps " + " and ".join(parts) + ", at one forward."
+                kept.append(f"{100 * share:.0f} % of what {self.num_samples} samples gain in {name}")
+        first = f"On {self.rows} labelled rows the student "
+        first += f"keeps {' and '.join(kept)}, at one forward." if kept else "was compared with its teacher."
+        return " ".join([first, *nothing])
 
     def facts(self) -> dict[str, object]:
         """For JSON."""
