@@ -16,6 +16,7 @@ from blob_hf.baselines import (
     prior_weight_decay,
     train_members,
 )
+from blob_hf.distillation import DistilTrainer, make_student
 from blob_hf.inference import (
     ClassPrediction,
     Prediction,
@@ -48,6 +49,7 @@ __all__ = [
     "BlobTrainer",
     "BlobTrainingArguments",
     "ClassPrediction",
+    "DistilTrainer",
     "IVONConfig",
     "LaplaceConfig",
     "Prediction",
@@ -71,6 +73,7 @@ __all__ = [
     "get_lora_model",
     "join_members",
     "load_lora",
+    "make_student",
     "predict_classes",
     "prior_weight_decay",
     "score_targets",

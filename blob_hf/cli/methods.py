@@ -48,7 +48,7 @@ def choose_route(adapter_args: AdapterArguments, method_args: MethodArguments, a
         return asked
     if asked.name not in (saved, MethodArguments.method):
         logger.warning("%s is of method %s and evaluated as that, not as --method %s", adapter, saved, asked.name)
-    return find_route(saved)
+    return find_route(saved if saved in ROUTES else Route.name)
 
 
 def make_model(

@@ -91,7 +91,7 @@ def predict_file(args: argparse.Namespace) -> int:
         BlobError: The adapter or the file cannot be read, it is not clear which columns are the texts, or the output
             is of another adapter, input or settings.
     """
-    state = _processes()
+    state = processes()
     ready: list[Any] = [None]
     if state.is_main_process:  # alone: it changes the output's end
         try:
@@ -110,7 +110,7 @@ def predict_file(args: argparse.Namespace) -> int:
     return source.count
 
 
-def _processes() -> PartialState:
+def processes() -> PartialState:
     """This process among all; accelerate joins those that torchrun has started without a GPU only if it is told to."""
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     return PartialState() if alone or torch.cuda.is_available() else PartialState(cpu=True)
@@ -135,7 +135,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Path, TextFile, int]:
     if clash := set(source.columns) & set(_RESULTS):
         raise BlobError(f"the text column {min(clash)!r} has the name of a result; rename it in {args.input}")
     settings = {
-        "adapter": _fingerprint(folder), "input": source.fingerprint, "text_columns": list(source.columns),
+        "adapter": fingerprint(folder), "input": source.fingerprint, "text_columns": list(source.columns),
         **{name: getattr(args, name) for name in (
             "num_samples", "seed", "max_length", "prompt", "decoding", "max_new_tokens", "num_beams", "abstain_above",
             "coverage", "calibration_file", "stop_strings", "equivalence",
@@ -165,7 +165,7 @@ def _record(output: Path) -> Path:
     return output.with_name(f"{output.name}.settings.json")
 
 
-def _fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path) -> str:
     """SHA-256 of all that an adapter consists of."""
     digest = hashlib.sha256()
     found = {path for name in (*NAMES, *companion_files()) for path in folder.glob(name)}
@@ -279,9 +279,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     with user_errors(_GO_ON):
         args = parser().parse_args(argv)
-        setup_logging(_processes().is_main_process, quiet_libraries=True)
+        setup_logging(processes().is_main_process, quiet_libraries=True)
         count = predict_file(args)
-        if _processes().is_main_process:
+        if processes().is_main_process:
             print(f"{count} predictions are in {args.output}")
 
 

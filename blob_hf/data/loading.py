@@ -18,6 +18,7 @@ from blob_hf.utils.hub import fetching
 FORMATS = "csv, tsv, json, jsonl (or .gz of these), parquet, or a folder of save_to_disk"
 _DELIMITED = {".csv": None, ".tsv": "\t"}
 _LOADED = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
+_COMMANDS = ("input", "data", "eval_data")  # what commands call their files by, and not by the splits of a run
 _VALIDATION = ("valid", "val", "dev", "eval")  # what else a validation split is called
 
 
@@ -40,7 +41,7 @@ def load_files(files: Mapping[str, str], delimiter: str | None = None) -> Datase
 
 
 def _load_file(split: str, path: str, delimiter: str | None) -> Dataset:
-    flag = "--input" if split == "input" else f"--{split}_file"
+    flag = f"--{split}" if split in _COMMANDS else f"--{split}_file"
     file, suffix = Path(path), _suffix(path)
     if file.is_dir():
         return _trimmed(_saved_split(split, path, flag), path)
