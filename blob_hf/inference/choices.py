@@ -252,6 +252,9 @@ class ChoiceCollator:
 
     def _padded(self, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         longest = max(map(len, sequences))
+        # where a whole row of the mask is padding, cuDNN's attention of torch 2.11 to 2.13 has NaN gradients at these
+        # lengths (Hopper GPUs, https://github.com/pytorch/pytorch/issues/196678)
+        longest += longest % 128 == 64
         ids = [[self.pad] * (longest - len(one)) + list(one) for one in sequences]
         mask = [[0] * (longest - len(one)) + [1] * len(one) for one in sequences]
         return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}

@@ -281,3 +281,18 @@ def test_letters_without_a_token_of_their_own_are_refused():
     with pytest.raises(BlobError, match="2 to 26 choices, got 1"):
         ChoiceScoring("text", (0,))
     assert np.unique(answer_tokens(of_words(), ascii_uppercase, PUBLISHED.letter)).size == 26
+
+
+@pytest.mark.parametrize(("longest", "width"), [(63, 63), (64, 65), (128, 128), (192, 193)])
+@pytest.mark.parametrize("scoring", ["letter", "text"])
+def test_no_batch_has_a_length_at_which_cudnn_loses_gradients(longest, width, scoring):
+    """64 modulo 128, seen on an H100 with torch 2.11: NaN after the first batch of 64 tokens, whatever the method."""
+    short, long = [5, 6], [5] * longest
+    row = {"input_ids": long, "num_choices": 2, "labels": 0}
+    rows = [row, {**row, "input_ids": short}]
+    if scoring == "text":
+        row = {**row, "input_ids": [short, long], "choice_tokens": [1, 1], "choice_lengths": [1.0, 1.0]}
+        rows = [row]
+    batch = ChoiceCollator(0, scoring)(rows)
+    assert batch["input_ids"].shape[-1] == batch["attention_mask"].shape[-1] == width
+    assert batch["attention_mask"].sum(-1).max() == longest
