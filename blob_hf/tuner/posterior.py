@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.in_flight import Frozen, Later, fixed
 from blob_hf.tuner.injection import check_layer, has_adapter, make_gaussian
-from blob_hf.tuner.kl import gaussian_kl
+from blob_hf.tuner.kl import gaussian_kl, in_rows
 from blob_hf.tuner.layer import GaussianA, std_from_rho
 from blob_hf.tuner.parameters import make_sampled
 from blob_hf.tuner.repeating import repeating
@@ -198,29 +198,38 @@ def kl_divergence(model: nn.Module, prior_std: float, adapter: str | None = None
 
     Under ZeRO-3 the shards are gathered for reading, so the result carries no gradient.
     """
-    layers = list(gaussian_layers(model, adapter).values())
-    with gathered([parameter for layer in layers for parameter in (layer.weight, layer.rho)]):
-        return gaussian_kl(_in_one([layer.weight for layer in layers]), _all_stds(layers), prior_std)
+    layers: dict[Tensor, GaussianA] = {layer.weight: layer for layer in gaussian_layers(model, adapter).values()}
+    with gathered([parameter for layer in layers.values() for parameter in (layer.weight, layer.rho)]):
+        parts = []
+        for means in in_rows(layers):
+            mean, std = _row(means), _stds([layers[weight] for weight in means])
+            parts.append(gaussian_kl(mean, std, prior_std))
+        return _total(parts)
 
 
 def mean_posterior_std(model: nn.Module) -> Tensor:
     """Mean of Omega over all weights (scalar tensor, detached)."""
-    layers = list(gaussian_layers(model).values())
-    with torch.no_grad(), gathered([layer.rho for layer in layers]):
-        return _all_stds(layers).mean()
+    layers: dict[Tensor, GaussianA] = {layer.rho: layer for layer in gaussian_layers(model).values()}
+    with torch.no_grad(), gathered(list(layers)):
+        total = _total([_stds([layers[rho] for rho in rhos]).sum() for rhos in in_rows(layers)])
+        return total / sum(layer.in_features * layer.out_features for layer in layers.values())
 
 
-def _all_stds(layers: Sequence[GaussianA]) -> Tensor:
-    """Omega of many layers in one row, in the order of their parameterizations."""
-    kinds = sorted({layer.parameterization for layer in layers})
-    rhos = [_in_one([layer.rho for layer in layers if layer.parameterization == kind]) for kind in kinds]
-    return torch.cat([std_from_rho(rho, kind) for rho, kind in zip(rhos, kinds, strict=True)])
+def _stds(layers: Sequence[GaussianA]) -> Tensor:
+    """Omega of many layers in one row."""
+    kinds = {layer.parameterization for layer in layers}
+    if len(kinds) == 1:
+        return std_from_rho(_row([layer.rho for layer in layers]), kinds.pop())
+    return _row([layer.std for layer in layers])
 
 
-def _in_one(parameters: Sequence[Tensor]) -> Tensor:
-    """Many tensors in one row, on the device of the first: an operation each would cost more than the arithmetic."""
-    whole = [full_tensor(parameter).flatten() for parameter in parameters]
-    return torch.cat([part.to(whole[0].device) for part in whole]).float()
+def _row(parameters: Sequence[Tensor]) -> Tensor:
+    """Many tensors in one row."""
+    return torch.cat([full_tensor(parameter).flatten() for parameter in parameters]).float()
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blob_hf.tuner.kl import kl_gradient_mean, kl_gradient_rho
+from blob_hf.tuner.kl import in_rows, kl_gradient_mean, kl_gradient_rho
 from blob_hf.tuner.layer import rho_from_std
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import gaussian_layers
@@ -99,25 +99,13 @@ class DecoupledKLStep:
 
     def apply(self, parameters: Sequence[Tensor], role: str, rate: float) -> None:
         """One SGD step on the KL, in place."""
-        for members in _alike(parameters):
+        for members in in_rows(parameters):
             row = _row(members)
             if role == "mean":
                 stepped = descend_mean(row, rate, self.prior_std)
             else:
                 stepped = descend_rho(row, rate, self.prior_std, self.parameterization)
             torch._foreach_copy_([local_tensor(member) for member in members], _parts(stepped, members))
-
-
-def _alike(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The parameters by device and dtype.
-
-    The KL step is elementwise: each group takes it as one row, since a GPU would need longer to start an operation on
-    each parameter than to do the arithmetic of all.
-    """
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for parameter in parameters:
-        groups.setdefault((parameter.device, parameter.dtype), []).append(parameter)
-    return list(groups.values())
 
 
 def _row(members: Sequence[Tensor]) -> Tensor:
@@ -166,7 +154,7 @@ def _keep_positive(parameters: Sequence[Tensor], optimizer: torch.optim.Optimize
 
     Adam may carry a G through 0. A saved adapter holds stds, hence |G|, and a resumed run must fit its momentum.
     """
-    for members in _alike(parameters):
+    for members in in_rows(parameters):
         row = _row(members)
         signs = _parts(torch.where(row < 0, -1.0, 1.0).to(row.dtype), members)
         turned = [local_tensor(member) for member in members]
