@@ -114,7 +114,7 @@ class ClassifierRun(Run):
         curves = rejection_curves(samples, mean, labels)
         self.add_plot(f"accuracy_rejection{suffix}", lambda path: plot_rejection(curves, path))
         if num_samples:
-            curve = nll_curve(samples, labels, self.args.antithetic)
+            curve = nll_curve(samples, labels, self.args.sampling.in_pairs)
             self.add_nll_curve(curve, output.metrics[f"{prefix}_mean_nll"], split, "example")
         report = class_report(log_probs, labels, self.class_names)
         title = f"Classes: {self.data.name}, {split}, N={num_samples}"

@@ -12,7 +12,7 @@ from blob_hf.trainer.kl.schedule import KL_SCHEDULES
 from blob_hf.trainer.reporters import check_reporters
 from blob_hf.trainer.selection import lower_is_better
 from blob_hf.tuner.config import BlobConfig
-from blob_hf.tuner.sampling import Sampling
+from blob_hf.tuner.sampling import DRAWS, Sampling
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.numbers import NumberOrWord, number_or_word
 
@@ -86,7 +86,7 @@ class BlobArguments:
 
         eval_samples (`int`): posterior samples N of the predictive; 0 is the posterior mean.
         eval_seed (`int`): names the posterior samples.
-        antithetic (`bool`): draw them in pairs M + Omega eps, M - Omega eps.
+        draw (`str`): how they depend on one another, see `Sampling`: `iid`, `antithetic` or `qmc`.
         posterior_batch_size (`int`, *optional*): samples evaluated in one batch, to bound memory.
     """
 
@@ -147,9 +147,13 @@ class BlobArguments:
         default=10, metadata={"help": "Posterior samples N for evaluation; 0 evaluates the posterior mean alone."}
     )
     eval_seed: int = field(default=0, metadata={"help": "Seed that names the posterior samples of evaluation."})
-    antithetic: bool = field(
-        default=False,
-        metadata={"help": "Draw the samples of evaluation in pairs eps, -eps: fewer are enough for the same NLL."},
+    draw: str = field(
+        default="iid",
+        metadata={
+            "help": "Samples of evaluation: iid; antithetic (pairs eps, -eps: fewer are enough for the same NLL); qmc "
+            "(such pairs, evenly spread).",
+            "choices": list(DRAWS),
+        },
     )
     posterior_batch_size: int | None = field(
         default=None,
@@ -192,7 +196,7 @@ class BlobArguments:
     @property
     def sampling(self) -> Sampling:
         """The posterior samples of an evaluation."""
-        return Sampling(self.eval_samples, self.eval_seed, self.antithetic, self.posterior_batch_size)
+        return Sampling(self.eval_samples, self.eval_seed, self.draw, self.posterior_batch_size)
 
     def _validate_blob(self) -> None:
         for name in ("beta", "gamma"):

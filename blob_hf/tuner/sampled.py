@@ -4,8 +4,6 @@ What makes a posterior sample one network is here; what the samples are drawn fr
 `layer.GaussianA`, or whatever a baseline brings.
 """
 
-import hashlib
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -115,20 +113,3 @@ def layer_name(path: str) -> str:
 def weight_name(layer: str, part: str = "lora_A") -> str:
     """What the weight of a LoRA layer is called in the files of an adapter."""
     return f"base_model.model.{layer}.{part}.weight"
-
-
-def sample_generator(name: str, seed: int, index: int) -> torch.Generator:
-    """The random numbers of one layer in sample `index` of `seed`, on every device and rank the same."""
-    key = hashlib.sha256(f"{seed}/{index}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-
-
-def standard_normal(name: str, sampling: Sampling, shape: Sequence[int]) -> Tensor:
-    """eps of every sample, `(num_samples, *shape)`; antithetic samples 2k and 2k + 1 have eps_k and -eps_k."""
-    return torch.stack([_standard_normal(name, sampling, index, shape) for index in sampling.indices])
-
-
-def _standard_normal(name: str, sampling: Sampling, index: int, shape: Sequence[int]) -> Tensor:
-    pair = index // 2 if sampling.antithetic else index
-    noise = torch.randn(tuple(shape), generator=sample_generator(name, sampling.seed, pair))
-    return -noise if sampling.antithetic and index % 2 else noise
