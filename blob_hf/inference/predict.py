@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from blob_hf.tuner.model import BlobModel
-from blob_hf.tuner.posterior import posterior_mean, posterior_samples
+from blob_hf.tuner.posterior import posterior_mean, posterior_samples, shares_trunk
 from blob_hf.tuner.registry import Companion
 from blob_hf.tuner.sampling import Sampling
 
@@ -161,7 +161,7 @@ def _mean_output(model: nn.Module, inputs: dict[str, Any]) -> Any:
 
 
 def sample_outputs(model: nn.Module, inputs: dict[str, Any], sampling: Sampling) -> Iterator[Any]:
-    """Outputs for all posterior samples, `batch_size` (default 1) at a time, sample-major."""
-    for part in sampling.batches(default=1):
+    """Outputs for all posterior samples, sample-major: `batch_size` at a time, default 1, or all if they share layers."""
+    for part in sampling.batches(default=None if shares_trunk(model, sampling) else 1):
         with posterior_samples(model, part):
             yield model(**repeat_rows(inputs, part.num_samples))

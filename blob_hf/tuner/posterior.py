@@ -1,11 +1,12 @@
 """Verbs on a whole model's posterior: attach it, fix it at its mean or at samples, measure it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -17,6 +18,8 @@ from blob_hf.tuner.parameters import make_sampled
 from blob_hf.tuner.repeating import repeating
 from blob_hf.tuner.sampled import SampledLinear, layer_name
 from blob_hf.tuner.sampling import Sampling
+from blob_hf.tuner.stacks import in_last_layers
+from blob_hf.tuner.trunk import find_trunk, sharing
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import full_tensor, gathered
 
@@ -132,7 +135,7 @@ def samplable_layers(model: nn.Module) -> list[SampledLinear]:
 def posterior_mean(model: nn.Module) -> Iterator[None]:
     """Inside the block the network is the posterior mean, also in train mode and inside `posterior_samples`."""
     layers = [*sampled_layers(model), *layer_positions(model, inactive=True)]
-    with fixed(dict.fromkeys(layers, Frozen(None))), repeating(model, 1):
+    with fixed(dict.fromkeys(layers, Frozen(None))), repeating(model, 1), sharing(model, None):
         yield
 
 
@@ -154,19 +157,48 @@ def posterior_samples(
     The samples belong to the thread (or asyncio task) that opened the block: others go on undisturbed, with their own
     or without. Adapters that rows choose by PEFT's `adapter_names` are sampled, too.
 
+    With `Sampling(layers=k)` the samples differ in the last k layers, and what is below is computed once (`trunk`).
+
     Args:
         repeat: Have a `BlobModel`'s forward and `generate` repeat every tensor of the batch S times themselves.
 
     Raises:
-        BlobError: S < 1, the model has no posterior, or its adapter is merged.
+        BlobError: S < 1, the model has no posterior or not so many layers, or its adapter is merged.
     """
     drawn = Sampling.of(sampling, seed).required()
-    frozen: dict[SampledLinear, Frozen | Later] = {
-        layer: layer.freeze(own) for layer, own in layer_samplings(model, drawn).items()
-    }
-    frozen |= {layer: Later(layer, drawn) for layer in layer_positions(model, inactive=True)}
-    with fixed(frozen), repeating(model, drawn.num_samples if repeat else 1):
+    wanted = layer_samplings(model, drawn)
+    inactive = layer_positions(model, inactive=True)
+    at_mean = _below(model, drawn, [*wanted, *inactive])
+    frozen: dict[SampledLinear, Frozen | Later] = dict.fromkeys(at_mean, Frozen(None))
+    frozen |= {layer: layer.freeze(own) for layer, own in wanted.items() if layer not in at_mean}
+    trunk = find_trunk(model, set(frozen) - at_mean, drawn.num_samples) if shares_trunk(model, drawn) else None
+    frozen |= {layer: Later(layer, drawn) for layer in inactive if layer not in at_mean}
+    with fixed(frozen), repeating(model, drawn.num_samples if repeat else 1), sharing(model, trunk):
         yield
+
+
+def shares_trunk(model: nn.Module, sampling: Sampling) -> bool:
+    """Whether samples differ in the last layers alone, so that all of them should share a forward."""
+    configs = [module.peft_config for module in model.modules() if isinstance(module, PeftModel)]
+    trained = [getattr(one, "posterior_layers", None) for found in configs[:1] for one in found.values()]
+    return sampling.layers is not None or (bool(trained) and None not in trained)
+
+
+def _below(model: nn.Module, sampling: Sampling, layers: Sequence[SampledLinear]) -> set[SampledLinear]:
+    """Those of the layers that come before the last `sampling.layers` of the model.
+
+    Raises:
+        BlobError: The model has not so many, or its networks are given and differ everywhere.
+    """
+    if sampling.layers is None:
+        return set()
+    if any(layer.num_networks is not None for layer in layers):
+        raise BlobError(
+            "layers: these networks were trained apart (an ensemble) and differ everywhere; leave it out"
+        )
+    is_last = in_last_layers(model, sampling.layers)
+    paths = {module: path for path, module in model.named_modules() if isinstance(module, SampledLinear)}
+    return {layer for layer in layers if not is_last(paths[layer])}
 
 
 def sampling_of(model: nn.Module, wanted: Sampling) -> Sampling:
