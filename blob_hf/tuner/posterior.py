@@ -27,12 +27,18 @@ from blob_hf.utils.sharding import full_tensor, gathered
 def attach_posterior(model: nn.Module, config: BlobConfig, adapter: str) -> None:
     """Replace the point-valued A of every LoRA layer of `adapter` by a `GaussianA` around it, in place.
 
+    (Of those in the last `config.posterior_layers`.)
+
     Raises:
         BlobError: No LoRA layer of that name, or one whose A cannot be a posterior (see `injection`).
     """
     layers = {path: module for path, module in model.named_modules() if has_adapter(module, adapter)}
     if not layers:
         raise BlobError(f"the model has no LoRA layers of an adapter named {adapter!r}")
+    is_last = in_last_layers(model, config.posterior_layers)
+    layers = {path: module for path, module in layers.items() if is_last(path)}
+    if not layers:
+        raise BlobError(f"no LoRA layer is in the last {config.posterior_layers} layers, which posterior_layers names")
     for path, layer in layers.items():  # all are looked at before the first is changed
         check_layer(layer, layer_name(path), adapter)
     for path in layers:
@@ -71,8 +77,9 @@ def check_complete(model: nn.Module) -> None:
     """
     for adapter, config in (getattr(model, "peft_config", None) or {}).items():
         if isinstance(config, BlobConfig):
+            is_last = in_last_layers(model, config.posterior_layers)
             for path, module in lora_layers(model, adapter):
-                if not isinstance(module.lora_A[adapter], SampledLinear):
+                if is_last(path) and not isinstance(module.lora_A[adapter], SampledLinear):
                     raise BlobError(
                         f"adapter {adapter!r} is a BlobConfig, but {layer_name(path)} is plain LoRA: something has "
                         "replaced its A; bayesianize(model) makes it a posterior again"
@@ -179,9 +186,11 @@ def posterior_samples(
 
 def shares_trunk(model: nn.Module, sampling: Sampling) -> bool:
     """Whether samples differ in the last layers alone, so that all of them should share a forward."""
-    configs = [module.peft_config for module in model.modules() if isinstance(module, PeftModel)]
-    trained = [getattr(one, "posterior_layers", None) for found in configs[:1] for one in found.values()]
-    return sampling.layers is not None or (bool(trained) and None not in trained)
+    if sampling.layers is not None:
+        return True
+    adapted = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+    configs = [] if adapted is None else [adapted.peft_config[name] for name in adapted.active_adapters]
+    return bool(configs) and all(getattr(config, "posterior_layers", None) for config in configs)
 
 
 def _below(model: nn.Module, sampling: Sampling, layers: Sequence[SampledLinear]) -> set[SampledLinear]:
