@@ -103,6 +103,19 @@ class Sampling:
             raise BlobError(f"num_samples must be >= 1, got {self.num_samples}; for no samples use posterior_mean()")
         return self
 
+    def for_texts(self) -> "Sampling":
+        """This, if it has the same samples for every input, as writing and scoring texts needs.
+
+        Raises:
+            BlobError: It has a tolerance.
+        """
+        if self.tolerance is not None:
+            raise BlobError(
+                "as many samples as needed (auto, a tolerance) is for classes and choices: a text has no one averaged "
+                "probability that settles; give a number of samples"
+            )
+        return self
+
     def of_adapter(self, position: int) -> "Sampling":
         """What an adapter draws that comes so many places after the first active one: for the first, this."""
         if position == 0:
