@@ -32,9 +32,10 @@ from blob_hf.tuner.adapter_files import NAMES, resolve
 from blob_hf.tuner.base_model import is_sequence_classifier
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.registry import companion_files
-from blob_hf.tuner.sampling import Sampling
+from blob_hf.tuner.sampling import AUTO_TOLERANCE, DRAWS, Sampling, as_sampling
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
+from blob_hf.utils.numbers import whole_or_word
 
 _BATCHES = 4  # that are predicted together: rows of similar length among them share a batch
 _GO_ON = "the same command goes on from the rows that are written"
@@ -46,7 +47,7 @@ class Predictor:
 
     def __init__(self, args: argparse.Namespace, folder: Path, device: torch.device) -> None:
         self.args = args
-        self.sampling = Sampling(args.num_samples, args.seed, batch_size=args.posterior_batch_size)
+        self.sampling = _sampling(args)
         self.model = BlobModel.from_pretrained(folder).eval().to(device)
         base: Any = self.model.get_base_model()
         self.options: dict[str, Any] = {"max_length": args.max_length, "batch_size": args.batch_size}
@@ -97,6 +98,14 @@ def predict_file(args: argparse.Namespace) -> int:
     return source.count
 
 
+def _sampling(args: argparse.Namespace) -> Sampling:
+    """The samples that the flags ask for."""
+    return as_sampling(
+        args.num_samples, args.tolerance, args.draw, seed=args.seed, batch_size=args.posterior_batch_size,
+        layers=args.layers,
+    )  # fmt: skip
+
+
 def _processes() -> PartialState:
     """This process among all; accelerate joins those that torchrun has started without a GPU only if it is told to."""
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
@@ -106,7 +115,7 @@ def _processes() -> PartialState:
 def _prepare(args: argparse.Namespace) -> tuple[Path, TextFile, int]:
     """The adapter's folder, the input, and how many rows of the output are there already."""
     check_numbers(args)
-    Sampling(args.num_samples, args.seed, batch_size=args.posterior_batch_size)  # refuses what is out of range
+    _sampling(args)  # refuses what is out of range
     if (args.coverage is None) != (args.calibration_file is None):
         raise BlobError("--coverage needs a --calibration_file to find the threshold for it, and the other way round")
     if args.coverage is not None and (args.abstain_above is not None or not 0 < args.coverage <= 1):
@@ -121,7 +130,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Path, TextFile, int]:
     settings = {
         "adapter": _fingerprint(folder), "input": source.fingerprint, "text_columns": list(source.columns),
         **{name: getattr(args, name) for name in (
-            "num_samples", "seed", "max_length", "prompt", "decoding", "max_new_tokens", "num_beams", "abstain_above",
+            "num_samples", "draw", "layers", "tolerance", "seed", "max_length", "prompt", "decoding", "max_new_tokens", "num_beams", "abstain_above",
             "coverage", "calibration_file",
         )},
     }  # fmt: skip
@@ -233,7 +242,16 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--output", required=True, help="jsonl, csv or tsv file to write, or to go on with")
     own.add_argument("--overwrite_output", action="store_true", help="replace the output instead of going on with it")
     own.add_argument("--text_columns", nargs="+", help="one or two columns; default: those that can only be meant")
-    own.add_argument("--num_samples", type=int, default=Sampling.num_samples, help="posterior samples; 0: the mean")
+    own.add_argument(
+        "--num_samples", type=whole_or_word, default=Sampling.num_samples,
+        help="posterior samples; 0: the mean; auto: classes by as many as each input needs",
+    )  # fmt: skip
+    own.add_argument("--draw", choices=DRAWS, help="of the samples; default: iid, of as many as needed antithetic")
+    own.add_argument("--layers", type=int, help="samples differ in the last so many layers, the rest is computed once")
+    own.add_argument(
+        "--tolerance", type=float, help="standard error of the probabilities that is small enough; auto: "
+        f"{AUTO_TOLERANCE} unless given",
+    )  # fmt: skip
     own.add_argument("--seed", type=int, default=Sampling.seed, help="names the samples")
     own.add_argument("--posterior_batch_size", type=int, help="samples together, to bound memory")
     own.add_argument("--batch_size", type=int, default=16, help="rows together")

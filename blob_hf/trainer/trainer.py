@@ -293,7 +293,13 @@ class BlobTrainerMixin(ObjectiveMixin):
     @property
     def eval_sampling(self) -> Sampling:
         """The samples of an evaluation: those of the arguments, as far as the model has any."""
-        return sampling_of(self.model, self.args.sampling)
+        found = sampling_of(self.model, self.args.sampling)
+        if found.tolerance is not None and is_sharded(self.model):
+            raise BlobError(
+                "as many samples as needed are not as many on every process, which a sharded model (ZeRO-3, FSDP) waits "
+                "for; give a number of samples"
+            )
+        return found
 
     def prediction_step(
         self,
@@ -333,6 +339,8 @@ class BlobTrainerMixin(ObjectiveMixin):
             losses = evaluation.exact_losses(predictions, labels)
             output.metrics.update(losses.metrics(kwargs.get("metric_key_prefix", "eval")))
             self.nll_by_samples = losses.nll_by_samples
+        if (networks := getattr(predictions, "networks", None)) is not None and output.metrics is not None:
+            output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_networks"] = float(networks.mean())
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -86,9 +86,7 @@ class Sampling:
         if isinstance(sampling, int):
             return cls(sampling, seed=seed or 0)
         if isinstance(sampling, str):
-            if sampling != AUTO:
-                raise BlobError(f"the samples are a number, {AUTO!r} or a Sampling, got {sampling!r}")
-            return cls.auto(seed=seed or 0)
+            return as_sampling(sampling, seed=seed or 0)
         if seed is not None:
             raise BlobError("the seed is part of Sampling: give Sampling(num_samples, seed=...) alone")
         return sampling
@@ -133,3 +131,18 @@ class Sampling:
         step = self.batch_size or default or self.num_samples
         for first in self.indices[:: max(step, 1)]:
             yield replace(self, num_samples=min(step, self.indices.stop - first), first=first)
+
+
+def as_sampling(
+    num_samples: int | str, tolerance: float | None = None, draw: str | None = None, **options: Any
+) -> Sampling:
+    """What a user has asked for: a number of samples or "auto", and what to do otherwise than by default.
+
+    Raises:
+        BlobError: A word that is not "auto", or a number that `Sampling` refuses.
+    """
+    if isinstance(num_samples, str) and num_samples != AUTO:
+        raise BlobError(f"the samples are a whole number or {AUTO!r}, got {num_samples!r}")
+    if isinstance(num_samples, str):
+        return Sampling.auto(AUTO_TOLERANCE if tolerance is None else tolerance, draw=draw or "antithetic", **options)
+    return Sampling(num_samples, draw=draw or "iid", tolerance=tolerance, **options)

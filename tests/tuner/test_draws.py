@@ -82,5 +82,5 @@ def test_draws_that_there_are_not_are_refused():
         Sampling(4, layers=0)
     with pytest.raises(BlobError, match="tolerance must be > 0, got 0"):
         Sampling(4, tolerance=0)
-    with pytest.raises(BlobError, match="a number, 'auto' or a Sampling, got 'many'"):
+    with pytest.raises(BlobError, match="a whole number or 'auto', got 'many'"):
         Sampling.of("many")
