@@ -29,7 +29,7 @@ from scipy.special import log_softmax, logsumexp
 from blob_hf import BlobConfig, BlobModel, Sampling, get_blob_model
 from blob_hf.inference.inputs import Rows, rows_of
 from blob_hf.inference.predict import sample_log_probs
-from blob_hf.inference.settling import rounds, settle
+from blob_hf.inference.settling import settle
 from blob_hf.metrics.calibration import ece, nll
 from blob_hf.metrics.detection import detection_metrics
 from blob_hf.metrics.uncertainty import predictive_entropy
@@ -38,8 +38,8 @@ from blob_hf.tuner.posterior import gaussian_layers, posterior_mean
 from blob_hf.tuner.stacks import layer_stacks
 
 DRAWN = {"iid": 36, "antithetic": 32, "qmc": 32}  # together the reference
-TRUNK_SAMPLES, MOST, BATCH = 16, 16, 25
-TOLERANCES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
+TRUNK_SAMPLES, BATCH = 10, 25
+TOLERANCES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15)
 Scores = NDArray[np.float64]
 
 
@@ -76,7 +76,7 @@ class Case:
         return int(self.kept["layers"])
 
 
-def collect(case: Case, model: BlobModel, rows: Rows, labels: NDArray[np.int64], repeats: int = 3) -> None:
+def collect(case: Case, model: BlobModel, rows: Rows, labels: NDArray[np.int64], closed_form: bool) -> None:
     """Have the networks of every way predict the rows, the labelled ones first."""
     batches = [(indices, rows.batch(indices, model.device)) for indices in rows.batches(BATCH)]
 
@@ -88,11 +88,12 @@ def collect(case: Case, model: BlobModel, rows: Rows, labels: NDArray[np.int64],
 
     case.kept |= {"labels": labels, "layers": np.array(sum(map(len, layer_stacks(model))))}
     predicted(Sampling(0))  # the first one is slower
-    for repeat in range(repeats):
+    for repeat in range(3):
         case.keep("mean" if not repeat else f"mean again {repeat}", lambda: predicted(Sampling(0)))
     for draw, count in DRAWN.items():
         case.keep(draw, lambda draw=draw, count=count: predicted(Sampling(count, 7, draw)))
-    case.keep("linearized", lambda: linearized(model, batches, len(rows)))
+    if closed_form:
+        case.keep("linearized", lambda: linearized(model, batches, len(rows)))
     for k in range(1, case.layers):
         wanted = Sampling(TRUNK_SAMPLES, 7, "antithetic", layers=k)
         case.keep(f"trunk {k}", lambda wanted=wanted: predicted(wanted))
@@ -157,31 +158,23 @@ def ways(case: Case) -> Iterator[Way]:
             yield Way(f"{draw} N={count}", count, [averaged(one) for one in windows(kept[draw], count)])
     for k in range(1, total):
         samples, share = kept[f"trunk {k}"], k / total
+        yield Way(f"trunk k={k} N=4", 1 + 3 * share, [averaged(one) for one in windows(samples, 4)])
         yield Way(f"trunk k={k} N=10", 1 + 9 * share, [averaged(samples[:, :10])])
-        yield Way(f"trunk k={k} N=16", 1 + 15 * share, [averaged(samples)])
     for tolerance in TOLERANCES:
-        yield automatic(f"auto {tolerance:g}", list(windows(kept["antithetic"], MOST)), tolerance, 1)
-        for k in (total // 2, total - 2):
-            if k > 0:
-                yield automatic(f"auto {tolerance:g} k={k}", [kept[f"trunk {k}"]], tolerance, k / total)
-    yield from closed_forms(kept["linearized"], rng)
+        yield automatic(f"auto {tolerance:g}", kept["antithetic"], tolerance)
+    if "linearized" in kept:
+        yield from closed_forms(kept["linearized"], rng)
     yield Way("reference", sum(kept[draw].shape[1] for draw in DRAWN), [averaged(np.concatenate([kept[d] for d in DRAWN], 1))])
 
 
-def automatic(name: str, pools: list[NDArray[Any]], tolerance: float, share: float) -> Way:
-    """As many samples as needed, of those that were drawn; share: of the layers that are sampled, k / L."""
-    sampling = Sampling(MOST, 0, "antithetic", tolerance=tolerance)
-    parts = list(rounds(sampling))
-    ends = np.cumsum([part.num_samples for part in parts])
+def automatic(name: str, samples: NDArray[Any], tolerance: float) -> Way:
+    """As many samples as needed, of those that were drawn."""
+    sampling = Sampling.auto(tolerance)
     trials, costs = [], []
-    for pool in pools:
-        def draw(rows: Any, part: Sampling, pool: NDArray[Any] = pool) -> NDArray[Any]:
-            return pool[list(rows), part.first : part.first + part.num_samples]
-
-        found = settle(len(pool), sampling, draw)
+    for pool in windows(samples, sampling.num_samples):
+        found = settle(len(pool), sampling, lambda rows, part, pool=pool: pool[list(rows)][:, part.first : part.indices.stop])
         trials.append(averaged(found.log_probs))
-        taken = 1 + np.searchsorted(ends, found.networks)  # rounds, each with a trunk of its own
-        costs.append((taken * (1 - share) + found.networks * share).mean() if share < 1 else found.networks.mean())
+        costs.append(found.networks.mean())
     return Way(name, float(np.mean(costs)), trials)
 
 
@@ -279,8 +272,7 @@ def plot(tables: dict[str, Table], file: Path) -> None:
     }  # fmt: skip
     for axis, (setting, table) in zip(axes[0], tables.items(), strict=True):
         for kind, (label, style) in kinds.items():
-            names = [one for one in table if one.startswith(kind) and not (kind == "trunk" and "N=16" in one)]
-            names = [one for one in names if kind != "auto" or "k=" not in one]
+            names = [one for one in table if one.startswith(kind) and not (kind == "trunk" and one.endswith("N=4"))]
             points = sorted((table[one]["cost"], table[one]["nll"]) for one in names)
             if points:
                 axis.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1)
@@ -306,11 +298,11 @@ def texts_of(rows: list[dict[str, Any]]) -> list[Any]:
     return [row[names[0]] if len(names) == 1 else tuple(row[name] for name in names) for row in rows]
 
 
-def load(case: Case, adapter: str, test: str, outside: str | None) -> None:
+def load(case: Case, closed_form: bool, adapter: str, test: str, outside: str | None = None) -> None:
     rows = read(test)
     texts = texts_of(rows) + (texts_of(read(outside)) if outside else [])
     model = BlobModel.from_pretrained(adapter).eval().requires_grad_(False)
-    collect(case, model, rows_of(model, texts, max_length=64), np.array([row["label"] for row in rows]))
+    collect(case, model, rows_of(model, texts, max_length=64), np.array([row["label"] for row in rows]), closed_form)
 
 
 def tiny(case: Case) -> None:
@@ -325,13 +317,14 @@ def tiny(case: Case) -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter.data, std=1.0)
     rows = Rows({"input_ids": list(torch.randint(1, 50, (20, 6)))}, {"input_ids": 0})
-    collect(case, model.requires_grad_(False), rows, np.arange(12) % 3)
+    collect(case, model.requires_grad_(False), rows, np.arange(12) % 3, closed_form=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", action="append", default=[], help="NAME ADAPTER TEST [OUT_OF_SCOPE]")
     parser.add_argument("--cache", default="predictive_cost", help="folder for what the networks predict")
+    parser.add_argument("--closed_form", action="store_true", help="also the linearised network: a backward pass a class")
     parser.add_argument("--collect_only", action="store_true", help="no tables")
     parser.add_argument("--plot", help="file for the picture")
     parser.add_argument("--tiny", action="store_true", help="a model not worth measuring: to see that this runs")
@@ -344,7 +337,7 @@ def main() -> None:
         case = Case(name, Path(args.cache, f"{name}-{len(settings[name]) + 1}.npz"))
         settings[name].append(case)
         if f"trunk {int(case.kept.get('layers', 9)) - 1}" not in case.kept:
-            tiny(case) if args.tiny else load(case, *files, *([None] if len(files) == 2 else []))
+            tiny(case) if args.tiny else load(case, args.closed_form, *files)
     if args.collect_only:
         return
     tables = {name: table_of(cases) for name, cases in settings.items()}

@@ -1,7 +1,7 @@
 """As many samples as each input needs: inputs leave the batch when their predictive has settled.
 
-Samples are drawn in rounds. After a round an input is settled if the standard error of its averaged probabilities is
-at most `Sampling.tolerance`, for every class. What an input is given depends on the input and the seed alone, not on
+Samples are drawn in rounds. After a round an input is settled if the standard error of its averaged probabilities,
+estimated with caution, is at most `Sampling.tolerance` for every class. What an input is given depends on the input and the seed alone, not on
 the batch it is in (but for rounding).
 """
 
@@ -9,12 +9,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.polynomial.hermite_e import hermegauss
 from numpy.typing import NDArray
+from scipy.special import expit, logit
+from scipy.stats import chi2
 
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 
 LogProbs = NDArray[np.floating]
+
+_CONFIDENCE = 0.95
+_LEAST = 1e-9  # log-odds of probabilities that are 0 or 1 in floating point
+_NODES, _WEIGHTS = hermegauss(21)
+_WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
 
 
 def rounds(sampling: Sampling) -> Iterator[Sampling]:
@@ -32,25 +40,29 @@ def rounds(sampling: Sampling) -> Iterator[Sampling]:
 
 
 def standard_error(probabilities: LogProbs, in_pairs: bool) -> LogProbs:
-    """Of the average over samples, `(inputs, classes)`.
+    """An upper bound of the standard error of the average over samples, `(inputs, classes)`.
 
-    Of antithetic pairs the averages are independent, not the samples. Two of them tell little of how they vary, so
-    the larger of two estimates counts until there are four pairs: that from the pairs, and half of that from the
-    samples taken for independent ones (what is odd in the noise, which is most of it, cancels).
+    The spread of a few probabilities is no measure: two networks that are sure of the same may be so by chance, and who
+    leaves whenever they are, is too sure of the wrong (stopping looks at what it averages). Their log-odds still differ
+    where probabilities no longer do. So the noise is taken for Gaussian there, its standard deviation is bounded from
+    above (95 %, by chi-square), and carried back through the sigmoid to an average over samples, or over pairs in which
+    what is odd cancels.
 
     Args:
-        probabilities: `(inputs, samples, classes)`.
+        probabilities: `(inputs, samples, classes)`, at least two samples.
         in_pairs: Whether samples 2k and 2k + 1 are a pair.
     """
     count = probabilities.shape[1]
-    of_samples = probabilities.std(axis=1, ddof=1) / np.sqrt(count)
-    if not in_pairs or count % 2:
-        return of_samples
-    pairs = (probabilities[:, 0::2] + probabilities[:, 1::2]) / 2
-    if count == 2:
-        return of_samples
-    of_pairs = pairs.std(axis=1, ddof=1) / np.sqrt(count // 2)
-    return of_pairs if count >= 8 else np.maximum(of_pairs, of_samples / 2)
+    in_pairs = in_pairs and count % 2 == 0
+    odds = logit(probabilities.clip(_LEAST, 1 - _LEAST))
+    independent, freedom = (count // 2, count // 2) if in_pairs else (count, count - 1)
+    bound = odds.std(axis=1, ddof=1) * np.sqrt(freedom / chi2.ppf(1 - _CONFIDENCE, freedom))
+    centre, away = odds.mean(axis=1)[..., None], bound[..., None] * _NODES
+    values = expit(centre + away)
+    if in_pairs:
+        values = (values + expit(centre - away)) / 2
+    spread = np.sqrt(((values - (values * _WEIGHTS).sum(-1, keepdims=True)) ** 2 * _WEIGHTS).sum(-1))
+    return spread / np.sqrt(independent)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class BlobArguments:
             `iid`, and `antithetic` for as many as needed.
         eval_layers (`int`, *optional*): the samples differ in the last so many layers, all below is computed once.
         eval_tolerance (`float`, *optional*): an input takes samples until the standard error of its averaged
-            probabilities is at most this; with `auto` 0.02 unless given.
+            probabilities is at most this; with `auto` 0.1 unless given.
         posterior_batch_size (`int`, *optional*): samples evaluated in one batch, to bound memory.
     """
 

@@ -13,7 +13,7 @@ from blob_hf.utils.errors import BlobError
 
 DRAWS = ("iid", "antithetic", "qmc")
 AUTO = "auto"  # in the place of a number: as many samples as each input needs
-AUTO_SAMPLES, AUTO_TOLERANCE = 16, 0.02  # docs/predictive_cost.md has what others cost and lose
+AUTO_SAMPLES, AUTO_TOLERANCE = 24, 0.1  # docs/predictive_cost.md has what others cost and lose
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Sampling:
         layers: k: the samples differ in the last k layers (and the head), all below is at the posterior mean and
             computed once for all samples (`trunk`). None: they differ everywhere.
         tolerance: Classes are predicted with as many of the samples as each input needs: until the standard error of
-            its averaged probabilities is at most this (`blob_hf.inference.settling`). None: with all of them.
+            its averaged probabilities is surely at most this (`blob_hf.inference.settling`). None: with all of them.
 
     Raises:
         BlobError: num_samples < 0, batch_size or layers < 1, tolerance not > 0, or another draw.
