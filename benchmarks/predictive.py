@@ -14,6 +14,7 @@ expectation. The reference is the average of all networks that were drawn, 100 o
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -158,8 +159,9 @@ def ways(case: Case) -> Iterator[Way]:
             yield Way(f"{draw} N={count}", count, [averaged(one) for one in windows(kept[draw], count)])
     for k in range(1, total):
         samples, share = kept[f"trunk {k}"], k / total
-        yield Way(f"trunk k={k} N=4", 1 + 3 * share, [averaged(one) for one in windows(samples, 4)])
-        yield Way(f"trunk k={k} N=10", 1 + 9 * share, [averaged(samples[:, :10])])
+        for count in (4, 6, 10):
+            trials = [averaged(one) for one in windows(samples, count)]
+            yield Way(f"trunk k={k} N={count}", 1 + (count - 1) * share, trials)
     for tolerance in TOLERANCES:
         yield automatic(f"auto {tolerance:g}", kept["antithetic"], tolerance)
     if "linearized" in kept:
@@ -241,22 +243,18 @@ def markdown(table: Table) -> str:
 
 
 def measured(cases: list[Case]) -> str:
-    """Processor time in plain forwards, medians over cases."""
-    ratios = defaultdict(list)
+    """Processor time in plain forwards over the count of forwards, medians over cases."""
+    ratios: dict[str, list[float]] = defaultdict(list)
     for case in cases:
         plain = statistics.median(float(case.kept[key]) for key in case.kept if key.startswith("seconds/mean"))
-        for name, seconds in case.kept.items():
-            if name.startswith("seconds/") and "mean" not in name:
-                own = name.removeprefix("seconds/")
-                ratios[own].append(float(seconds) / plain)
-    lines = ["| samples | counted | measured |", "| --- | ---: | ---: |"]
-    for name, values in ratios.items():
-        case = cases[0]
-        share = int(name.split()[1]) / case.layers if name.startswith("trunk") else 1
-        samples = case.kept[name].shape[1]
-        counted = 1 + samples if name == "linearized" else 1 + (samples - 1) * share
-        lines.append(f"| {name}, {samples} | {counted:.1f} | {statistics.median(values):.1f} |")
-    return "\n".join(lines)
+        for name in case.kept:
+            if f"seconds/{name}" in case.kept and "mean" not in name:
+                samples = case.kept[name].shape[1]
+                share = int(name.split()[1]) / case.layers if name.startswith("trunk") else 1
+                counted = 1 + samples if name == "linearized" else 1 + (samples - 1) * share
+                ratios[name].append(float(case.kept[f"seconds/{name}"]) / plain / counted)
+    lines = ["| way | processor time over count |", "| --- | ---: |"]
+    return "\n".join(lines + [f"| {name} | {statistics.median(values):.2f} |" for name, values in ratios.items()])
 
 
 def plot(tables: dict[str, Table], file: Path) -> None:
@@ -268,11 +266,11 @@ def plot(tables: dict[str, Table], file: Path) -> None:
     figure, axes = plt.subplots(1, len(tables), figsize=(4.2 * len(tables), 3.6), squeeze=False)
     kinds = {
         "iid": ("iid", "o-"), "antithetic": ("antithetic", "s-"), "qmc": ("evenly spread (qmc)", "^:"),
-        "trunk": ("shared trunk, N=10, k=1..L-1", "D-"), "auto": ("as many as needed", "v-"), "closed": ("closed form", "x"),
+        "trunk": ("shared trunk, N=6, k=1..L-1", "D-"), "auto": ("as many as needed", "v-"), "closed": ("closed form", "x"),
     }  # fmt: skip
     for axis, (setting, table) in zip(axes[0], tables.items(), strict=True):
         for kind, (label, style) in kinds.items():
-            names = [one for one in table if one.startswith(kind) and not (kind == "trunk" and one.endswith("N=4"))]
+            names = [one for one in table if one.startswith(kind) and (kind != "trunk" or one.endswith("N=6"))]
             points = sorted((table[one]["cost"], table[one]["nll"]) for one in names)
             if points:
                 axis.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1)
@@ -331,10 +329,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    Path(args.cache).mkdir(parents=True, exist_ok=True)
+    cache = Path(tempfile.mkdtemp() if args.tiny else args.cache)
+    cache.mkdir(parents=True, exist_ok=True)
     settings: dict[str, list[Case]] = defaultdict(list)
     for name, *files in [["tiny"]] if args.tiny else args.case:
-        case = Case(name, Path(args.cache, f"{name}-{len(settings[name]) + 1}.npz"))
+        case = Case(name, Path(cache, f"{name}-{len(settings[name]) + 1}.npz"))
         settings[name].append(case)
         if f"trunk {int(case.kept.get('layers', 9)) - 1}" not in case.kept:
             tiny(case) if args.tiny else load(case, args.closed_form, *files)
@@ -343,7 +342,7 @@ def main() -> None:
     tables = {name: table_of(cases) for name, cases in settings.items()}
     for name, table in tables.items():
         print(f"\n{name}, {len(settings[name])} adapter(s)\n\n{markdown(table)}")
-    print(f"\nProcessor time in plain forwards\n\n{measured([case for cases in settings.values() for case in cases])}")
+    print(f"\nMeasured\n\n{measured([case for cases in settings.values() for case in cases])}")
     if args.plot:
         plot(tables, Path(args.plot))
 
