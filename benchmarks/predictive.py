@@ -166,7 +166,9 @@ def ways(case: Case) -> Iterator[Way]:
         yield automatic(f"auto {tolerance:g}", kept["antithetic"], tolerance)
     if "linearized" in kept:
         yield from closed_forms(kept["linearized"], rng)
-    yield Way("reference", sum(kept[draw].shape[1] for draw in DRAWN), [averaged(np.concatenate([kept[d] for d in DRAWN], 1))])
+    yield Way(
+        "reference", sum(kept[draw].shape[1] for draw in DRAWN), [averaged(np.concatenate([kept[d] for d in DRAWN], 1))]
+    )
 
 
 def automatic(name: str, samples: NDArray[Any], tolerance: float) -> Way:
@@ -174,7 +176,9 @@ def automatic(name: str, samples: NDArray[Any], tolerance: float) -> Way:
     sampling = Sampling.auto(tolerance)
     trials, costs = [], []
     for pool in windows(samples, sampling.num_samples):
-        found = settle(len(pool), sampling, lambda rows, part, pool=pool: pool[list(rows)][:, part.first : part.indices.stop])
+        found = settle(
+            len(pool), sampling, lambda rows, part, pool=pool: pool[list(rows)][:, part.first : part.indices.stop]
+        )
         trials.append(averaged(found.log_probs))
         costs.append(found.networks.mean())
     return Way(name, float(np.mean(costs)), trials)
@@ -266,7 +270,8 @@ def plot(tables: dict[str, Table], file: Path) -> None:
     figure, axes = plt.subplots(1, len(tables), figsize=(4.2 * len(tables), 3.6), squeeze=False)
     kinds = {
         "iid": ("iid", "o-"), "antithetic": ("antithetic", "s-"), "qmc": ("evenly spread (qmc)", "^:"),
-        "trunk": ("shared trunk, N=6, k=1..L-1", "D-"), "auto": ("as many as needed", "v-"), "closed": ("closed form", "x"),
+        "trunk": ("shared trunk, N=6, k=1..L-1", "D-"), "auto": ("as many as needed", "v-"),
+        "closed": ("closed form", "x"),
     }  # fmt: skip
     for axis, (setting, table) in zip(axes[0], tables.items(), strict=True):
         for kind, (label, style) in kinds.items():
@@ -322,7 +327,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", action="append", default=[], help="NAME ADAPTER TEST [OUT_OF_SCOPE]")
     parser.add_argument("--cache", default="predictive_cost", help="folder for what the networks predict")
-    parser.add_argument("--closed_form", action="store_true", help="also the linearised network: a backward pass a class")
+    parser.add_argument(
+        "--closed_form", action="store_true", help="also the linearised network: a backward pass a class"
+    )
     parser.add_argument("--collect_only", action="store_true", help="no tables")
     parser.add_argument("--plot", help="file for the picture")
     parser.add_argument("--tiny", action="store_true", help="a model not worth measuring: to see that this runs")

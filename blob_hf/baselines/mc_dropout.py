@@ -32,7 +32,7 @@ class MaskedA(SampledLinear):
         self.rate = rate
 
     def masks(self, sampling: Sampling) -> Tensor:
-        """Which input features each sample keeps, bool `(num_samples, in_features)`; paired masks come from u and 1 - u."""
+        """Which input features samples keep, bool `(num_samples, in_features)`; paired masks come from u and 1 - u."""
         return standard_uniform(self.name, sampling, (self.in_features,)) >= self.rate
 
     @torch.no_grad()

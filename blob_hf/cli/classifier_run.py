@@ -96,7 +96,9 @@ class ClassifierRun(Run):
         networks = output.predictions.networks
         self._write_predictions(split, log_probs, mean, labels, inputs, networks)
         if networks is not None:
-            self.notes.append(f"{split}: {networks_sentence(networks, num_samples)} ({split}_predictions.jsonl says which)")
+            self.notes.append(
+                f"{split}: {networks_sentence(networks, num_samples)} ({split}_predictions.jsonl says which)"
+            )
         if labels is None:
             self.trainer.save_metrics(prefix, output.metrics | {f"{prefix}_num_samples": num_samples})
             self.notes.append(

@@ -130,8 +130,8 @@ def _prepare(args: argparse.Namespace) -> tuple[Path, TextFile, int]:
     settings = {
         "adapter": _fingerprint(folder), "input": source.fingerprint, "text_columns": list(source.columns),
         **{name: getattr(args, name) for name in (
-            "num_samples", "draw", "layers", "tolerance", "seed", "max_length", "prompt", "decoding", "max_new_tokens", "num_beams", "abstain_above",
-            "coverage", "calibration_file",
+            "num_samples", "draw", "layers", "tolerance", "seed", "max_length", "prompt", "decoding", "max_new_tokens",
+            "num_beams", "abstain_above", "coverage", "calibration_file",
         )},
     }  # fmt: skip
     return folder, source, _claim(output, settings, args.overwrite_output)

@@ -44,7 +44,11 @@ class PredictivePipeline(TextClassificationPipeline):
         super().__init__(**kwargs)
 
     def _sanitize_parameters(
-        self, function_to_apply: Any = None, top_k: Any = "", sampling: Sampling | int | str | None = None, **tokenizer: Any
+        self,
+        function_to_apply: Any = None,
+        top_k: Any = "",
+        sampling: Sampling | int | str | None = None,
+        **tokenizer: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         before, _, after = super()._sanitize_parameters(function_to_apply, top_k, **tokenizer)
         return before, {} if sampling is None else {"sampling": sampling}, after

@@ -197,7 +197,7 @@ def _mean_output(model: nn.Module, inputs: dict[str, Any]) -> Any:
 
 
 def sample_outputs(model: nn.Module, inputs: dict[str, Any], sampling: Sampling) -> Iterator[Any]:
-    """Outputs for all posterior samples, sample-major: `batch_size` at a time, default 1, or all if they share layers."""
+    """Outputs of all posterior samples, sample-major: `batch_size` together, default 1, or all if they share layers."""
     for part in _parts(model, sampling):
         yield _outputs(model, inputs, part)
 

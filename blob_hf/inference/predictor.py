@@ -146,7 +146,9 @@ def _classify(model: BlobModel, rows: Rows | ChoiceRows, sampling: Sampling, bat
     averaged = own_predictive(model) is None  # else it is not sampled networks that are averaged
 
     def scores(inputs: dict[str, Tensor], part: Sampling) -> list[np.ndarray]:
-        found = sample_log_probs(model, inputs, part) if averaged else predict_classes(model, inputs, part).sample_log_probs
+        found = (
+            sample_log_probs(model, inputs, part) if averaged else predict_classes(model, inputs, part).sample_log_probs
+        )
         return list(found.cpu().numpy())
 
     def draw(only: Sequence[int], part: Sampling) -> np.ndarray:

@@ -1,8 +1,8 @@
 """As many samples as each input needs: inputs leave the batch when their predictive has settled.
 
 Samples are drawn in rounds. After a round an input is settled if the standard error of its averaged probabilities,
-estimated with caution, is at most `Sampling.tolerance` for every class. What an input is given depends on the input and the seed alone, not on
-the batch it is in (but for rounding).
+estimated with caution, is at most `Sampling.tolerance` for every class. What an input is given depends on the input and
+the seed alone, not on the batch it is in (but for rounding).
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -7,7 +7,9 @@ from numpy.typing import NDArray
 
 
 class ClassPredictions(tuple[Any, ...]):
-    """The fields of a `ClassPrediction` for all examples (`networks` last, if there are any); as an array it is the predictive's log-probabilities.
+    """The fields of a `ClassPrediction` for all examples; as an array it is the predictive's log-probabilities.
+
+    (`networks` comes last, and only with as many samples as needed.)
 
     So `np.argmax(predictions, axis=-1)`, `predictions[:, 1]` and `predictions.shape` mean what they mean for any
     classifier of transformers, while `predictions.mean_log_probs` and unpacking give all there is. It stays a tuple

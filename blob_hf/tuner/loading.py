@@ -25,8 +25,8 @@ from blob_hf.tuner.base_model import (
 from blob_hf.tuner.config import BlobConfig, changes_base
 from blob_hf.tuner.layer import GaussianA, std_to_save
 from blob_hf.tuner.posterior import gaussian_layers, lora_layers
-from blob_hf.tuner.stacks import in_last_layers
 from blob_hf.tuner.registry import Companion
+from blob_hf.tuner.stacks import in_last_layers
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import full_tensor, gathered
 

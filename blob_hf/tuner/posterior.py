@@ -21,7 +21,7 @@ from blob_hf.tuner.sampling import Sampling
 from blob_hf.tuner.stacks import in_last_layers
 from blob_hf.tuner.trunk import find_trunk, sharing
 from blob_hf.utils.errors import BlobError
-from blob_hf.utils.sharding import full_tensor, gathered
+from blob_hf.utils.sharding import full_tensor, gathered, is_sharded
 
 
 def attach_posterior(model: nn.Module, config: BlobConfig, adapter: str) -> None:
@@ -202,17 +202,24 @@ def _below(model: nn.Module, sampling: Sampling, layers: Sequence[SampledLinear]
     if sampling.layers is None:
         return set()
     if any(layer.num_networks is not None for layer in layers):
-        raise BlobError(
-            "layers: these networks were trained apart (an ensemble) and differ everywhere; leave it out"
-        )
+        raise BlobError("layers: these networks were trained apart (an ensemble) and differ everywhere; leave it out")
     is_last = in_last_layers(model, sampling.layers)
     paths = {module: path for path, module in model.named_modules() if isinstance(module, SampledLinear)}
     return {layer for layer in layers if not is_last(paths[layer])}
 
 
 def sampling_of(model: nn.Module, wanted: Sampling) -> Sampling:
-    """What of `wanted` a model can give: no samples of a point, and all networks where their number is given."""
+    """What of `wanted` a model can give: no samples of a point, and all networks where their number is given.
+
+    Raises:
+        BlobError: As many as needed, of a model whose shards wait for one another.
+    """
     layers = sampled_layers(model)
+    if wanted.tolerance is not None and is_sharded(model):
+        raise BlobError(
+            "as many samples as needed are not as many on every process, which a sharded model (ZeRO-3, FSDP) waits "
+            "for; give a number of samples"
+        )
     given = [layer.num_networks for layer in layers if layer.num_networks is not None]
     if not layers or wanted.num_samples == 0:
         return replace(wanted, num_samples=0)

@@ -10,7 +10,6 @@ from typing import Any
 
 from blob_hf.utils.errors import BlobError
 
-
 DRAWS = ("iid", "antithetic", "qmc")
 AUTO = "auto"  # in the place of a number: as many samples as each input needs
 AUTO_SAMPLES, AUTO_TOLERANCE = 24, 0.1  # docs/predictive_cost.md has what others cost and lose
@@ -134,7 +133,7 @@ class Sampling:
 
 
 def as_sampling(
-    num_samples: int | str, tolerance: float | None = None, draw: str | None = None, **options: Any
+    num_samples: float | str, tolerance: float | None = None, draw: str | None = None, **options: Any
 ) -> Sampling:
     """What a user has asked for: a number of samples or "auto", and what to do otherwise than by default.
 
@@ -145,4 +144,4 @@ def as_sampling(
         raise BlobError(f"the samples are a whole number or {AUTO!r}, got {num_samples!r}")
     if isinstance(num_samples, str):
         return Sampling.auto(AUTO_TOLERANCE if tolerance is None else tolerance, draw=draw or "antithetic", **options)
-    return Sampling(num_samples, draw=draw or "iid", tolerance=tolerance, **options)
+    return Sampling(int(num_samples), draw=draw or "iid", tolerance=tolerance, **options)

@@ -19,10 +19,12 @@ def layer_stacks(model: nn.Module) -> list[Stack]:
     """
     found: list[tuple[str, Stack]] = []
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{own}.") for own, _ in found):
-            if all(isinstance(one, GradientCheckpointingLayer) for one in module):
-                found.append((path, tuple(module)))
-    base: Any = next((module for module in model.modules() if hasattr(getattr(module, "config", None), "model_type")), model)
+        inside = any(path.startswith(f"{own}.") for own, _ in found)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside and all(map(_is_layer, module)):
+            found.append((path, tuple(module)))
+    base: Any = next(
+        (module for module in model.modules() if hasattr(getattr(module, "config", None), "model_type")), model
+    )
     expected = 2 if getattr(getattr(base, "config", None), "is_encoder_decoder", False) else 1
     if len(found) != expected:
         what = "an encoder-decoder has two lists" if expected == 2 else "it has one list"
@@ -31,6 +33,10 @@ def layer_stacks(model: nn.Module) -> list[Stack]:
             f"them, here are {len(found)}; leave the number of layers out"
         )
     return [stack for _, stack in found]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, GradientCheckpointingLayer)
 
 
 def check_layers(model: nn.Module, layers: int) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
-from blob_hf.tuner.stacks import Stack, in_last_layers, layer_stacks
+from blob_hf.tuner.stacks import Stack, layer_stacks
 
 logger = logging.getLogger(__name__)
 

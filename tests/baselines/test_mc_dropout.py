@@ -79,7 +79,9 @@ def test_a_whole_network_with_frozen_masks_is_the_network_with_dropped_inputs():
     assert len(layers) == 5 and all(isinstance(layer, MaskedA) for layer in layers)
     for s in range(3):
         hooks = [
-            layer.register_forward_pre_hook(lambda module, args, s=s: (args[0] * module.masks(Sampling(1, 7, first=s))[0] / 0.7,))
+            layer.register_forward_pre_hook(
+                lambda module, args, s=s: (args[0] * module.masks(Sampling(1, 7, first=s))[0] / 0.7,)
+            )
             for layer in layers
         ]
         torch.testing.assert_close(model(input_ids=ids).logits, together[s], atol=1e-5, rtol=1e-5)

@@ -20,7 +20,9 @@ def test_only_the_last_layers_have_a_posterior_whoever_makes_it():
     config = BlobConfig(target_modules=TARGETS["bert"], posterior_layers=1)
     for model in (get_blob_model(tiny_bert(), config), peft.get_peft_model(tiny_bert(), config)):
         assert set(gaussian_layers(model)) == LAST
-        lower = [module for path, module in model.named_modules() if "layer.0" in path and path.endswith("lora_A.default")]
+        lower = [
+            module for path, module in model.named_modules() if "layer.0" in path and path.endswith("lora_A.default")
+        ]
         assert len(lower) == 2 and all(type(one) is nn.Linear for one in lower)
         assert all(one.weight.requires_grad for one in lower)
     every = get_blob_model(tiny_bert(), BlobConfig(target_modules=TARGETS["bert"], posterior_layers=2))
@@ -49,7 +51,9 @@ def test_samples_are_those_of_the_last_layers_of_a_whole_posterior_and_share_the
 def test_saved_and_loaded_to_the_bit(tmp_path):
     tiny_bert().save_pretrained(tmp_path / "base")
     base = type(tiny_bert()).from_pretrained
-    model = get_blob_model(base(tmp_path / "base"), BlobConfig(target_modules=["query", "value"], init_eps=0.9, posterior_layers=1))
+    model = get_blob_model(
+        base(tmp_path / "base"), BlobConfig(target_modules=["query", "value"], init_eps=0.9, posterior_layers=1)
+    )
     randomize_b(model)
     model.eval().save_pretrained(tmp_path / "adapter")
     loaded = BlobModel.from_pretrained(tmp_path / "adapter", model=base(tmp_path / "base")).eval()
