@@ -10,7 +10,7 @@ their own), the layers below run on all rows, and the result is the same network
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ class Trunk:
     ends: frozenset[nn.Module]
 
 
-def find_trunk(model: nn.Module, sampled: set[nn.Module], num_samples: int) -> Trunk:
+def find_trunk(model: nn.Module, sampled: Collection[nn.Module], num_samples: int) -> Trunk:
     """The trunk below the layers that have samples.
 
     Args:
@@ -128,7 +128,7 @@ def _enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     role = _ROLES.get().get(id(block))
     if role is None:
         return None
-    names = _argument_names(type(block))[: len(args)]
+    names = _argument_names(type(block))[: len(args)]  # type: ignore[arg-type]
     given = dict(zip(names, args, strict=True)) | kwargs
     samples = role.trunk.num_samples
     if role.stack is not None and block is role.trunk.shared[role.stack][0]:
