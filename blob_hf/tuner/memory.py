@@ -17,7 +17,7 @@ from blob_hf.utils.errors import BlobError
 
 _FLOAT32 = 4
 _NF4_BLOCK = 64  # weights that share a float32 scale (Dettmers et al., 2023, without double quantisation)
-_KL_TEMPORARIES = 8  # tensors of the size of the largest A at once, in `descend_rho`
+_KL_STEP_BYTES = 33  # a std, of all layers at once: eight float32 and a bool, in `descend_rho`
 _LAYER_BYTES = 34  # a layer's activations in half precision, bytes per token and hidden unit (Korthikanti et al., 2022)
 _LOGIT_BYTES = 10  # a logit in half precision, in float32 and its gradient in float32
 
@@ -80,7 +80,6 @@ def memory_of(
         raise BlobError("the model has no posterior; make one with get_blob_model or bayesianize")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     std = sum(layer.rho.nbytes for layer in gaussian)
-    largest = max(layer.rho.numel() for layer in gaussian)
     base: Any = model.get_base_model()
     config = base.config.get_text_config()
     tokens, frozen = batch_size * length, list(_frozen(model))
@@ -92,7 +91,7 @@ def memory_of(
         std=std,
         gradients=sum(parameter.nbytes for parameter in trained),
         optimizer=2 * sum(parameter.nbytes for parameter in trained),
-        kl_step=_KL_TEMPORARIES * _FLOAT32 * largest,
+        kl_step=_KL_STEP_BYTES * sum(layer.rho.numel() for layer in gaussian),
         samples=num_samples * sum(layer.weight.nbytes for layer in gaussian),
         activations=layer_starts + _LAYER_BYTES * tokens * config.hidden_size * half // 2,
         logits=_LOGIT_BYTES * tokens * config.vocab_size if logits else 0,

@@ -54,7 +54,7 @@ def test_state_is_that_of_a_training_and_samples_those_in_flight(lora):
         assert found.samples == sum(frozen_now(layer).weight.nbytes for layer in gaussian_layers(model).values())
 
 
-def test_the_kl_step_allocates_a_few_tensors_of_one_layer():
+def test_the_kl_step_allocates_a_few_tensors_of_all_layers_together():
     model = blob()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     step = DecoupledKLStep(optimizer, model, 0.2, "square", 0.01)
@@ -66,7 +66,7 @@ def test_the_kl_step_allocates_a_few_tensors_of_one_layer():
         if event.name() == "[memory]":
             total += event.nbytes()
             peak = max(peak, total)
-    assert memory_of(model).kl_step / 2 < peak <= memory_of(model).kl_step
+    assert 0.9 * memory_of(model).kl_step < peak <= memory_of(model).kl_step
 
 
 def test_what_layers_start_from_grows_as_said_with_the_layers():
