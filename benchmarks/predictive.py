@@ -3,7 +3,8 @@
     python benchmarks/predictive.py --case NAME ADAPTER TEST [OUT_OF_SCOPE] --case ... --cache FOLDER --plot FILE
 
 A case is an adapter of a classifier with labelled rows (jsonl with texts and a label's id), and rows that belong to no
-class; cases of one name are seeds of one setting. What a case's networks predict is kept in FOLDER: a run that was
+class; cases of one name are seeds of one setting. `--student STUDENT ...` are what `blob distil` has made of the
+adapters, in the order of the cases: one forward each. What a case's networks predict is kept in FOLDER: a run that was
 stopped goes on, and the tables are made again without a model. The costs are counted in plain forwards, and measured in
 processor time, which other processes on the machine change less than the clock.
 
@@ -79,13 +80,10 @@ class Case:
 
 def collect(case: Case, model: BlobModel, rows: Rows, labels: NDArray[np.int64], closed_form: bool) -> None:
     """Have the networks of every way predict the rows, the labelled ones first."""
-    batches = [(indices, rows.batch(indices, model.device)) for indices in rows.batches(BATCH)]
+    batches = in_order(model, rows)
 
     def predicted(sampling: Sampling) -> NDArray[np.float32]:
-        found: dict[int, NDArray[np.float32]] = {}
-        for indices, batch in batches:
-            found |= zip(indices, sample_log_probs(model, batch, sampling).numpy(), strict=True)
-        return np.stack([found[index] for index in range(len(rows))])
+        return predictions(model, batches, sampling)
 
     case.kept |= {"labels": labels, "layers": np.array(sum(map(len, layer_stacks(model))))}
     predicted(Sampling(0))  # the first one is slower
@@ -100,7 +98,22 @@ def collect(case: Case, model: BlobModel, rows: Rows, labels: NDArray[np.int64],
         case.keep(f"trunk {k}", lambda wanted=wanted: predicted(wanted))
 
 
-def linearized(model: BlobModel, batches: list[Any], count: int) -> NDArray[np.float32]:
+Batches = list[tuple[list[int], dict[str, Any]]]  # indices of rows, and these rows
+
+
+def in_order(model: BlobModel, rows: Rows) -> Batches:
+    return [(indices, rows.batch(indices, model.device)) for indices in rows.batches(BATCH)]
+
+
+def predictions(model: BlobModel, batches: Batches, sampling: Sampling) -> NDArray[np.float32]:
+    """Log-probabilities `(rows, samples, classes)`, in the order of the rows."""
+    found: dict[int, NDArray[np.float32]] = {}
+    for indices, batch in batches:
+        found |= zip(indices, sample_log_probs(model, batch, sampling).numpy(), strict=True)
+    return np.stack([found[index] for index in range(len(found))])
+
+
+def linearized(model: BlobModel, batches: Batches, count: int) -> NDArray[np.float32]:
     """Mean and covariance of the logits under the network linearised at the mean, `(rows, classes, 1 + classes)`.
 
     Cov = sum_j (d logit / d A_j)(d logit / d A_j)' Omega_j^2 (MacKay, 1992; Immer et al., 2021): one forward, and one
@@ -164,6 +177,8 @@ def ways(case: Case) -> Iterator[Way]:
             yield Way(f"trunk k={k} N={count}", 1 + (count - 1) * share, trials)
     for tolerance in TOLERANCES:
         yield automatic(f"auto {tolerance:g}", kept["antithetic"], tolerance)
+    if "student" in kept:
+        yield Way("distilled", 1, [averaged(kept["student"])])
     if "linearized" in kept:
         yield from closed_forms(kept["linearized"], rng)
     yield Way(
@@ -271,7 +286,7 @@ def plot(tables: dict[str, Table], file: Path) -> None:
     kinds = {
         "iid": ("iid", "o-"), "antithetic": ("antithetic", "s-"), "qmc": ("evenly spread (qmc)", "^:"),
         "trunk": ("shared trunk, N=6, k=1..L-1", "D-"), "auto": ("as many as needed", "v-"),
-        "closed": ("closed form", "x"),
+        "closed": ("closed form", "x"), "distilled": ("distilled", "P"),
     }  # fmt: skip
     for axis, (setting, table) in zip(axes[0], tables.items(), strict=True):
         for kind, (label, style) in kinds.items():
@@ -301,11 +316,18 @@ def texts_of(rows: list[dict[str, Any]]) -> list[Any]:
     return [row[names[0]] if len(names) == 1 else tuple(row[name] for name in names) for row in rows]
 
 
-def load(case: Case, closed_form: bool, adapter: str, test: str, outside: str | None = None) -> None:
+def load(adapter: str, test: str, outside: str | None = None) -> tuple[BlobModel, Rows, NDArray[np.int64]]:
+    """An adapter, all rows, and the labels of the first of them."""
     rows = read(test)
     texts = texts_of(rows) + (texts_of(read(outside)) if outside else [])
     model = BlobModel.from_pretrained(adapter).eval().requires_grad_(False)
-    collect(case, model, rows_of(model, texts, max_length=64), np.array([row["label"] for row in rows]), closed_form)
+    return model, rows_of(model, texts, max_length=64), np.array([row["label"] for row in rows])
+
+
+def ask(case: Case, student: str, files: list[str]) -> None:
+    """Have a student of the case's adapter predict its rows."""
+    model, rows, _ = load(student, *files)
+    case.keep("student", lambda: predictions(model, in_order(model, rows), Sampling(0)))
 
 
 def tiny(case: Case) -> None:
@@ -321,11 +343,13 @@ def tiny(case: Case) -> None:
             torch.nn.init.normal_(parameter.data, std=1.0)
     rows = Rows({"input_ids": list(torch.randint(1, 50, (20, 6)))}, {"input_ids": 0})
     collect(case, model.requires_grad_(False), rows, np.arange(12) % 3, closed_form=True)
+    case.keep("student", lambda: predictions(model, in_order(model, rows), Sampling(0)))  # the mean in its place
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", action="append", default=[], help="NAME ADAPTER TEST [OUT_OF_SCOPE]")
+    parser.add_argument("--student", nargs="+", default=[], help="what was distilled of each case's adapter")
     parser.add_argument("--cache", default="predictive_cost", help="folder for what the networks predict")
     parser.add_argument(
         "--closed_form", action="store_true", help="also the linearised network: a backward pass a class"
@@ -339,11 +363,16 @@ def main() -> None:
     cache = Path(tempfile.mkdtemp() if args.tiny else args.cache)
     cache.mkdir(parents=True, exist_ok=True)
     settings: dict[str, list[Case]] = defaultdict(list)
+    students = args.student
+    if students and len(students) != len(args.case):
+        parser.error(f"{len(args.case)} cases have {len(students)} students; name one for each, in their order")
     for name, *files in [["tiny"]] if args.tiny else args.case:
         case = Case(name, Path(cache, f"{name}-{len(settings[name]) + 1}.npz"))
         settings[name].append(case)
         if f"trunk {int(case.kept.get('layers', 9)) - 1}" not in case.kept:
-            tiny(case) if args.tiny else load(case, args.closed_form, *files)
+            tiny(case) if args.tiny else collect(case, *load(*files), args.closed_form)
+        if students and "student" not in case.kept:
+            ask(case, students[sum(map(len, settings.values())) - 1], files[1:])
     if args.collect_only:
         return
     tables = {name: table_of(cases) for name, cases in settings.items()}

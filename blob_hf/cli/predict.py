@@ -36,7 +36,7 @@ from blob_hf.tuner.adapter_files import NAMES, read_config, resolve
 from blob_hf.tuner.base_model import is_sequence_classifier
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.registry import companion_files
-from blob_hf.tuner.sampling import AUTO_TOLERANCE, DRAWS, Sampling, as_sampling
+from blob_hf.tuner.sampling import AUTO, AUTO_TOLERANCE, DRAWS, Sampling, as_sampling
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.numbers import whole_or_word
@@ -247,6 +247,13 @@ def _blocks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
         yield block
 
 
+def _number_of_samples(value: str) -> int | str:
+    found = whole_or_word(value)
+    if isinstance(found, str) and found != AUTO:
+        raise argparse.ArgumentTypeError(f"a whole number or {AUTO}, got {value!r}")
+    return found
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     own = OneLineParser(
@@ -263,7 +270,7 @@ def parser() -> argparse.ArgumentParser:
         help="one or two columns; default: those that can only be meant; of causal models prompt, else messages, first",
     )  # fmt: skip
     own.add_argument(
-        "--num_samples", type=whole_or_word, default=Sampling.num_samples,
+        "--num_samples", type=_number_of_samples, default=Sampling.num_samples,
         help="posterior samples; 0: the mean; auto: classes by as many as each input needs",
     )  # fmt: skip
     own.add_argument("--draw", choices=DRAWS, help="of the samples; default: iid, of as many as needed antithetic")

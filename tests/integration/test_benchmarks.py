@@ -112,6 +112,8 @@ def test_predictive(table):
     forwards = [number(row["forwards"]) for name, row in rows.items() if name.startswith("auto")]
     assert forwards == sorted(forwards, reverse=True) and 2 <= forwards[-1] <= forwards[0] <= 24
     assert number(rows["iid N=10"]["of N=10's gain"]) == 100 or rows["iid N=10"]["of N=10's gain"] == ""
+    student = [number(rows["distilled"][name]) for name in ("forwards", "NLL")]
+    assert student == [1, number(rows["N=0"]["NLL"])]  # there the mean is in its place
     assert "processor time over count" in text
 
 
