@@ -23,9 +23,10 @@ from blob_hf.baselines.base import METHOD_FILE, MethodState, register_method
 from blob_hf.reporting.run_summary import MethodCard
 from blob_hf.trainer.engines import require_whole_models
 from blob_hf.tuner.adapter_files import read_beside, write_beside
+from blob_hf.tuner.draws import sample_generator, standard_normal
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import lora_layers, sampled_layers
-from blob_hf.tuner.sampled import SampledLinear, layer_name, sample_generator, standard_normal
+from blob_hf.tuner.sampled import SampledLinear, layer_name
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import full_tensor, gathered

@@ -26,10 +26,11 @@ from blob_hf.inference.predict import ClassPrediction, log_mean_exp, predict_cla
 from blob_hf.reporting.run_summary import MethodCard
 from blob_hf.tuner.adapter_files import read_beside, write_beside
 from blob_hf.tuner.base_model import in_head
+from blob_hf.tuner.draws import standard_normal
 from blob_hf.tuner.in_flight import Frozen, Later, fixed
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import lora_layers, posterior_mean, sampled_layers
-from blob_hf.tuner.sampled import SampledLinear, layer_name, standard_normal
+from blob_hf.tuner.sampled import SampledLinear, layer_name
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import full_tensor, gathered, is_sharded

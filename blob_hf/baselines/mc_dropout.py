@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from blob_hf.baselines.base import MethodState, register_method
 from blob_hf.reporting.run_summary import MethodCard
+from blob_hf.tuner.draws import standard_uniform
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import lora_layers
-from blob_hf.tuner.sampled import SampledLinear, layer_name, sample_generator
+from blob_hf.tuner.sampled import SampledLinear, layer_name
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import full_tensor, gathered
@@ -30,15 +31,13 @@ class MaskedA(SampledLinear):
         super().__init__(linear, layer)
         self.rate = rate
 
-    def mask(self, seed: int, index: int, antithetic: bool = False) -> Tensor:
-        """Which input features sample `index` keeps, bool `(in_features,)`; antithetic masks come from u and 1 - u."""
-        generator = sample_generator(self.name, seed, index // 2 if antithetic else index)
-        uniform = torch.rand(self.in_features, generator=generator)
-        return (1 - uniform if antithetic and index % 2 else uniform) >= self.rate
+    def masks(self, sampling: Sampling) -> Tensor:
+        """Which input features samples keep, bool `(num_samples, in_features)`; paired masks come from u and 1 - u."""
+        return standard_uniform(self.name, sampling, (self.in_features,)) >= self.rate
 
     @torch.no_grad()
     def draw(self, sampling: Sampling) -> Tensor:
-        masks = torch.stack([self.mask(sampling.seed, index, sampling.antithetic) for index in sampling.indices])
+        masks = self.masks(sampling)
         with gathered([self.weight]):
             return full_tensor(self.weight) * masks.to(self.weight.device).unsqueeze(1) / (1 - self.rate)
 

@@ -29,10 +29,11 @@ from blob_hf.trainer.engines import require_whole_models
 from blob_hf.trainer.kl.schedule import KLSchedule, kl_cycle_length
 from blob_hf.trainer.kl.step import lr_scale_of, stop_at
 from blob_hf.tuner.adapter_files import read_beside, write_beside
+from blob_hf.tuner.draws import standard_normal
 from blob_hf.tuner.kl import gaussian_kl
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import lora_layers, sampled_layers
-from blob_hf.tuner.sampled import SampledLinear, layer_name, standard_normal
+from blob_hf.tuner.sampled import SampledLinear, layer_name
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import full_tensor, gathered

@@ -48,6 +48,10 @@ class AdapterArguments(LoadingArguments):
         default="square", metadata={"help": "std = G*G or softplus(rho).", "choices": list(STD_PARAMETERIZATIONS)}
     )
     noise: str = field(default="flipout", metadata={"help": "Training-time noise.", "choices": list(NOISES)})
+    posterior_layers: int | None = field(
+        default=None,
+        metadata={"help": "Only A in the last so many layers (and the head) has a posterior, the rest is plain LoRA."},
+    )
     adapter_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Continue from (or, without --do_train, evaluate) this adapter, BLoB or plain LoRA."},
@@ -150,6 +154,7 @@ def posterior_settings(adapter_args: AdapterArguments, args: BlobTrainingArgumen
         "init_eps": adapter_args.init_eps,
         "std_parameterization": adapter_args.std_parameterization,
         "noise": adapter_args.noise,
+        "posterior_layers": adapter_args.posterior_layers,
         "prior_std": args.prior_std,
     }
 

@@ -8,7 +8,7 @@ import numpy as np
 from blob_hf.baselines.temperature import Temperatures, fit_temperature, scale
 from blob_hf.cli.artifacts import Run
 from blob_hf.cli.comparison import abstentions, comparison_table
-from blob_hf.cli.sentences import abstention_sentence, samples_sentence
+from blob_hf.cli.sentences import abstention_sentence, networks_sentence, samples_sentence
 from blob_hf.metrics.calibration import calibration_metrics, confidence, reliability_bins
 from blob_hf.metrics.classification import class_report, rejection_curves
 from blob_hf.metrics.detection import detection_report
@@ -64,7 +64,7 @@ class ClassifierRun(Run):
         """Results with the temperatures, in {prefix}_temperature_results.json."""
         if self.temperatures is None:
             return
-        log_probs, _, mean = output.predictions
+        log_probs, _, mean = output.predictions[:3]
         kinds = {"": (log_probs, self.temperatures.predictive), "mean_": (mean, self.temperatures.mean)}
         metrics: dict[str, float] = {}
         for kind, (values, temperature) in kinds.items():
@@ -91,9 +91,14 @@ class ClassifierRun(Run):
             output: Of `BlobTrainer.predict`: log_probs, sample_log_probs, mean_log_probs.
             inputs: What tells its rows from one another, to write beside their predictions.
         """
-        log_probs, samples, mean = output.predictions
+        log_probs, samples, mean = output.predictions[:3]
         labels, num_samples = output.label_ids, self.num_samples
-        self._write_predictions(split, log_probs, mean, labels, inputs)
+        networks = output.predictions.networks
+        self._write_predictions(split, log_probs, mean, labels, inputs, networks)
+        if networks is not None:
+            self.notes.append(
+                f"{split}: {networks_sentence(networks, num_samples)} ({split}_predictions.jsonl says which)"
+            )
         if labels is None:
             self.trainer.save_metrics(prefix, output.metrics | {f"{prefix}_num_samples": num_samples})
             self.notes.append(
@@ -113,8 +118,8 @@ class ClassifierRun(Run):
         self.add_plot(f"confidence{suffix}", lambda path: plot_confidence(sure, path))
         curves = rejection_curves(samples, mean, labels)
         self.add_plot(f"accuracy_rejection{suffix}", lambda path: plot_rejection(curves, path))
-        if num_samples:
-            curve = nll_curve(samples, labels, self.args.antithetic)
+        if num_samples and networks is None:
+            curve = nll_curve(samples, labels, self.args.sampling.in_pairs)
             self.add_nll_curve(curve, output.metrics[f"{prefix}_mean_nll"], split, "example")
         report = class_report(log_probs, labels, self.class_names)
         title = f"Classes: {self.data.name}, {split}, N={num_samples}"
@@ -122,15 +127,18 @@ class ClassifierRun(Run):
 
     def add_unscaled(self, split: str, output: Any) -> None:
         """Save what a split's predictions were before the posterior is scaled, so that one sees what the scale does."""
-        log_probs, _, mean = output.predictions
+        log_probs, _, mean = output.predictions[:3]
         self.add_results("unscaled", output.metrics, f"{split}, posterior not scaled", f"{len(mean)} examples", True)
         self._write_predictions(f"unscaled_{split}", log_probs, mean, output.label_ids)
 
-    def _write_predictions(self, name: str, log_probs: Any, mean: Any, labels: Any | None, inputs: Inputs = ()) -> None:
+    def _write_predictions(
+        self, name: str, log_probs: Any, mean: Any, labels: Any | None, inputs: Inputs = (), networks: Any | None = None
+    ) -> None:
         """A row for each input: the most probable class by its name, and all log-probabilities.
 
         Args:
             labels: Class ids, None where they are not known.
+            networks: How many each input took, where that is as many as needed.
         """
         names = self.class_names
 
@@ -140,6 +148,8 @@ class ClassifierRun(Run):
             found = {"prediction": names[best], "probability": float(np.exp(scores[best]))}
             if labels is not None:
                 found |= {"label": int(labels[index]), "label_name": names[int(labels[index])]}
+            if networks is not None:
+                found["networks"] = int(networks[index])
             found |= {"log_probs": scores.tolist(), "mean_log_probs": mean[index].tolist()}
             return {**(inputs[index] if inputs else {}), **found}
 
@@ -185,7 +195,7 @@ class ClassifierRun(Run):
         shifted = [metric for metric in CLASSIFICATION_METRICS if f"{prefix}_mean_{metric}" in metrics]
         table = results_table(metrics, prefix, shifted + detected, self.num_samples)
         table = table.dropna(how="all").dropna(how="all", axis="columns")
-        log_probs, _, mean = outside.predictions
+        log_probs, _, mean = outside.predictions[:3]
         count = len(mean)
         self.results.append(Results(f"out of distribution: {name} ({count} examples)", name, table, in_index=False))
         self._write_predictions(prefix, log_probs, mean, outside.label_ids)

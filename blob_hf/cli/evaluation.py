@@ -27,7 +27,7 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     Args:
         prediction: Its predictions are `ClassPredictions`.
     """
-    log_probs, samples, mean = cast(ClassPredictions, prediction.predictions)
+    log_probs, samples, mean = cast(ClassPredictions, prediction.predictions)[:3]
     return metrics.classification_metrics(log_probs, samples, mean, np.asarray(prediction.label_ids))
 
 

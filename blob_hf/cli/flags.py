@@ -13,6 +13,7 @@ from blob_hf.utils.errors import BlobError
 RENAMED = {
     "adafactor": "--optim adafactor",
     "adam_epsilon_value": "--adam_epsilon",
+    "antithetic": "--draw antithetic",
     "batch_size": "--per_device_train_batch_size",
     "dispatch_batches": "--accelerator_config '{\"dispatch_batches\": true}'",
     "early_stopping": "--early_stopping_patience",

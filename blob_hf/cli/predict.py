@@ -36,15 +36,16 @@ from blob_hf.tuner.adapter_files import NAMES, read_config, resolve
 from blob_hf.tuner.base_model import is_sequence_classifier
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.registry import companion_files
-from blob_hf.tuner.sampling import Sampling
+from blob_hf.tuner.sampling import AUTO, AUTO_TOLERANCE, DRAWS, Sampling, as_sampling
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
+from blob_hf.utils.numbers import whole_or_word
 
 _BATCHES = 4  # that are predicted together: rows of similar length among them share a batch
 _GO_ON = "the same command goes on from the rows that are written"
 _RESULTS = (
     "id", "label", "probability", "probabilities", "entropy", "generated_text", "samples", "sample_sets", "uncertainty",
-    "abstain",
+    "abstain", "networks",
 )  # fmt: skip
 
 
@@ -53,7 +54,7 @@ class Predictor:
 
     def __init__(self, args: argparse.Namespace, folder: Path, device: torch.device) -> None:
         self.args = args
-        self.sampling = Sampling(args.num_samples, args.seed, batch_size=args.posterior_batch_size)
+        self.sampling = _sampling(args)
         self.model = BlobModel.from_pretrained(folder).eval().to(device)
         base: Any = self.model.get_base_model()
         self.options: dict[str, Any] = {"max_length": args.max_length, "batch_size": args.batch_size}
@@ -110,6 +111,14 @@ def predict_file(args: argparse.Namespace) -> int:
     return source.count
 
 
+def _sampling(args: argparse.Namespace) -> Sampling:
+    """The samples that the flags ask for."""
+    return as_sampling(
+        args.num_samples, args.tolerance, args.draw, seed=args.seed, batch_size=args.posterior_batch_size,
+        layers=args.layers,
+    )  # fmt: skip
+
+
 def processes() -> PartialState:
     """This process among all; accelerate joins those that torchrun has started without a GPU only if it is told to."""
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
@@ -119,12 +128,12 @@ def processes() -> PartialState:
 def _prepare(args: argparse.Namespace) -> tuple[Path, TextFile, int]:
     """The adapter's folder, the input, and how many rows of the output are there already."""
     check_numbers(args)
-    Sampling(args.num_samples, args.seed, batch_size=args.posterior_batch_size)  # refuses what is out of range
+    _sampling(args)  # refuses what is out of range
     if (args.coverage is None) != (args.calibration_file is None):
         raise BlobError("--coverage needs a --calibration_file to find the threshold for it, and the other way round")
     if args.coverage is not None and (args.abstain_above is not None or not 0 < args.coverage <= 1):
         raise BlobError("give --abstain_above, or a --coverage above 0 and at most 1; not both")
-    if args.equivalence is not None and args.num_samples < 2:
+    if args.equivalence is not None and _sampling(args).num_samples < 2:
         raise BlobError(f"--equivalence compares two or more sampled answers; got --num_samples {args.num_samples}")
     output = RowFile(args.output)
     folder = resolve(args.adapter)
@@ -137,8 +146,8 @@ def _prepare(args: argparse.Namespace) -> tuple[Path, TextFile, int]:
     settings = {
         "adapter": fingerprint(folder), "input": source.fingerprint, "text_columns": list(source.columns),
         **{name: getattr(args, name) for name in (
-            "num_samples", "seed", "max_length", "prompt", "decoding", "max_new_tokens", "num_beams", "abstain_above",
-            "coverage", "calibration_file", "stop_strings", "equivalence",
+            "num_samples", "draw", "layers", "tolerance", "seed", "max_length", "prompt", "decoding", "max_new_tokens",
+            "num_beams", "abstain_above", "coverage", "calibration_file", "stop_strings", "equivalence",
         )},
     }  # fmt: skip
     return folder, source, _claim(output, settings, args.overwrite_output)
@@ -238,6 +247,13 @@ def _blocks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
         yield block
 
 
+def _number_of_samples(value: str) -> int | str:
+    found = whole_or_word(value)
+    if isinstance(found, str) and found != AUTO:
+        raise argparse.ArgumentTypeError(f"a whole number or {AUTO}, got {value!r}")
+    return found
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     own = OneLineParser(
@@ -253,7 +269,16 @@ def parser() -> argparse.ArgumentParser:
         "--text_columns", nargs="+",
         help="one or two columns; default: those that can only be meant; of causal models prompt, else messages, first",
     )  # fmt: skip
-    own.add_argument("--num_samples", type=int, default=Sampling.num_samples, help="posterior samples; 0: the mean")
+    own.add_argument(
+        "--num_samples", type=_number_of_samples, default=Sampling.num_samples,
+        help="posterior samples; 0: the mean; auto: classes by as many as each input needs",
+    )  # fmt: skip
+    own.add_argument("--draw", choices=DRAWS, help="of the samples; default: iid, of as many as needed antithetic")
+    own.add_argument("--layers", type=int, help="samples differ in the last so many layers, the rest is computed once")
+    own.add_argument(
+        "--tolerance", type=float, help="standard error of the probabilities that is small enough; auto: "
+        f"{AUTO_TOLERANCE} unless given",
+    )  # fmt: skip
     own.add_argument("--seed", type=int, default=Sampling.seed, help="names the samples")
     own.add_argument("--posterior_batch_size", type=int, help="samples together, to bound memory")
     own.add_argument("--batch_size", type=int, default=16, help="rows together")

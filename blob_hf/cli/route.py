@@ -30,7 +30,9 @@ TRAINING_FLAGS = frozenset(
         "resume_from_checkpoint",
     }
 )  # fmt: skip
-SAMPLING_FLAGS = frozenset({"eval_samples", "eval_seed", "antithetic", "posterior_batch_size"})
+SAMPLING_FLAGS = frozenset(
+    {"eval_samples", "eval_seed", "draw", "eval_layers", "eval_tolerance", "posterior_batch_size"}
+)
 
 
 @dataclass

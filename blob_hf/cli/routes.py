@@ -37,6 +37,7 @@ class BlobRoute(Route):
     flags = SAMPLING_FLAGS | {
         "beta", "gamma", "kl_schedule", "kl_cycle_steps", "kl_weight", "kl_target_nats_per_weight",
         "kl_learning_rate", "kl_pull", "kl_gradient", "train_samples", "init_eps", "std_parameterization", "noise",
+        "posterior_layers",
     }  # fmt: skip
 
     @property

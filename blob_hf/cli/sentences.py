@@ -35,6 +35,21 @@ def samples_sentence(nll: float, mean_nll: float, num_samples: int, unit: str) -
     return f"{who} {better}{verb} the NLL from {mean_nll:.3g} (posterior mean) to {nll:.3g} nats per {unit}."
 
 
+def networks_sentence(networks: NDArray[np.integer], most: int) -> str:
+    """How many networks inputs took where they take as many as they need.
+
+    Args:
+        networks: Of each input.
+        most: That an input could have taken.
+    """
+    few, count = int(networks.min()), int((networks == networks.min()).sum())
+    every = int((networks == most).sum())
+    return (
+        f"inputs took {networks.mean():.1f} networks on average; {count} of {len(networks)} were settled with {few}, "
+        f"{every} took all {most}"
+    )
+
+
 def abstention_sentence(log_probs: NDArray[np.floating], labels: NDArray[np.integer]) -> str:
     """How many inputs a classifier has to leave open, the least certain ones, to be right on the rest.
 

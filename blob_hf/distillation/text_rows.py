@@ -20,7 +20,7 @@ from blob_hf.distillation.cache import Shard, TargetCache
 from blob_hf.distillation.loss import kl_tokens, lumped
 from blob_hf.inference.evaluating import evaluating
 from blob_hf.inference.generate import generate_predictive
-from blob_hf.inference.predict import IGNORED_LABEL, repeat_rows
+from blob_hf.inference.predict import IGNORED_LABEL, parts_of, repeat_rows
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import posterior_mean, posterior_samples
 from blob_hf.tuner.sampling import Sampling
@@ -216,7 +216,7 @@ def predictive_along(
             log_probs = layout.logits(model, inputs, width).float().log_softmax(-1)
         return log_probs, torch.zeros_like(log_probs[..., 0])
     total, aleatoric, count = None, torch.zeros(()), 0
-    for part in sampling.batches(default=1):
+    for part in parts_of(model, sampling.for_texts()):
         with posterior_samples(model, part):
             logits = layout.logits(model, repeat_rows(inputs, part.num_samples), width)
         for block in logits.split(len(inputs["input_ids"])):

@@ -26,6 +26,8 @@ class Prediction:
         entropy: Of `probabilities`, nats, `(inputs,)`: total uncertainty.
         aleatoric: mean_s H[p(y | x, A_s)], nats, `(inputs,)`: what every network is unsure of.
         epistemic: Mutual information of label and weights, nats, `(inputs,)`: what the networks disagree about.
+        networks: With as many samples as needed, how many networks each input took, `(inputs,)`; those of an input
+            that settled early are repeated in `sample_probabilities`. None where all inputs have the same.
     """
 
     class_names: list[str]
@@ -34,6 +36,7 @@ class Prediction:
     entropy: Floats
     aleatoric: Floats
     epistemic: Floats
+    networks: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.probabilities)
@@ -68,6 +71,7 @@ class Prediction:
                 "entropy": float(self.entropy[i]),
                 "aleatoric": float(self.aleatoric[i]),
                 "epistemic": float(self.epistemic[i]),
+                **({} if self.networks is None else {"networks": int(self.networks[i])}),
             }
             for i, (label, confidence, probabilities) in enumerate(
                 zip(self.labels, self.confidence, self.probabilities, strict=True)

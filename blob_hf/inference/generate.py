@@ -66,7 +66,7 @@ def generate_posterior(model: BlobModel, sampling: Sampling | int, **kwargs: Any
     Raises:
         BlobError: S < 1, no posterior, or a way of decoding that needs a single network.
     """
-    wanted = Sampling.of(sampling).required()
+    wanted = Sampling.of(sampling).required().for_texts()
     refuse_one_network(model, kwargs)
     batch = batch_size_of(kwargs)
     parts = []
@@ -204,7 +204,7 @@ def generate_predictive(
     Raises:
         BlobError: Token sampling was asked for, or what `generate_posterior` refuses.
     """
-    drawn = Sampling.of(sampling).required()
+    drawn = Sampling.of(sampling).required().for_texts()
     refuse_one_network(model, gen_kwargs)
     config = gen_kwargs.get("generation_config") or model.generation_config
     if gen_kwargs.get("do_sample", config.do_sample) or gen_kwargs.get("num_return_sequences", 1) != 1:

@@ -115,13 +115,25 @@ def rows_of(
 
 
 def in_batches(
-    model: BlobModel, rows: Rows | ChoiceRows, batch_size: int, make: Callable[[dict[str, Tensor]], Sequence[Part]]
+    model: BlobModel,
+    rows: Rows | ChoiceRows,
+    batch_size: int,
+    make: Callable[[dict[str, Tensor]], Sequence[Part]],
+    only: Sequence[int] | None = None,
 ) -> list[Part]:
-    """What `make` gives for each row, in the order of the rows."""
+    """What `make` gives for each row, in the order of the rows.
+
+    Args:
+        only: Indices of the rows that are asked for, in their order.
+    """
+    wanted = range(len(rows)) if only is None else only
+    chosen = set(wanted)
+    order = [index for batch in rows.batches(len(rows)) for index in batch if index in chosen]
     found: dict[int, Part] = {}
-    for indices in rows.batches(batch_size):
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
         found |= zip(indices, make(rows.batch(indices, model.device)), strict=True)
-    return [found[index] for index in range(len(rows))]
+    return [found[index] for index in wanted]
 
 
 def _tokenized(model: BlobModel, inputs: Any) -> dict[str, list[Tensor]]:

@@ -44,12 +44,16 @@ class PredictivePipeline(TextClassificationPipeline):
         super().__init__(**kwargs)
 
     def _sanitize_parameters(
-        self, function_to_apply: Any = None, top_k: Any = "", sampling: Sampling | int | None = None, **tokenizer: Any
+        self,
+        function_to_apply: Any = None,
+        top_k: Any = "",
+        sampling: Sampling | int | str | None = None,
+        **tokenizer: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         before, _, after = super()._sanitize_parameters(function_to_apply, top_k, **tokenizer)
         return before, {} if sampling is None else {"sampling": sampling}, after
 
-    def _forward(self, model_inputs: Any, sampling: Sampling | int = Sampling()) -> Any:  # type: ignore[override]  # noqa: B008
+    def _forward(self, model_inputs: Any, sampling: Sampling | int | str = Sampling()) -> Any:  # type: ignore[override]  # noqa: B008
         model: Any = self.model
         probabilities = model.predict_proba(model_inputs, self.tokenizer, sampling)
         # a softmax makes of log-probabilities the probabilities

@@ -1,7 +1,7 @@
 """The posterior predictive, eq. (5) of the paper: probabilities, not logits, averaged over posterior samples."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from blob_hf.inference.settling import settle
 from blob_hf.tuner.model import BlobModel
-from blob_hf.tuner.posterior import posterior_mean, posterior_samples
+from blob_hf.tuner.posterior import posterior_mean, posterior_samples, shares_trunk
 from blob_hf.tuner.registry import Companion
 from blob_hf.tuner.sampling import Sampling
 
@@ -26,12 +27,15 @@ class ClassPrediction:
     Attributes:
         log_probs: log mean_s p(y | x, A_s), `(batch, classes)`.
         sample_log_probs: log p(y | x, A_s), `(batch, samples, classes)`; the mean's alone when no samples were asked.
+            With a tolerance those of an input that settled early are repeated, as often for each.
         mean_log_probs: log p(y | x, E[A]): the posterior mean's, `(batch, classes)`.
+        networks: With a tolerance, how many samples each input took, `(batch,)`.
     """
 
     log_probs: Tensor
     sample_log_probs: Tensor
     mean_log_probs: Tensor
+    networks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def calibration_of(model: BlobModel) -> Calibration | None:
 
 def predict_classes(model: nn.Module, inputs: dict[str, Any], sampling: Sampling) -> ClassPrediction:
     """Predict classes with the posterior mean and with posterior samples (num_samples 0: the mean alone)."""
-    own = _own_predictive(model) if sampling.num_samples else None
+    own = own_predictive(model) if sampling.num_samples else None
     found = own.predict_classes(model, inputs, sampling) if own is not None else None
     return sampled_prediction(model, inputs, sampling) if found is None else found
 
@@ -92,20 +96,51 @@ def predict_classes(model: nn.Module, inputs: dict[str, Any], sampling: Sampling
 @torch.no_grad()
 def sampled_prediction(model: nn.Module, inputs: dict[str, Any], sampling: Sampling) -> ClassPrediction:
     """Eq. (5): the average of the probabilities of sampled networks."""
-    mean = _mean_output(model, inputs)
-    samples = [
-        block
-        for output in sample_outputs(model, inputs, sampling)
-        for block in _log_softmax(output).split(len(mean.logits))
-    ]
-    mean_log_probs = _log_softmax(mean)
-    if not samples:
-        return ClassPrediction(mean_log_probs, mean_log_probs.unsqueeze(1), mean_log_probs)
-    stacked = torch.stack(samples, dim=1)
-    return ClassPrediction(log_mean_exp(stacked, dim=1), stacked, mean_log_probs)
+    mean = _log_softmax(_mean_output(model, inputs))
+    if not sampling.num_samples:
+        return ClassPrediction(mean, mean.unsqueeze(1), mean)
+    if sampling.tolerance is None:
+        samples, networks = sample_log_probs(model, inputs, sampling), None
+    else:
+        samples, networks = _settled(model, inputs, sampling, len(mean))
+    return ClassPrediction(log_mean_exp(samples, dim=1), samples, mean, networks)
 
 
-def _own_predictive(model: Any) -> OwnPredictive | None:
+def _settled(model: nn.Module, inputs: dict[str, Any], sampling: Sampling, count: int) -> tuple[Tensor, Tensor]:
+    """Samples of each row of a batch until it has settled, and how many it took."""
+
+    def draw(rows: Sequence[int], part: Sampling) -> NDArray[np.float32]:
+        return sample_log_probs(model, _rows(inputs, rows, count), part).cpu().numpy()
+
+    device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
+    found = settle(count, sampling, draw)
+    return torch.from_numpy(found.log_probs).to(device), torch.from_numpy(found.networks).to(device)
+
+
+def _rows(inputs: dict[str, Any], rows: Sequence[int], count: int) -> dict[str, Any]:
+    return {
+        name: value[list(rows)] if isinstance(value, Tensor) and value.dim() and len(value) == count else value
+        for name, value in inputs.items()
+    }
+
+
+@torch.no_grad()
+def sample_log_probs(model: nn.Module, inputs: dict[str, Any], sampling: Sampling) -> Tensor:
+    """log p(y | x, A_s) of each posterior sample, `(batch, samples, classes)`, nats, and nothing of the mean.
+
+    Without samples the mean's alone, `(batch, 1, classes)`.
+    """
+    if not sampling.num_samples:
+        return _log_softmax(_mean_output(model, inputs)).unsqueeze(1)
+    parts = []
+    for part in parts_of(model, sampling):
+        scores = _log_softmax(_outputs(model, inputs, part))
+        parts.append(scores.unflatten(0, (part.num_samples, -1)))
+    return torch.cat(parts).transpose(0, 1)
+
+
+def own_predictive(model: Any) -> OwnPredictive | None:
+    """What predicts the classes of the active adapter in the place of sampled networks, if anything does."""
     while hasattr(model, "module"):  # DDP, DeepSpeed
         model = model.module
     return next((one for one in _companions(model) if isinstance(one, OwnPredictive)), None)
@@ -123,6 +158,7 @@ def score_targets(model: nn.Module, inputs: dict[str, Any], labels: Tensor, samp
         inputs: Model inputs whose logits line up with `labels`, `(batch, length)`.
         labels: Target ids, -100 where there is none.
     """
+    sampling = sampling.for_texts()
     mean = token_log_probs(_mean_output(model, inputs).logits, labels)
     total, predictive = None, mean
     sums: list[Tensor] = []
@@ -161,7 +197,16 @@ def _mean_output(model: nn.Module, inputs: dict[str, Any]) -> Any:
 
 
 def sample_outputs(model: nn.Module, inputs: dict[str, Any], sampling: Sampling) -> Iterator[Any]:
-    """Outputs for all posterior samples, `batch_size` (default 1) at a time, sample-major."""
-    for part in sampling.batches(default=1):
-        with posterior_samples(model, part):
-            yield model(**repeat_rows(inputs, part.num_samples))
+    """Outputs of all posterior samples, sample-major: `batch_size` together, default 1, or all if they share layers."""
+    for part in parts_of(model, sampling):
+        yield _outputs(model, inputs, part)
+
+
+def parts_of(model: nn.Module, sampling: Sampling) -> Iterator[Sampling]:
+    """The samples that share a forward: `batch_size` together, default 1, or all if they share layers."""
+    return sampling.batches(default=None if shares_trunk(model, sampling) else 1)
+
+
+def _outputs(model: nn.Module, inputs: dict[str, Any], part: Sampling) -> Any:
+    with posterior_samples(model, part):
+        return model(**repeat_rows(inputs, part.num_samples))

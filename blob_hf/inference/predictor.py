@@ -1,6 +1,7 @@
 """From texts to answers: `BlobModel.predict`, over everything that predicts and generates on this floor."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from blob_hf.inference.answers import Prediction, TextPrediction
 from blob_hf.inference.choices import ChoiceRows, ChoiceScoring, choice_rows, is_questions
 from blob_hf.inference.evaluating import evaluating
 from blob_hf.inference.inputs import Rows, find_tokenizer, in_batches, rows_of
-from blob_hf.inference.predict import calibration_of, predict_classes
+from blob_hf.inference.predict import calibration_of, own_predictive, predict_classes, sample_log_probs
+from blob_hf.inference.settling import settle
 from blob_hf.inference.texts import Inputs
 from blob_hf.inference.writing import DECODINGS, DEFAULT_NEW_TOKENS, write_texts
 from blob_hf.metrics.uncertainty import expected_entropy, mutual_information, predictive_log_probs
@@ -30,7 +32,7 @@ def predict(
     model: BlobModel,
     inputs: Inputs,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    sampling: Sampling | int = Sampling(),  # noqa: B008
+    sampling: Sampling | int | str = Sampling(),  # noqa: B008
     *,
     batch_size: int = 32,
     text_columns: Sequence[str] | None = None,
@@ -48,7 +50,8 @@ def predict(
             models also conversations, lists of messages `{"role": ..., "content": ...}`, or rows that have them in a
             column (`blob_hf.data.conversations`); the answer goes on from the chat template's generation prompt.
         tokenizer: Default the one saved with the adapter, else the base model's.
-        sampling: S samples, or their number; 0 is the posterior mean. An adapter that is a point has no samples; one
+        sampling: S samples, or their number; 0 is the posterior mean; "auto": as many as each input needs
+            (`Sampling.auto`, classes and choices). An adapter that is a point has no samples; one
             that is several networks has all of them.
         batch_size: Inputs that share a forward (`Sampling.batch_size`: samples that do).
         text_columns: Of a dataset, one or two; default those that can only be meant (`find_text_columns`).
@@ -80,6 +83,7 @@ def predict(
         rows = rows_of(model, inputs, tokenizer, text_columns, None, max_length)
         with evaluating(model):
             return _classify(model, rows, drawn, batch_size)
+    drawn = drawn.for_texts()
     tokenizer = tokenizer or find_tokenizer(model)
     room = 0 if base.config.is_encoder_decoder else options.get("max_new_tokens", DEFAULT_NEW_TOKENS)
     rows = rows_of(model, inputs, tokenizer, text_columns, options.pop("prompt", None), max_length, room)
@@ -104,13 +108,26 @@ def _require_classes(base: Any) -> None:
 
 
 def _classify(model: BlobModel, rows: Rows | ChoiceRows, sampling: Sampling, batch_size: int) -> Prediction:
-    def scores(inputs: dict[str, Tensor]) -> list[np.ndarray]:
-        return list(predict_classes(model, inputs, sampling).sample_log_probs.cpu().numpy())
+    averaged = own_predictive(model) is None  # else it is not sampled networks that are averaged
 
+    def scores(inputs: dict[str, Tensor], part: Sampling) -> list[np.ndarray]:
+        found = (
+            sample_log_probs(model, inputs, part) if averaged else predict_classes(model, inputs, part).sample_log_probs
+        )
+        return list(found.cpu().numpy())
+
+    def draw(only: Sequence[int], part: Sampling) -> np.ndarray:
+        return np.stack(in_batches(model, rows, batch_size, partial(scores, part=part), only))
+
+    if sampling.tolerance is None or not sampling.num_samples or not averaged:
+        drawn, networks = draw(range(len(rows)), sampling), None
+    else:
+        settled = settle(len(rows), sampling, draw)
+        drawn, networks = settled.log_probs, settled.networks
     config: Any = model.get_base_model().config
     names = [str(config.id2label[index]) for index in range(config.num_labels)]
     # float32 log-probabilities sum to 1 only nearly
-    samples = log_softmax(np.stack(in_batches(model, rows, batch_size, scores)).astype(np.float64), axis=-1)
+    samples = log_softmax(drawn.astype(np.float64), axis=-1)
     log_probs = predictive_log_probs(samples)
     calibration = calibration_of(model)
     if calibration is not None:
@@ -118,5 +135,5 @@ def _classify(model: BlobModel, rows: Rows | ChoiceRows, sampling: Sampling, bat
     probabilities = np.exp(log_probs)
     return Prediction(
         names, probabilities, np.exp(samples), entr(probabilities).sum(axis=-1), expected_entropy(samples),
-        mutual_information(samples),
+        mutual_information(samples), networks,
     )  # fmt: skip

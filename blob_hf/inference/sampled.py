@@ -63,7 +63,7 @@ def sampled_texts(model: BlobModel, inputs: dict[str, Any], sampling: Sampling, 
     beams, candidates = candidates_of(model, gen_kwargs)
     batch = batch_size_of(inputs)
     parts: list[list[Tensor]] = []
-    for part in sampling.required().batches():
+    for part in sampling.required().for_texts().batches():
         keeper = ChosenLogProbs(normalized=beams > 1, candidates=candidates)
         own = LogitsProcessorList([*(gen_kwargs.get("logits_processor") or []), keeper])
         with posterior_samples(model, part):

@@ -42,7 +42,8 @@ def evaluate_classes(model: nn.Module, inputs: dict[str, Any], labels: Tensor | 
     """Predict the classes of a batch."""
     found = predict_classes(model, inputs, sampling)
     loss = None if labels is None else F.nll_loss(found.log_probs, labels)
-    predictions = ClassPredictions((found.log_probs, found.sample_log_probs, found.mean_log_probs))
+    fields_ = (found.log_probs, found.sample_log_probs, found.mean_log_probs)
+    predictions = ClassPredictions(fields_ if found.networks is None else (*fields_, found.networks))
     return Evaluated(loss, predictions, labels)
 
 

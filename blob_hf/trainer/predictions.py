@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 class ClassPredictions(tuple[Any, ...]):
     """The fields of a `ClassPrediction` for all examples; as an array it is the predictive's log-probabilities.
 
+    (`networks` comes last, and only with as many samples as needed.)
+
     So `np.argmax(predictions, axis=-1)`, `predictions[:, 1]` and `predictions.shape` mean what they mean for any
     classifier of transformers, while `predictions.mean_log_probs` and unpacking give all there is. It stays a tuple
     (of tensors inside the evaluation, of arrays in the end): transformers and accelerate pad, gather and join those.
@@ -17,6 +19,7 @@ class ClassPredictions(tuple[Any, ...]):
         log_probs: Of the posterior predictive, `(examples, classes)`, nats.
         sample_log_probs: Of each posterior sample, `(examples, samples, classes)`, nats.
         mean_log_probs: Of the posterior mean, `(examples, classes)`, nats.
+        networks: With as many samples as needed, how many each example took, `(examples,)`; else None.
     """
 
     @property
@@ -30,6 +33,10 @@ class ClassPredictions(tuple[Any, ...]):
     @property
     def mean_log_probs(self) -> Any:
         return self[2]
+
+    @property
+    def networks(self) -> Any | None:
+        return self[3] if len(self) > 3 else None
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.array(self[0], dtype=dtype, copy=copy)

@@ -333,6 +333,8 @@ class BlobTrainerMixin(ObjectiveMixin):
             losses = evaluation.exact_losses(predictions, labels)
             output.metrics.update(losses.metrics(kwargs.get("metric_key_prefix", "eval")))
             self.nll_by_samples = losses.nll_by_samples
+        if (networks := getattr(predictions, "networks", None)) is not None and output.metrics is not None:
+            output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_networks"] = float(networks.mean())
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

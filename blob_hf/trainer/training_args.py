@@ -12,9 +12,9 @@ from blob_hf.trainer.kl.schedule import KL_SCHEDULES
 from blob_hf.trainer.reporters import check_reporters
 from blob_hf.trainer.selection import lower_is_better
 from blob_hf.tuner.config import BlobConfig
-from blob_hf.tuner.sampling import Sampling
+from blob_hf.tuner.sampling import AUTO_TOLERANCE, DRAWS, Sampling, as_sampling
 from blob_hf.utils.errors import BlobError
-from blob_hf.utils.numbers import NumberOrWord, number_or_word
+from blob_hf.utils.numbers import NumberOrWord, number_or_word, whole_or_word
 
 SCHEDULES = ("auto", *KL_SCHEDULES, "adaptive", "target")
 # Who changes one of these wants the published machinery, with its rate.
@@ -84,9 +84,14 @@ class BlobArguments:
 
         > Evaluation
 
-        eval_samples (`int`): posterior samples N of the predictive; 0 is the posterior mean.
+        eval_samples (`int` or `"auto"`): posterior samples N of the predictive; 0 is the posterior mean, `"auto"` a
+            classifier's as many as each input needs (`Sampling.auto`).
         eval_seed (`int`): names the posterior samples.
-        antithetic (`bool`): draw them in pairs M + Omega eps, M - Omega eps.
+        draw (`str`, *optional*): how they depend on one another, see `Sampling`: `iid`, `antithetic` or `qmc`; default
+            `iid`, and `antithetic` for as many as needed.
+        eval_layers (`int`, *optional*): the samples differ in the last so many layers, all below is computed once.
+        eval_tolerance (`float`, *optional*): an input takes samples until the standard error of its averaged
+            probabilities is at most this; with `auto` 0.1 unless given.
         posterior_batch_size (`int`, *optional*): samples evaluated in one batch, to bound memory.
     """
 
@@ -143,13 +148,32 @@ class BlobArguments:
         },
     )
     train_samples: int = field(default=1, metadata={"help": "Posterior samples per training step."})
-    eval_samples: int = field(
-        default=10, metadata={"help": "Posterior samples N for evaluation; 0 evaluates the posterior mean alone."}
+    eval_samples: NumberOrWord = field(
+        default=10,
+        metadata={
+            "help": "Posterior samples N for evaluation; 0 evaluates the posterior mean alone, auto (classifier) takes "
+            "as many as each input needs."
+        },
     )
     eval_seed: int = field(default=0, metadata={"help": "Seed that names the posterior samples of evaluation."})
-    antithetic: bool = field(
-        default=False,
-        metadata={"help": "Draw the samples of evaluation in pairs eps, -eps: fewer are enough for the same NLL."},
+    draw: str | None = field(
+        default=None,
+        metadata={
+            "help": "Samples of evaluation: iid; antithetic (pairs eps, -eps: fewer are enough for the same NLL); qmc "
+            "(such pairs, evenly spread). Default: iid, with --eval_samples auto antithetic.",
+            "choices": list(DRAWS),
+        },
+    )
+    eval_layers: int | None = field(
+        default=None,
+        metadata={"help": "Samples of evaluation differ in the last so many layers; all below is computed once."},
+    )
+    eval_tolerance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Classifier: an input takes samples until the standard error of its averaged probabilities is at "
+            f"most this. Default: {AUTO_TOLERANCE} with --eval_samples auto."
+        },
     )
     posterior_batch_size: int | None = field(
         default=None,
@@ -192,13 +216,28 @@ class BlobArguments:
     @property
     def sampling(self) -> Sampling:
         """The posterior samples of an evaluation."""
-        return Sampling(self.eval_samples, self.eval_seed, self.antithetic, self.posterior_batch_size)
+        return as_sampling(
+            self.eval_samples, self.eval_tolerance, self.draw, seed=self.eval_seed,
+            batch_size=self.posterior_batch_size, layers=self.eval_layers,
+        )  # fmt: skip
+
+    def _checked_sampling(self) -> Sampling:
+        """The samples, refused by the names that they have here."""
+        self.eval_samples = whole_or_word(self.eval_samples)
+        for name, least in (("eval_samples", 0), ("posterior_batch_size", 1), ("eval_layers", 1)):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < least:
+                raise BlobError(f"{name} must be >= {least}, got {value}")
+        if self.eval_tolerance is not None and not self.eval_tolerance > 0:
+            raise BlobError(f"eval_tolerance must be > 0, got {self.eval_tolerance:g}")
+        return self.sampling
 
     def _validate_blob(self) -> None:
         for name in ("beta", "gamma"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise BlobError(f"{name} must be > 0, got {value}")
+        self._checked_sampling()
         self.kl_learning_rate = rate = number_or_word(self.kl_learning_rate)
         if isinstance(rate, str) and rate != "auto":
             raise BlobError(f"kl_learning_rate must be a number or auto, got {rate!r}")
@@ -214,14 +253,12 @@ class BlobArguments:
             raise BlobError(
                 "kl_pull sets a rate that kl_gradient loss and kl_schedule target do not have; leave it out"
             )
-        for name, least in (("eval_samples", 0), ("train_samples", 1), ("kl_weight", 0)):
+        for name, least in (("train_samples", 1), ("kl_weight", 0)):
             value = getattr(self, name)
             if not value >= least:
                 raise BlobError(f"{name} must be >= {least}, got {value}")
-        for name in ("kl_cycle_steps", "posterior_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise BlobError(f"{name} must be >= 1, got {value}")
+        if self.kl_cycle_steps is not None and self.kl_cycle_steps < 1:
+            raise BlobError(f"kl_cycle_steps must be >= 1, got {self.kl_cycle_steps}")
         for name, allowed in (
             ("kl_schedule", SCHEDULES),
             ("kl_gradient", KL_GRADIENTS),
@@ -290,6 +327,7 @@ class BlobSeq2SeqTrainingArguments(BlobTrainingArguments, Seq2SeqTrainingArgumen
     )
 
     def __post_init__(self) -> None:
+        self._checked_sampling().for_texts()
         if self.class_weights is not None:
             raise BlobError("class_weights weighs the classes of a classifier; texts have none: leave it out")
         if self.decoding not in DECODINGS:

@@ -193,7 +193,7 @@ def read(folder: Path) -> SavedAdapter:
         return SavedAdapter(folder, config, mean, None, companions)
     if not file.is_file() and (rhos := [name for name in mean if name.endswith(_RHO)]):
         std = {_mean_of(name): std_to_save(mean.pop(name), config.std_parameterization) for name in rhos}
-        _check_std(std, mean, folder / SAFETENSORS_WEIGHTS_NAME)
+        _check_std(std, mean, folder / SAFETENSORS_WEIGHTS_NAME, config)
         return SavedAdapter(folder, config, mean, std, companions)
     if not file.is_file():
         raise BlobError(f"{STD_FILE} is missing from the BLoB adapter {folder}; get the complete folder")
@@ -201,7 +201,7 @@ def read(folder: Path) -> SavedAdapter:
     facts = _facts(metadata, file)
     if facts.get("std_sha256", (digest := _digest(std))) != digest:
         raise BlobError(f"{file} is damaged: its contents do not match their checksum; download or save it again")
-    _check_std(std, mean, file)
+    _check_std(std, mean, file, config)
     if facts.get("mean_sha256", (digest := _digest(mean))) != digest:
         raise BlobError(
             f"{folder / SAFETENSORS_WEIGHTS_NAME} is damaged, or not the one that {STD_FILE} was saved with; "
@@ -269,8 +269,9 @@ def _facts(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
     return facts
 
 
-def _check_std(std: Mapping[str, Tensor], mean: Mapping[str, Tensor], file: Path) -> None:
-    odd = sorted(set(std) ^ {name for name in mean if name.endswith(".lora_A.weight")})
+def _check_std(std: Mapping[str, Tensor], mean: Mapping[str, Tensor], file: Path, config: BlobConfig) -> None:
+    layers = {name for name in mean if name.endswith(".lora_A.weight")}
+    odd = sorted(set(std) ^ layers if config.posterior_layers is None else set(std) - layers)
     if odd:
         raise BlobError(f"{file} has stds for other layers than the adapter: {odd[0]} ({len(odd)} differ)")
     for name, value in std.items():

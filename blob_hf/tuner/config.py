@@ -61,6 +61,8 @@ class BlobConfig(LoraConfig):
         std_parameterization: How the trained parameter gives the std: `"square"` (std = G * G, the paper's) or
             `"softplus"` (std = log(1 + exp(rho))). Both start from the same stds.
         noise: Training-time noise estimator, one of `"flipout"`, `"local"`, `"shared"` (see `noise.py`).
+        posterior_layers: k: only A in the last k layers of the model (and in what comes after them, a head) has a
+            posterior, the others are plain LoRA. So the samples of a batch share all below (`trunk.py`). None: all.
 
     Raises:
         BlobError: A field is outside its range, or a LoRA variant that is not plain LoRA is switched on.
@@ -70,6 +72,9 @@ class BlobConfig(LoraConfig):
     init_eps: float = field(default=0.05, metadata={"help": "G ~ U(eps/sqrt(2), eps), initial std = G^2."})
     std_parameterization: str = field(default="square", metadata={"help": "'square' or 'softplus'."})
     noise: str = field(default="flipout", metadata={"help": "'flipout', 'local' or 'shared'."})
+    posterior_layers: int | None = field(
+        default=None, metadata={"help": "Only A in the last so many layers has a posterior; default: all."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,6 +91,9 @@ class BlobConfig(LoraConfig):
         for name, rank in {"r": self.r, **patterns}.items():
             if isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1:
                 raise BlobError(f"{name} must be an integer >= 1 (the rank of LoRA), got {rank!r}")
+        layers = self.posterior_layers
+        if layers is not None and (isinstance(layers, bool) or not isinstance(layers, Integral) or layers < 1):
+            raise BlobError(f"posterior_layers must be an integer >= 1 (the last layers of the model), got {layers!r}")
         self._refuse_other_methods()
 
     def _refuse_other_methods(self) -> None:

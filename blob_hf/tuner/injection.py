@@ -21,6 +21,7 @@ from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.layer import GaussianA
 from blob_hf.tuner.parameters import make_sampled
 from blob_hf.tuner.sampled import SampledLinear, weight_name
+from blob_hf.tuner.stacks import in_last_layers
 from blob_hf.utils.errors import BlobError
 
 # PEFT's LoRA for these does not go through a linear layer called A
@@ -82,6 +83,13 @@ def make_gaussian(layer: LoraLayer, adapter: str, path: str, config: BlobConfig)
         linear.name, linear.weight_name = name, weight_name(path)
 
 
+def make_plain(layer: LoraLayer, adapter: str) -> None:
+    """Put a plain linear layer in the place of a layer's Gaussian A."""
+    linear = layer.lora_A[adapter]
+    if isinstance(linear, SampledLinear):
+        layer.lora_A[adapter] = linear.plain()
+
+
 def remove_layers(model: nn.Module, adapter: str) -> None:
     """Take an adapter that failed half-way out of a model; where it was alone, the base layers are as before."""
     for path, module in reversed(list(model.named_modules())):  # from inside out
@@ -109,7 +117,7 @@ def _update_layer_with_posterior(
 ) -> None:
     before = dict(self.lora_A.items()).get(adapter_name)
     _update_layer(self, adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-    if isinstance(config, BlobConfig):
+    if isinstance(config, BlobConfig) and (before is None or isinstance(before, SampledLinear)):
         make_gaussian(self, adapter_name, before.name if isinstance(before, GaussianA) else "", config)
 
 
@@ -133,9 +141,13 @@ def _create_and_replace_with_posterior(
         above, _, name = path.rpartition(".")
         make_sampled(self.model.get_submodule(above), name)
         layer = self.model.get_submodule(path)
+    has_posterior = in_last_layers(self.model, lora_config.posterior_layers)(path)
     while isinstance(layer, LoraLayer):
         if adapter_name in layer.lora_A:
-            make_gaussian(layer, adapter_name, path, lora_config)
+            if has_posterior:
+                make_gaussian(layer, adapter_name, path, lora_config)
+            else:
+                make_plain(layer, adapter_name)
             for part in (layer.lora_A, layer.lora_B, layer.lora_dropout):  # PEFT leaves new layers in train mode
                 part[adapter_name].train(self.training)
         path, layer = f"{path}.base_layer", layer.base_layer

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blob_hf.tuner.draws import Noise, standard_normal
 from blob_hf.tuner.kl import gaussian_kl
 from blob_hf.tuner.noise import NOISE_ESTIMATORS
-from blob_hf.tuner.sampled import Noise, SampledLinear, standard_normal
+from blob_hf.tuner.sampled import SampledLinear
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import full_tensor, gathered

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from blob_hf.tuner.config import BlobConfig, changes_base
 from blob_hf.tuner.layer import GaussianA, std_to_save
 from blob_hf.tuner.posterior import gaussian_layers, lora_layers
 from blob_hf.tuner.registry import Companion
+from blob_hf.tuner.stacks import in_last_layers
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import full_tensor, gathered
 
@@ -64,7 +65,7 @@ def adapter_tensors(
     parameterization = config.std_parameterization if isinstance(config, BlobConfig) else ""
     weights = {name: value for name, value in weights.items() if not _is_beside(name)}
     if isinstance(config, BlobConfig):
-        _require_stds(weights, rhos)
+        _require_stds(weights, rhos, in_last_layers(model, config.posterior_layers))
     embeddings = _embeddings_to_save(model, config, state_dict, save_embeddings)
     if (head or embeddings) and is_merged(model):
         raise BlobError(
@@ -74,8 +75,8 @@ def adapter_tensors(
     return {**head, **embeddings, **weights}, {name: std_to_save(rho, parameterization) for name, rho in rhos.items()}
 
 
-def _require_stds(weights: Mapping[str, Tensor], rhos: Mapping[str, Tensor]) -> None:
-    lost = [name for name in weights if name.endswith(_A) and name not in rhos]
+def _require_stds(weights: Mapping[str, Tensor], rhos: Mapping[str, Tensor], needed: Callable[[str], bool]) -> None:
+    lost = [name for name in weights if name.endswith(_A) and name not in rhos and needed(name.removesuffix(_A))]
     if lost:
         raise BlobError(
             f"{lost[0]} has no std any more ({len(lost)} layers): something has put a plain layer in the place of the "
@@ -407,5 +408,7 @@ def _fill_std(model: PeftModel, saved: SavedAdapter, adapter: str) -> None:
     if layers and saved.std is None:
         logger.warning("%s is a plain LoRA adapter: its posterior std comes from BlobConfig, untrained", saved.folder)
     elif saved.std is not None:
+        if missing := sorted({layer.weight_name for layer in layers.values()} - saved.std.keys()):
+            raise BlobError(f"{saved.folder} has no stds for {missing[0]}, which is one of its posterior_layers")
         for layer in layers.values():
             layer.set_std(saved.std[layer.weight_name])

@@ -178,7 +178,7 @@ class BlobModel(PeftModel):
         self,
         inputs: Any,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        sampling: Sampling | int = Sampling(),  # noqa: B008
+        sampling: Sampling | int | str = Sampling(),  # noqa: B008
         **options: Any,
     ) -> Any:
         """Labels or texts for new inputs, with what the posterior samples say of their certainty.
@@ -186,7 +186,7 @@ class BlobModel(PeftModel):
         Args:
             inputs: Texts, pairs, conversations; a tokenized batch; a `datasets.Dataset` of any of these.
             tokenizer: Default the one saved with the adapter, else the base model's.
-            sampling: S samples, or their number; 0 is the posterior mean.
+            sampling: S samples, or their number; 0 is the posterior mean; "auto" as many as each input needs.
             options: See `blob_hf.inference.predictor.predict`.
 
         Returns:
@@ -201,7 +201,7 @@ class BlobModel(PeftModel):
         self,
         inputs: Any,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        sampling: Sampling | int = Sampling(),  # noqa: B008
+        sampling: Sampling | int | str = Sampling(),  # noqa: B008
         **options: Any,
     ) -> NDArray[np.float64]:
         """A classifier's probabilities `(inputs, classes)`, as scikit-learn gives them: columns are class ids in order.

@@ -1,29 +1,35 @@
 """Verbs on a whole model's posterior: attach it, fix it at its mean or at samples, measure it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from blob_hf.tuner.config import BlobConfig
+from blob_hf.tuner.draws import drawn_ahead
 from blob_hf.tuner.in_flight import Frozen, Later, fixed
 from blob_hf.tuner.injection import check_layer, has_adapter, make_gaussian
 from blob_hf.tuner.kl import gaussian_kl, in_rows
 from blob_hf.tuner.layer import GaussianA, std_from_rho
 from blob_hf.tuner.parameters import make_sampled
 from blob_hf.tuner.repeating import repeating
-from blob_hf.tuner.sampled import SampledLinear, drawn_ahead, layer_name
+from blob_hf.tuner.sampled import SampledLinear, layer_name
 from blob_hf.tuner.sampling import Sampling
+from blob_hf.tuner.stacks import in_last_layers
+from blob_hf.tuner.trunk import find_trunk, sharing
 from blob_hf.utils.errors import BlobError
-from blob_hf.utils.sharding import full_tensor, gathered
+from blob_hf.utils.sharding import full_tensor, gathered, is_sharded
 
 
 def attach_posterior(model: nn.Module, config: BlobConfig, adapter: str) -> None:
     """Replace the point-valued A of every LoRA layer of `adapter` by a `GaussianA` around it, in place.
+
+    (Of those in the last `config.posterior_layers`.)
 
     Raises:
         BlobError: No LoRA layer of that name, or one whose A cannot be a posterior (see `injection`).
@@ -31,6 +37,10 @@ def attach_posterior(model: nn.Module, config: BlobConfig, adapter: str) -> None
     layers = {path: module for path, module in model.named_modules() if has_adapter(module, adapter)}
     if not layers:
         raise BlobError(f"the model has no LoRA layers of an adapter named {adapter!r}")
+    is_last = in_last_layers(model, config.posterior_layers)
+    layers = {path: module for path, module in layers.items() if is_last(path)}
+    if not layers:
+        raise BlobError(f"no LoRA layer is in the last {config.posterior_layers} layers, which posterior_layers names")
     for path, layer in layers.items():  # all are looked at before the first is changed
         check_layer(layer, layer_name(path), adapter)
     for path in layers:
@@ -69,9 +79,13 @@ def _check_complete(model: nn.Module, lora: Sequence[LoraLayer]) -> None:
     """
     for adapter, config in (getattr(model, "peft_config", None) or {}).items():
         if isinstance(config, BlobConfig):
-            for layer in lora:
-                if adapter in layer.lora_A and not isinstance(layer.lora_A[adapter], SampledLinear):
-                    path = next(path for path, module in model.named_modules() if module is layer)
+            plain = {
+                layer for layer in lora
+                if adapter in layer.lora_A and not isinstance(layer.lora_A[adapter], SampledLinear)
+            }  # fmt: skip
+            is_last = in_last_layers(model, config.posterior_layers if plain else None)
+            for path, module in model.named_modules() if plain else ():
+                if module in plain and is_last(path):
                     raise BlobError(
                         f"adapter {adapter!r} is a BlobConfig, but {layer_name(path)} is plain LoRA: something has "
                         "replaced its A; bayesianize(model) makes it a posterior again"
@@ -146,7 +160,7 @@ def _samplable(model: nn.Module) -> dict[SampledLinear, int]:
 def posterior_mean(model: nn.Module) -> Iterator[None]:
     """Inside the block the network is the posterior mean, also in train mode and inside `posterior_samples`."""
     layers = [*sampled_layers(model), *layer_positions(model, inactive=True)]
-    with fixed(dict.fromkeys(layers, Frozen(None))), repeating(model, 1):
+    with fixed(dict.fromkeys(layers, Frozen(None))), repeating(model, 1), sharing(model, None):
         yield
 
 
@@ -168,25 +182,64 @@ def posterior_samples(
     The samples belong to the thread (or asyncio task) that opened the block: others go on undisturbed, with their own
     or without. Adapters that rows choose by PEFT's `adapter_names` are sampled, too.
 
+    With `Sampling(layers=k)` the samples differ in the last k layers, and what is below is computed once (`trunk`).
+
     Args:
         repeat: Have a `BlobModel`'s forward and `generate` repeat every tensor of the batch S times themselves.
 
     Raises:
-        BlobError: S < 1, the model has no posterior, or its adapter is merged.
+        BlobError: S < 1, the model has no posterior or not so many layers, or its adapter is merged.
     """
     drawn = Sampling.of(sampling, seed).required()
     positions = _samplable(model)
-    layers = {layer: drawn.of_adapter(position) for layer, position in positions.items() if position >= 0}
+    at_mean = _below(model, drawn, positions)
+    differing = {layer: position for layer, position in positions.items() if layer not in at_mean}
+    layers = {layer: drawn.of_adapter(position) for layer, position in differing.items() if position >= 0}
+    frozen: dict[SampledLinear, Frozen | Later] = dict.fromkeys(at_mean, Frozen(None))
     with drawn_ahead(filter(None, (layer.wanted_noise(own) for layer, own in layers.items()))):
-        frozen: dict[SampledLinear, Frozen | Later] = {layer: layer.freeze(own) for layer, own in layers.items()}
-    frozen |= {layer: Later(layer, drawn) for layer, position in positions.items() if position < 0}
-    with fixed(frozen), repeating(model, drawn.num_samples if repeat else 1):
+        frozen |= {layer: layer.freeze(own) for layer, own in layers.items()}
+    frozen |= {layer: Later(layer, drawn) for layer, position in differing.items() if position < 0}
+    trunk = find_trunk(model, layers, drawn.num_samples) if shares_trunk(model, drawn) else None
+    with fixed(frozen), repeating(model, drawn.num_samples if repeat else 1), sharing(model, trunk):
         yield
 
 
+def shares_trunk(model: nn.Module, sampling: Sampling) -> bool:
+    """Whether samples differ in the last layers alone, so that all of them should share a forward."""
+    if sampling.layers is not None:
+        return True
+    adapted = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+    configs = [] if adapted is None else [adapted.peft_config[name] for name in adapted.active_adapters]
+    return bool(configs) and all(getattr(config, "posterior_layers", None) for config in configs)
+
+
+def _below(model: nn.Module, sampling: Sampling, layers: Iterable[SampledLinear]) -> set[SampledLinear]:
+    """Those of the layers that come before the last `sampling.layers` of the model.
+
+    Raises:
+        BlobError: The model has not so many, or its networks are given and differ everywhere.
+    """
+    if sampling.layers is None:
+        return set()
+    if any(layer.num_networks is not None for layer in layers):
+        raise BlobError("layers: these networks were trained apart (an ensemble) and differ everywhere; leave it out")
+    is_last = in_last_layers(model, sampling.layers)
+    paths = {module: path for path, module in model.named_modules() if isinstance(module, SampledLinear)}
+    return {layer for layer in layers if not is_last(paths[layer])}
+
+
 def sampling_of(model: nn.Module, wanted: Sampling) -> Sampling:
-    """What of `wanted` a model can give: no samples of a point, and all networks where their number is given."""
+    """What of `wanted` a model can give: no samples of a point, and all networks where their number is given.
+
+    Raises:
+        BlobError: As many as needed, of a model whose shards wait for one another.
+    """
     layers = sampled_layers(model)
+    if wanted.tolerance is not None and is_sharded(model):
+        raise BlobError(
+            "as many samples as needed are not as many on every process, which a sharded model (ZeRO-3, FSDP) waits "
+            "for; give a number of samples"
+        )
     given = [layer.num_networks for layer in layers if layer.num_networks is not None]
     if not layers or wanted.num_samples == 0:
         return replace(wanted, num_samples=0)

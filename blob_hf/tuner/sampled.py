@@ -4,16 +4,13 @@ What makes a posterior sample one network is here; what the samples are drawn fr
 `layer.GaussianA`, or whatever a baseline brings.
 """
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blob_hf.tuner.draws import Noise
 from blob_hf.tuner.in_flight import Frozen, fixed, frozen_linear, frozen_now, sample_major_linear
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.sharding import full_tensor, gathered
@@ -65,7 +62,7 @@ class SampledLinear(nn.Linear):
         """The layer in train mode, where a subclass may add noise."""
         return F.linear(x, self.weight, self.bias)
 
-    def wanted_noise(self, sampling: Sampling) -> "Noise | None":
+    def wanted_noise(self, sampling: Sampling) -> Noise | None:
         """What `draw` is going to ask `standard_normal` for, if it does."""
         return None
 
@@ -121,54 +118,3 @@ def layer_name(path: str) -> str:
 def weight_name(layer: str, part: str = "lora_A") -> str:
     """What the weight of a LoRA layer is called in the files of an adapter."""
     return f"base_model.model.{layer}.{part}.weight"
-
-
-def sample_generator(name: str, seed: int, index: int) -> torch.Generator:
-    """The random numbers of one layer in sample `index` of `seed`, on every device and rank the same."""
-    key = hashlib.sha256(f"{seed}/{index}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-
-
-Noise = tuple[str, Sampling, tuple[int, ...]]  # what standard_normal is asked for
-_AHEAD: ContextVar[dict[Noise, "Future[Tensor]"] | None] = ContextVar("blob_hf_ahead", default=None)
-
-
-def standard_normal(name: str, sampling: Sampling, shape: Sequence[int]) -> Tensor:
-    """eps of every sample, `(num_samples, *shape)`; antithetic samples 2k and 2k + 1 have eps_k and -eps_k."""
-    wanted = (name, sampling, tuple(shape))
-    ahead = (_AHEAD.get() or {}).pop(wanted, None)  # for one layer alone: it may change them in place
-    noise = _drawn(*wanted) if ahead is None else ahead.result()
-    for place, index in enumerate(sampling.indices):
-        if sampling.antithetic and index % 2:
-            torch.neg(noise[max(place - 1, 0)], out=noise[place])
-    return noise
-
-
-@contextmanager
-def drawn_ahead(wanted: Iterable[Noise]) -> Iterator[None]:
-    """Inside the block and in this context, what `standard_normal` is going to be asked for is drawn in threads.
-
-    Each layer has random numbers of its own, so that their order is nobody's business. As many threads as torch's.
-    """
-    workers = torch.get_num_threads()
-    if workers == 1:
-        yield
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        before = _AHEAD.set({noise: pool.submit(_drawn, *noise) for noise in wanted})
-        try:
-            yield
-        finally:
-            _AHEAD.reset(before)
-            pool.shutdown(cancel_futures=True)
-
-
-def _drawn(name: str, sampling: Sampling, shape: tuple[int, ...]) -> Tensor:
-    """eps of every sample, of antithetic pairs the first; the second is left open if the first is there."""
-    noise = torch.empty(sampling.num_samples, *shape)
-    for place, index in enumerate(sampling.indices):
-        if sampling.antithetic and index % 2 and place:
-            continue
-        pair = index // 2 if sampling.antithetic else index
-        noise[place].normal_(generator=sample_generator(name, sampling.seed, pair))
-    return noise

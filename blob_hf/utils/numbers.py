@@ -11,6 +11,12 @@ def number_or_word(value: str | float) -> float | str:
         return str(value)
 
 
+def whole_or_word(value: str | float) -> int | str:
+    """ "10" as 10 and "auto" as "auto"; a number that is not whole stays a word, for whoever refuses it."""
+    found = number_or_word(value)
+    return int(found) if isinstance(found, float) and found.is_integer() else str(value)
+
+
 if TYPE_CHECKING:
     NumberOrWord: TypeAlias = float | str
 else:

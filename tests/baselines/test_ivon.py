@@ -11,8 +11,8 @@ from blob_hf import BlobError
 from blob_hf.baselines import IVONConfig, IVONState, attach_ivon
 from blob_hf.baselines.ivon import IVON, NewtonLinear, newton_layers
 from blob_hf.tuner.build import get_lora_model
+from blob_hf.tuner.draws import sample_generator, standard_normal
 from blob_hf.tuner.posterior import lora_layers
-from blob_hf.tuner.sampled import sample_generator, standard_normal
 from blob_hf.tuner.sampling import Sampling
 
 

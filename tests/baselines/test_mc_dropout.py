@@ -28,7 +28,7 @@ def test_a_sample_is_torchs_dropout_with_one_mask():
     # torch's dropout of a row of ones: 0 or 1 / (1 - p)
     torch.manual_seed(1)
     scaled = F.dropout(torch.ones(one.in_features), p=0.25)
-    one.mask = lambda *_: scaled > 0
+    one.masks = lambda _: (scaled > 0).unsqueeze(0)
     x = torch.randn(5, 7, one.in_features)
     torch.manual_seed(1)
     expected = F.linear(x * F.dropout(torch.ones(one.in_features), p=0.25), one.weight)
@@ -38,10 +38,10 @@ def test_a_sample_is_torchs_dropout_with_one_mask():
 
 def test_masks_keep_features_with_probability_one_minus_p_and_the_mean_is_the_weight():
     one = layer()
-    kept = torch.stack([one.mask(0, s) for s in range(200)]).float()
+    kept = one.masks(Sampling(200)).float()
     # 800,000 Bernoulli draws: std of the mean 5e-4; features are independent of one another
     assert abs(kept.mean().item() - 0.75) < 2e-3
-    assert not torch.equal(kept[0], kept[1]) and torch.equal(kept[3], one.mask(0, 3).float())
+    assert not torch.equal(kept[0], kept[1]) and torch.equal(kept[3], one.masks(Sampling(1, first=3))[0].float())
     drawn = one.draw(Sampling(200, 0))
     assert drawn.shape == (200, 3, 4000)
     ratio = (drawn.mean(0) / one.weight).mean().item()  # its std is that of the mean above, times 4/3
@@ -50,8 +50,10 @@ def test_masks_keep_features_with_probability_one_minus_p_and_the_mean_is_the_we
 
 def test_antithetic_masks_are_complementary_where_they_can_be():
     half = layer(rate=0.5)
-    assert torch.equal(half.mask(0, 0, True), ~half.mask(0, 1, True))
-    assert torch.equal(half.mask(0, 0, True), half.mask(0, 0))
+    for draw in ("antithetic", "qmc"):
+        one, other = half.masks(Sampling(2, 0, draw))
+        assert torch.equal(one, ~other)
+    assert torch.equal(half.masks(Sampling(1, 0, "antithetic")), half.masks(Sampling(1, 0)))
 
 
 def test_rows_of_a_block_share_the_mask_and_blocks_have_their_own():
@@ -60,7 +62,7 @@ def test_rows_of_a_block_share_the_mask_and_blocks_have_their_own():
     with one.frozen_samples(Sampling(3, seed=5, first=1)):
         out = one(x.repeat(3, 1, 1)).view(3, 2, 4, 3)
     for s in range(3):
-        masked = x * one.mask(5, 1 + s) / 0.75
+        masked = x * one.masks(Sampling(1, 5, first=1 + s))[0] / 0.75
         torch.testing.assert_close(out[s], F.linear(masked, one.weight))
 
 
@@ -77,7 +79,9 @@ def test_a_whole_network_with_frozen_masks_is_the_network_with_dropped_inputs():
     assert len(layers) == 5 and all(isinstance(layer, MaskedA) for layer in layers)
     for s in range(3):
         hooks = [
-            layer.register_forward_pre_hook(lambda module, args, s=s: (args[0] * module.mask(7, s) / 0.7,))
+            layer.register_forward_pre_hook(
+                lambda module, args, s=s: (args[0] * module.masks(Sampling(1, 7, first=s))[0] / 0.7,)
+            )
             for layer in layers
         ]
         torch.testing.assert_close(model(input_ids=ids).logits, together[s], atol=1e-5, rtol=1e-5)

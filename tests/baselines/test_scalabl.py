@@ -12,8 +12,8 @@ from blob_hf import BlobError
 from blob_hf.baselines import ScalaBLState, attach_scalabl
 from blob_hf.baselines.scalabl import INIT_STD, subspace_layers
 from blob_hf.tuner.build import get_lora_model
+from blob_hf.tuner.draws import standard_normal
 from blob_hf.tuner.posterior import lora_layers
-from blob_hf.tuner.sampled import standard_normal
 from blob_hf.tuner.sampling import Sampling
 
 

@@ -148,11 +148,17 @@ def contexts(family, given):
 
 
 @pytest.mark.parametrize(
-    ("family", "given"),
-    [("bart", True), ("gpt2", False), pytest.param("bart", False, marks=SLOW), pytest.param("gpt2", True, marks=SLOW)],
+    ("family", "given", "layers"),
+    [
+        ("bart", True, None),
+        ("gpt2", False, 1),
+        pytest.param("bart", False, 1, marks=SLOW),
+        pytest.param("gpt2", True, None, marks=SLOW),
+    ],
 )
-def test_token_distributions_are_those_of_a_loop_over_rows_and_networks(family, given, tmp_path):
-    model = BlobModel.from_pretrained(saved(family, tmp_path))
+def test_token_distributions_are_those_of_a_loop_over_rows_and_networks(family, given, layers, tmp_path):
+    """With a posterior in the last layers alone, what all networks share is computed once."""
+    model = BlobModel.from_pretrained(saved(family, tmp_path, posterior_layers=layers))
     layout = Layout.of(model, pad=0)
     rows = TextRows(contexts(family, given), layout, top_k=7, max_new_tokens=4)
     rows.ask(model, Sampling(3, batch_size=2), TargetCache(None, {}), batch_size=2, block=3)

@@ -136,6 +136,23 @@ def test_letters_are_scored_by_their_rows_of_the_head_alone():
     assert widths == [(1, 5)]  # at the last position
 
 
+@pytest.mark.parametrize("kind", ["letter", "text"])
+@torch.no_grad()
+def test_samples_of_the_last_layer_share_what_is_below(kind):
+    model, how = blob(), scoring(kind)
+    model.set_companion(how)
+    inputs, one, rows = batch(how), Sampling(3, seed=2, layers=1, batch_size=1), []
+    del inputs["labels"]
+    expected = predict_classes(model, inputs, one).sample_log_probs  # alone there is nothing to share
+    for layer in model.get_base_model().model.layers:
+        layer.mlp.register_forward_hook(lambda *found: rows.append(len(found[2])))
+    found = predict_classes(model, inputs, Sampling(3, seed=2, layers=1)).sample_log_probs
+    torch.testing.assert_close(found, expected)
+    assert (found[:, 0] - found[:, 1])[:, 0].abs().min() > 1e-4
+    below, last = rows[2:]  # after the mean's
+    assert last == 3 * below == 3 * rows[0]
+
+
 def test_other_batches_go_to_the_model_itself():
     model = blob()
     plain = model(input_ids=torch.tensor([[5, 6, 7]])).logits

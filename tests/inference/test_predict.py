@@ -76,12 +76,12 @@ def test_token_scores_are_those_of_the_averaged_token_probabilities(summarizer, 
 
 def test_antithetic_samples_come_in_pairs(classifier, summarizer):
     inputs, labels = {"input_ids": random_ids(5, 8)}, random_ids(3, 6)
-    found = predict_classes(classifier, inputs, Sampling(4, 2, antithetic=True)).sample_log_probs
+    found = predict_classes(classifier, inputs, Sampling(4, 2, "antithetic")).sample_log_probs
     alone = predict_classes(classifier, inputs, Sampling(2, 2)).sample_log_probs
     torch.testing.assert_close(found[:, 0::2], alone)
     assert not torch.allclose(found[:, 1], found[:, 0])
     summaries = {"input_ids": random_ids(3, 8), "decoder_input_ids": labels}
-    scores = score_targets(summarizer, summaries, labels, Sampling(3, 2, antithetic=True)).sample_log_probs
+    scores = score_targets(summarizer, summaries, labels, Sampling(3, 2, "antithetic")).sample_log_probs
     torch.testing.assert_close(
         scores[:, [0, 2]], score_targets(summarizer, summaries, labels, Sampling(2, 2)).sample_log_probs
     )

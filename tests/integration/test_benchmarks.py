@@ -30,6 +30,7 @@ SMOKE = {
         "--methods", "blob", "tfb", "--memory_processes", 1,
     ],
     "engines": ["--layers", 2, "--hidden", 256, "--steps", 4, "--engines", ENGINE],
+    "predictive": ["--tiny"],
     "server": ["--minutes", 0.01, "--threads", 4],
 }  # fmt: skip
 
@@ -100,6 +101,20 @@ def test_generation(table):
             assert ratio == 1 if "plain" in name else ratio > 0
     found = re.findall(r"ROUGE-1/2/L of 100 summaries x 3 references, (\d) processes: ([\d.]+) s", text)
     assert [count for count, _ in found] == ["1", "2"] and all(float(seconds) >= 0 for _, seconds in found)
+
+
+@pytest.mark.slow
+def test_predictive(table):
+    text, rows = table("predictive")
+    assert number(rows["N=0"]["forwards"]) == number(rows["iid N=1"]["forwards"]) == 1
+    assert number(rows["trunk k=1 N=4"]["forwards"]) == 2 and number(rows["trunk k=2 N=10"]["forwards"]) == 7
+    assert all(float(row["NLL"]) > 0 for row in rows.values() if "NLL" in row)
+    forwards = [number(row["forwards"]) for name, row in rows.items() if name.startswith("auto")]
+    assert forwards == sorted(forwards, reverse=True) and 2 <= forwards[-1] <= forwards[0] <= 24
+    assert number(rows["iid N=10"]["of N=10's gain"]) == 100 or rows["iid N=10"]["of N=10's gain"] == ""
+    student = [number(rows["distilled"][name]) for name in ("forwards", "NLL")]
+    assert student == [1, number(rows["N=0"]["NLL"])]  # there the mean is in its place
+    assert "processor time over count" in text
 
 
 @pytest.mark.slow

@@ -19,8 +19,9 @@ from blob_hf.baselines import base
 from blob_hf.baselines.base import MethodState, register_method
 from blob_hf.cli.route import Route
 from blob_hf.reporting.run_summary import MethodCard
+from blob_hf.tuner.draws import standard_normal
 from blob_hf.tuner.posterior import lora_layers
-from blob_hf.tuner.sampled import SampledLinear, layer_name, standard_normal
+from blob_hf.tuner.sampled import SampledLinear, layer_name
 
 # What the example's imports would be.
 NAMES = {

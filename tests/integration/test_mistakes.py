@@ -138,7 +138,7 @@ def run_blob(*arguments):
          "num_samples must be >= 0"),
         (["predict", "ADAPTER"], "the following arguments are required: --input, --output"),
         (["predict", "ADAPTER", "--input", FILES["validation"], "--output", "OUT", "--num_samples", "many"],
-         "invalid int value: 'many'"),
+         "--num_samples: a whole number or auto, got 'many'"),
         (["convert", "nowhere", "OUT"], "'nowhere' is not a local folder"),
         (["convert", "ADAPTER"], "the following arguments are required: destination"),
         (["convert", "ADAPTER", "OUT", "--std_parameterization", "cubic"], "invalid choice: 'cubic'"),

@@ -64,7 +64,7 @@ def test_the_report_says_what_the_kl_did_and_tells_shifted_data_from_own(monkeyp
     other.write_text("".join(json.dumps({"text": f"{c} {c} {c}"}) + "\n" for c in "abcdefgh"))
     shifted = f"again={demo.CLASSIFICATION_FILES['validation']}"
     code = run(
-        monkeypatch, GLUE, *QUICK_GLUE, "--ood_file", other, shifted, "--antithetic", "true", "--eval_samples", "4",
+        monkeypatch, GLUE, *QUICK_GLUE, "--ood_file", other, shifted, "--draw", "antithetic", "--eval_samples", "4",
         "--output_dir", tmp_path / "run",
     )  # fmt: skip
     assert code == 0

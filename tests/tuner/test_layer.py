@@ -176,33 +176,6 @@ def test_a_sample_depends_on_seed_index_and_name_only():
     assert not torch.equal(other.draw(Sampling(1, seed=3))[0], draws[0])
 
 
-def test_antithetic_samples_are_pairs_around_the_mean():
-    layer = gaussian()
-    independent, pairs = layer.draw(Sampling(3, seed=3)), layer.draw(Sampling(6, seed=3, antithetic=True))
-    torch.testing.assert_close(pairs[0::2], independent)  # the first of each pair is an independent draw
-    torch.testing.assert_close((pairs[0::2] + pairs[1::2]) / 2, layer.weight.expand(3, -1, -1), atol=1e-7, rtol=0)
-    assert torch.equal(layer.draw(Sampling(3, seed=3, first=3, antithetic=True)), pairs[3:])
-
-
-@pytest.mark.parametrize("count", [3, 4])
-def test_antithetic_averages_have_the_variance_of_the_closed_form(count):
-    """A linear model: the average of S samples has variance v / S, of pairs v / S^2 (S odd) or 0 (S even)."""
-    layer, x = gaussian(), torch.randn(IN)
-    expected_mean, v = layer.weight @ x, layer.std.square() @ x.square()
-    averages = {
-        antithetic: torch.stack(
-            [(layer.draw(Sampling(count, seed, antithetic=antithetic)) @ x).mean(0) for seed in range(2000)]
-        )
-        for antithetic in (False, True)
-    }
-    closed = {False: v / count, True: v / count**2 if count % 2 else torch.zeros_like(v)}
-    for antithetic, found in averages.items():
-        # 2,000 draws: five standard errors of a mean, and of a variance (sqrt(2 / 2000) of it)
-        error = 5 * (closed[antithetic] / 2000).sqrt() + 1e-6
-        assert ((found.mean(0) - expected_mean).abs() <= error).all()
-        assert ((found.var(0) - closed[antithetic]).abs() <= 5 * (2 / 2000) ** 0.5 * closed[antithetic] + 1e-10).all()
-
-
 def test_rows_that_are_not_sample_major_are_refused():
     layer = gaussian()
     with layer.frozen_samples(Sampling(3, seed=0)), pytest.raises(BlobError, match=r"3 equal blocks.*got 4 rows"):
