@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.adapters import one_line, saved_base, trained
 from helpers.models import randomize_b, tiny_tokenizer, words
+from helpers.running import thorough
 from helpers.training import fit
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -325,7 +326,7 @@ CHANGES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", CHANGES)
+@pytest.mark.parametrize("method", [name if name in ("ensemble", "laplace") else thorough(name) for name in CHANGES])
 def test_every_method_teaches(method, tmp_path):
     if method == "laplace":
         pytest.importorskip("laplace")

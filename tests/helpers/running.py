@@ -5,6 +5,8 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
+
 from blob_hf.__main__ import main as blob
 from blob_hf.experiments.__main__ import main
 
@@ -43,3 +45,8 @@ def predict(*arguments):
 def lines(path):
     """The rows of a jsonl file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def thorough(value):
+    """A value of a parametrized test that differs little from the others: CI leaves it out."""
+    return pytest.param(value, marks=pytest.mark.thorough)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from helpers.running import thorough
 from safetensors.torch import load_file
 
 from blob_hf.trainer.checkpoints import find_corruption, newest_complete
@@ -204,7 +205,10 @@ def assert_the_same_training(found, expected):
     assert metrics["share_moved"] == pytest.approx(expected_metrics["share_moved"], abs=0.02)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2"])
+@pytest.mark.parametrize(
+    "engine",
+    ["ddp", "zero2", "zero3", "fsdp2", *map(thorough, ["zero1", "zero2_offload", "zero3_offload"])],
+)
 def test_two_processes_train_as_one(tmp_path, single, engine):
     config = engine
     if "zero" in engine:
@@ -241,7 +245,7 @@ def test_two_processes_train_a_causal_model_as_one(tmp_path, single_causal, engi
     assert_the_same_training(train(tmp_path, engine, 2, 4, config, **changes), single_causal)
 
 
-@pytest.mark.parametrize("class_weights", [None, "balanced"])
+@pytest.mark.parametrize("class_weights", [thorough(None), "balanced"])
 def test_accumulation_processes_and_batch_commute(tmp_path, class_weights):
     """24 rows a step: 1 x 24, 2 processes x 2 x 6, 2 x 3 x 4; without noise, which accumulated batches draw anew."""
     quiet = {"quiet": True, "max_steps": 4, "class_weights": class_weights}
@@ -268,7 +272,7 @@ def test_a_fault_of_one_process_ends_all_and_the_run_resumes(tmp_path, single, f
     assert_the_same_training(found, single)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [thorough(2), 3])
 def test_deepspeed_evaluates_before_training_and_a_saved_adapter(tmp_path, stage):
     """As one process does, that knows no DeepSpeed."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
