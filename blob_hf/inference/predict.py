@@ -59,10 +59,13 @@ def repeat_rows(inputs: dict[str, Any], times: int) -> dict[str, Any]:
     """Sample-major copies of a batch: `times` blocks of its rows."""
     if times == 1:
         return inputs
-    return {
-        name: value.repeat(times, *[1] * (value.dim() - 1)) if isinstance(value, Tensor) and value.dim() else value
-        for name, value in inputs.items()
-    }
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim():
+            return value.repeat(times, *[1] * (value.dim() - 1))
+        return value * times if isinstance(value, list) else value  # adapter_names
+
+    return {name: of(value) for name, value in inputs.items()}
 
 
 @runtime_checkable
@@ -118,10 +121,12 @@ def _settled(model: nn.Module, inputs: dict[str, Any], sampling: Sampling, count
 
 
 def _rows(inputs: dict[str, Any], rows: Sequence[int], count: int) -> dict[str, Any]:
-    return {
-        name: value[list(rows)] if isinstance(value, Tensor) and value.dim() and len(value) == count else value
-        for name, value in inputs.items()
-    }
+    def of(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() and len(value) == count:
+            return value[list(rows)]
+        return [value[row] for row in rows] if isinstance(value, list) and len(value) == count else value
+
+    return {name: of(value) for name, value in inputs.items()}
 
 
 @torch.no_grad()

@@ -90,13 +90,14 @@ def settle(count: int, sampling: Sampling, draw: Callable[[Sequence[int], Sampli
         raise BlobError("drawing until the predictive has settled needs a tolerance: Sampling.auto()")
     found: list[list[LogProbs]] = [[] for _ in range(count)]
     active = list(range(count))
+    in_pairs = sampling.in_pairs and sampling.first % 2 == 0  # else rounds hold the ends of two pairs
     for part in rounds(sampling):
         for index, scores in zip(active, draw(active, part), strict=True):
             found[index].append(scores)
         drawn = part.first + part.num_samples - sampling.first
         if drawn < sampling.num_samples:
             probabilities = np.exp(np.stack([np.concatenate(found[index]) for index in active]).astype(np.float64))
-            errors = standard_error(probabilities, sampling.in_pairs).max(axis=-1)
+            errors = standard_error(probabilities, in_pairs).max(axis=-1)
             active = [index for index, error in zip(active, errors, strict=True) if error > sampling.tolerance]
         if not active:
             break

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from blob_hf.tuner.sampling import Sampling
 
+_CPU = torch.device("cpu")  # whatever torch's default device is
 _LEVELS = 6  # binary digits that are scrambled: 64 strata, then the sequence begins again with other jitter
 Noise = tuple[str, Sampling, tuple[int, ...]]  # what standard_normal is asked for
 _AHEAD: ContextVar[dict[Noise, "Future[Tensor]"] | None] = ContextVar("blob_hf_ahead", default=None)
@@ -60,7 +61,7 @@ def drawn_ahead(wanted: Iterable[Noise]) -> Iterator[None]:
 
 def _drawn(name: str, sampling: Sampling, shape: tuple[int, ...]) -> Tensor:
     """eps of every sample, of pairs the first; the second is left open if the first is there."""
-    noise = torch.empty(sampling.num_samples, *shape)
+    noise = torch.empty(sampling.num_samples, *shape, device=_CPU)
     for place, index in enumerate(sampling.indices):
         if sampling.in_pairs and index % 2 and place:
             continue
@@ -82,7 +83,7 @@ def _uniform(name: str, sampling: Sampling, index: int, shape: tuple[int, ...]) 
     if sampling.draw == "qmc":
         uniform = ((1 + _signed(name, sampling.seed, first, shape)) / 2).float()
     else:
-        uniform = torch.rand(shape, generator=sample_generator(name, sampling.seed, first))
+        uniform = torch.rand(shape, generator=sample_generator(name, sampling.seed, first), device=_CPU)
     return 1 - uniform if sampling.in_pairs and index % 2 else uniform
 
 
@@ -95,13 +96,13 @@ def _signed(name: str, seed: int, pair: int, shape: tuple[int, ...]) -> Tensor:
     single coordinates. Sobol points would be no better where it counts: they end at 21,201 dimensions, an adapter has
     more, and among so few points as one can pay for their many coordinates are no more even jointly than these.
     """
-    stratum = torch.zeros(shape, dtype=torch.float64)
+    stratum = torch.zeros(shape, dtype=torch.float64, device=_CPU)
     for level in range(_LEVELS):
         node = sample_generator(f"{name}/digit {level}", seed, pair % 2**level)  # of the digits before this one
-        digit = torch.randint(0, 2, shape, generator=node) ^ (pair >> level & 1)
+        digit = torch.randint(0, 2, shape, generator=node, device=_CPU) ^ (pair >> level & 1)
         stratum += digit * 2.0 ** (_LEVELS - 1 - level)
     generator = sample_generator(name, seed, pair)
-    jitter = torch.rand(shape, generator=generator, dtype=torch.float64)
-    sign = 2.0 * torch.randint(0, 2, shape, generator=generator) - 1
+    jitter = torch.rand(shape, generator=generator, dtype=torch.float64, device=_CPU)
+    sign = 2.0 * torch.randint(0, 2, shape, generator=generator, device=_CPU) - 1
     # rounding may not reach 1, whose quantile is infinite
     return sign * ((stratum + jitter) / 2**_LEVELS).clamp(max=1 - 2.0**-40)

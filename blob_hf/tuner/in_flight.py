@@ -123,7 +123,8 @@ def sample_major_linear(x: Tensor, frozen: Frozen, name: str) -> Tensor:
     if num_samples == 1:
         return F.linear(x, samples[0], None if bias is None else bias[0])
     check_blocks(x.shape[0], num_samples, name)
-    out = x.reshape(num_samples, -1, x.shape[-1]) @ samples.transpose(1, 2)
+    rows = x.shape[:-1].numel() // num_samples  # may be none
+    out = x.reshape(num_samples, rows, x.shape[-1]) @ samples.transpose(1, 2)
     if bias is not None:
         out = out + bias.unsqueeze(1)
     return out.view(*x.shape[:-1], samples.shape[1])

@@ -7,7 +7,7 @@ That is what keeps the memory of a step at that of plain LoRA.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -40,6 +40,17 @@ NOISE_ESTIMATORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
+def _as_in_forward(backward: Callable[[Any, Tensor], Gradients]) -> Callable[[Any, Tensor], Gradients]:
+    """A backward pass in the dtypes of its forward, also where it is called inside autocast."""
+
+    @wraps(backward)
+    def exact(ctx: Any, grad: Tensor) -> Gradients:
+        with torch.autocast(grad.device.type, enabled=False):
+            return backward(ctx, grad)
+
+    return exact
+
+
 class _SharedNoise(torch.autograd.Function):
     """x (M + Omega eps)^T."""
 
@@ -53,6 +64,7 @@ class _SharedNoise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_as_in_forward
     def backward(ctx: Any, grad: Tensor) -> Gradients:  # type: ignore[override]
         x, drawn, noise = ctx.saved_tensors
         grad_drawn = _rows(grad).T @ _rows(x)
@@ -74,6 +86,7 @@ class _LocalNoise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_as_in_forward
     def backward(ctx: Any, grad: Tensor) -> Gradients:  # type: ignore[override]
         x, mean, std, half_zeta_over_spread = ctx.saved_tensors
         grad_rows, grad_variance_rows = _rows(grad), _rows(grad * half_zeta_over_spread)
@@ -96,10 +109,11 @@ class _FlipoutNoise(torch.autograd.Function):
         bits_in, bits_out = _random_bits(rows, rows.shape[-1]), _random_bits(rows, drawn.shape[0])
         ctx.save_for_backward(x, mean, drawn, noise, bits_in, bits_out)
         flipped = _flip(_flip(rows, bits_in) @ drawn.T, bits_out)
-        return F.linear(rows, mean.to(x.dtype)).add_(flipped).view(*x.shape[:-1], -1)
+        return F.linear(rows, mean.to(x.dtype)).add_(flipped).view(*x.shape[:-1], drawn.shape[0])
 
     @staticmethod
     @once_differentiable
+    @_as_in_forward
     def backward(ctx: Any, grad: Tensor) -> Gradients:  # type: ignore[override]
         x, mean, drawn, noise, bits_in, bits_out = ctx.saved_tensors
         rows, grad_rows = _rows(x), _rows(grad)

@@ -11,6 +11,7 @@ price of one.
 
 import inspect
 import logging
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,7 +24,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from blob_hf.tuner.stacks import Stack, layer_stacks
 
@@ -41,6 +42,7 @@ _BY_ROW = {
     "position_ids": 2,
 }
 _MARK = "_blob_trunk"  # of a layer that has our hooks
+_MARKING = threading.Lock()  # two threads that share a trunk for the first time give a layer one pair of hooks
 
 
 @dataclass(frozen=True)
@@ -120,11 +122,12 @@ def sharing(model: nn.Module, trunk: Trunk | None) -> Iterator[None]:
         roles |= {id(block): _Role(trunk, index) for index, below in enumerate(trunk.shared) for block in below}
         if trunk.first_sampled is not None:
             roles[id(trunk.first_sampled)] = _Role(trunk, None)
-        for block in [*(one for below in trunk.shared for one in below), trunk.first_sampled]:
-            if block is not None and not hasattr(block, _MARK):
-                setattr(block, _MARK, True)
-                block.register_forward_pre_hook(_enter, with_kwargs=True)
-                block.register_forward_hook(_leave)
+        with _MARKING:
+            for block in [*(one for below in trunk.shared for one in below), trunk.first_sampled]:
+                if block is not None and not hasattr(block, _MARK):
+                    setattr(block, _MARK, True)
+                    block.register_forward_pre_hook(_enter, with_kwargs=True)
+                    block.register_forward_hook(_leave)
     _ROLES.set(roles)
     try:
         yield
@@ -186,7 +189,9 @@ def _decide(block: nn.Module, given: Mapping[str, Any], depth: int, trunk: Trunk
     Where they were one before and no longer are, what the layers have cached is repeated.
     """
     rows, samples = given["hidden_states"].shape[0], trunk.num_samples
-    cache = next((one for one in given.values() if isinstance(one, (DynamicCache, EncoderDecoderCache))), None)
+    cache = next((one for one in given.values() if isinstance(one, Cache)), None)
+    if not all(isinstance(one, DynamicCache) for one in _caches(cache)):
+        return 0  # of a fixed number of rows, or with states that cannot be repeated
     cached = _cached_layers(cache, depth)
     before = {layer.keys.shape[0] for layer in cached}
     may_share = rows % samples == 0 and before <= {rows // samples} and not trunk.rows_choose
@@ -208,11 +213,15 @@ def _same_blocks(block: nn.Module, given: Mapping[str, Any], rows: int, samples:
                 if name == "attention_mask" and one is not None:
                     return False  # an object of flex attention
                 continue
-            if one.dim() < _BY_ROW.get(name, 1) or one.shape[0] != rows:
-                continue
-            if name not in _BY_ROW:
+            if name in _BY_ROW and name.startswith("position_") and one.dim() > 2 and one.shape[1] == rows:
+                return False  # positions in three axes, before the rows
+            # ALiBi has a row for each head of each row
+            several = one.dim() > 2 and one.shape[0] and one.shape[0] % rows == 0
+            if name not in _BY_ROW and (several or (one.dim() and one.shape[0] == rows)):
                 logger.warning("%s takes %s, by which its layers are not shared", type(block).__name__, name)
                 return False
+            if one.dim() < _BY_ROW.get(name, 1) or one.shape[0] != rows:
+                continue
             blocks = one.view(samples, -1, *one.shape[1:])
             if not torch.equal(blocks, blocks[:1].expand_as(blocks)):
                 return False

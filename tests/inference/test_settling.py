@@ -137,3 +137,17 @@ def test_the_word_auto_is_for_classes_alone():
     with pytest.raises(BlobError, match=r"num_samples must be a number, got 'auto'; Sampling.auto\(\)"):
         Sampling("auto")
     assert Sampling.of("auto").tolerance == Sampling.auto().tolerance
+
+
+def test_rounds_that_begin_inside_a_pair_count_no_pairs():
+    """From an odd sample on a round of two has the ends of two pairs: what is odd does not cancel in it."""
+    odds = np.random.default_rng(0).normal(size=(200, 26))
+
+    def draw(rows, part):
+        chosen = expit(odds[list(rows), part.first : part.first + part.num_samples])
+        return np.log(np.stack([chosen, 1 - chosen], axis=-1))
+
+    odd, even = (settle(200, Sampling.auto(first=first), draw) for first in (1, 2))
+    assert odd.networks.mean() > 1.5 * even.networks.mean()
+    average = np.exp(odd.log_probs)[..., 0].mean(axis=1)
+    assert np.sqrt(((average - 0.5) ** 2).mean()) < 0.1  # the tolerance, which is an upper bound

@@ -86,6 +86,27 @@ def test_custom_backward_is_that_of_finite_differences(noise):
     assert torch.autograd.gradcheck(fixed_noise, (x, mean, std))
 
 
+@pytest.mark.parametrize("noise", list(NOISE_ESTIMATORS))
+def test_gradients_do_not_depend_on_autocast_around_the_backward_pass(noise):
+    x, mean, std = torch.randn(64, 40, requires_grad=True), torch.randn(RANK, 40), torch.rand(RANK, 40)
+    found = []
+    for around in (False, True):
+        torch.manual_seed(0)
+        output = NOISE_ESTIMATORS[noise](x, mean, std).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            found += torch.autograd.grad(output, x)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("noise", list(NOISE_ESTIMATORS))
+@pytest.mark.parametrize("rows", [(0,), (2, 0)])
+def test_no_rows_are_no_mistake(noise, rows):
+    x = torch.randn(*rows, IN, requires_grad=True)
+    output = NOISE_ESTIMATORS[noise](x, torch.randn(RANK, IN), torch.rand(RANK, IN))
+    assert output.shape == (*rows, RANK)
+    output.sum().backward()
+
+
 def test_local_noise_of_an_all_zero_row_has_finite_gradients():
     x = torch.zeros(2, IN, requires_grad=True)
     NOISE_ESTIMATORS["local"](x, torch.randn(RANK, IN), torch.ones(RANK, IN)).sum().backward()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.models import TARGETS, TINY, random_ids, randomize_b
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from blob_hf import BlobConfig, Sampling, generate_predictive, get_blob_model
 from blob_hf.inference.predict import predict_classes, repeat_rows, score_targets
@@ -265,3 +265,28 @@ def test_rows_that_choose_their_adapter_do_not_share_layers(posterior_layers, la
         with torch.no_grad(), model.posterior_samples(sampling):
             alone = model(input_ids=ids[row : row + 1].repeat(3, 1)).logits
         torch.testing.assert_close(mixed[:, row], alone)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_cache_of_a_fixed_size_has_all_rows(beams):
+    model, inputs = blob("llama"), inputs_for("llama")
+    options = {"sampling": Sampling(3, 5, layers=1), "max_new_tokens": 5, "num_beams": beams, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    assert torch.equal(model.generate(**inputs, cache_implementation="static", **options), expected)
+
+
+def test_layers_that_get_a_row_for_each_head_are_not_shared(caplog):
+    """BLOOM's ALiBi."""
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=60, hidden_size=16, n_layer=2, n_head=2)
+    base = BloomForCausalLM(config).eval()
+    model = get_blob_model(base, BlobConfig(target_modules=["query_key_value"], init_eps=0.9)).eval()
+    randomize_b(model)
+    ids = random_ids(2, 6)
+    with torch.no_grad():
+        with model.posterior_samples(Sampling(3, 1, layers=1), repeat=True):
+            found = model(input_ids=ids).logits
+        for s in range(3):
+            with model.posterior_samples(Sampling(1, 1, first=s, layers=1)):
+                torch.testing.assert_close(found[2 * s : 2 * s + 2], model(input_ids=ids).logits)
+    assert "takes alibi, by which its layers are not shared" in caplog.text
