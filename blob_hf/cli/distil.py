@@ -107,6 +107,8 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise BlobError(f"--{name} must be >= 1, got {value}")
+    if not 0 <= args.seed < 2**32:
+        raise BlobError(f"--seed must be from 0 to 2^32 - 1, got {args.seed}")
 
 
 def _claim(state: PartialState, teacher: Path, output: Path) -> None:

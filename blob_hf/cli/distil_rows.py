@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
+from jinja2.exceptions import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +20,7 @@ from blob_hf.data.summarization import DEFAULT_PROMPT
 from blob_hf.distillation import ClassRows, Context, Layout, TextRows
 from blob_hf.inference.choices import ChoiceScoring, choice_rows, padding_token
 from blob_hf.inference.inputs import find_tokenizer, longest_input, rows_of
+from blob_hf.inference.stopping import end_tokens
 from blob_hf.tuner.base_model import is_sequence_classifier
 from blob_hf.tuner.model import BlobModel
 from blob_hf.utils.errors import BlobError
@@ -146,7 +148,9 @@ def _of_texts(
     layout = Layout.of(model, padding_token(tokenizer))
     given = "text" if args.answers == "text" else "data"
     kinds = {given if one.target is not None else "teacher" for one in contexts}
-    return Given(TextRows(contexts, layout, args.top_k, args.max_new_tokens), " and ".join(sorted(kinds)))
+    of_turns = any(_CONVERSATION in file.column_names for file in files)
+    ends = () if base.config.is_encoder_decoder else tuple(end_tokens(model, tokenizer, of_turns))
+    return Given(TextRows(contexts, layout, args.top_k, args.max_new_tokens, ends), " and ".join(sorted(kinds)))
 
 
 def _answers(args: argparse.Namespace, file: Dataset, encodes: bool, wanted: str) -> tuple[str, str]:
@@ -235,6 +239,11 @@ def _conversations(
             prompt = row[args.text_columns[0] if args.text_columns else _PAIR[0]]
             pair = (prompt, _joined(prompt, row[target], number, split))
         context, whole = (_tokens(tokenizer, one, first) for one, first in zip(pair, (True, False), strict=True))
+        if not isinstance(pair[0], str) and whole[: len(context)] != context:
+            raise BlobError(
+                f"row {number} of {split}: the chat template begins an answer with what it leaves out of a whole "
+                "conversation, so the answer's tokens cannot be told; give prompts alone, and the teacher answers"
+            )
         answer = whole[len(context) :][: args.max_new_tokens]
         if not answer:
             raise BlobError(f"row {number} of {split} has no answer")
@@ -275,7 +284,10 @@ def _tokens(tokenizer: Any, content: Any, is_prompt: bool) -> list[int]:
 def _templated(tokenizer: Any, messages: Sequence[Mapping[str, Any]], is_prompt: bool) -> list[int]:
     if not tokenizer.chat_template:
         raise BlobError("the rows are messages, but the adapter's tokenizer has no chat template")
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=is_prompt)
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=is_prompt)
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise BlobError(f"the chat template refuses a conversation: {error}") from error
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 

@@ -32,7 +32,7 @@ from blob_hf.inference.answers import Prediction, TextPrediction
 from blob_hf.inference.inputs import is_decoder
 from blob_hf.inference.predictor import DECODINGS
 from blob_hf.metrics.entailment import EntailmentEquivalence
-from blob_hf.tuner.adapter_files import NAMES, read_config, resolve
+from blob_hf.tuner.adapter_files import CHAT_TEMPLATES, NAMES, TOKENIZER_FILES, read_config, resolve
 from blob_hf.tuner.base_model import is_sequence_classifier
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.registry import companion_files
@@ -177,7 +177,9 @@ def _record(output: Path) -> Path:
 def fingerprint(folder: Path) -> str:
     """SHA-256 of all that an adapter consists of."""
     digest = hashlib.sha256()
-    found = {path for name in (*NAMES, *companion_files()) for path in folder.glob(name)}
+    found = {
+        path for name in (*NAMES, *companion_files(), *TOKENIZER_FILES, *CHAT_TEMPLATES) for path in folder.glob(name)
+    }
     for path in sorted(found):
         digest.update(str(path.relative_to(folder)).encode())
         digest.update(path.read_bytes())

@@ -117,6 +117,7 @@ class TextRows:
     Attributes:
         top_k: How many tokens of a distribution are kept one by one.
         max_new_tokens: Longest answer of the teacher's own, tokens.
+        ends: Tokens that end such an answer; none: those of the model's generation config.
         targets: Tokens of each row, given or written.
         ids, log_probs, log_rest: Of each row `(tokens, k)`, `(tokens, k)` and `(tokens,)`, see `loss.lumped`.
         epistemic: Mutual information of the next token and the weights, nats, of each row `(tokens,)`.
@@ -126,6 +127,7 @@ class TextRows:
     layout: Layout
     top_k: int = 32
     max_new_tokens: int = 128
+    ends: tuple[int, ...] = ()
     targets: list[list[int]] = field(default_factory=list)
     ids: list[Tensor] = field(default_factory=list)
     log_probs: list[Tensor] = field(default_factory=list)
@@ -149,7 +151,9 @@ class TextRows:
             lengths = torch.tensor([len(row["target"]) for row in rows])
             return {"lengths": lengths, **{name: torch.cat([row[name] for row in rows]) for name in rows[0]}}
 
-        contents = [json.dumps([one.tokens, one.target]).encode() for one in self.contexts]
+        # what ends an answer counts where one is written
+        keys = [[one.tokens, one.target] if one.target else [one.tokens, self.ends] for one in self.contexts]
+        contents = [json.dumps(key).encode() for key in keys]
         shards = cache.answers(contents, block, answer)
         for shard in shards:
             parts = shard.pop("lengths").tolist()
@@ -181,7 +185,9 @@ class TextRows:
     def _written(self, teacher: BlobModel, contexts: Sequence[list[int]], sampling: Sampling) -> list[list[int]]:
         """What the predictive writes greedily, with the token that ends it."""
         inputs = {name: value.to(teacher.device) for name, value in self.layout.prompts(contexts).items()}
-        settings = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1}
+        settings: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1}
+        if self.ends:
+            settings["eos_token_id"] = list(self.ends)
         found = generate_predictive(teacher, inputs, sampling, **settings, pad_token_id=self.layout.pad)
         return [[token for token in row if token != IGNORED_LABEL] for row in found.tokens.tolist()]
 

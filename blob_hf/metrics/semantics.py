@@ -44,8 +44,9 @@ Equivalence = Callable[[Sequence[str], str], Relations]
 
 def normalized_answer(text: str) -> str:
     """A short answer without capitals, articles, blanks and the punctuation around its words (after SQuAD's F1)."""
-    words = (word.strip(_EDGES).rstrip("." + _EDGES) for word in text.casefold().split())
-    return " ".join(word for word in words if word and word not in _ARTICLES)
+    words = [word.strip(_EDGES).rstrip("." + _EDGES) for word in text.casefold().split()]
+    kept = [word for word in words if word and word not in _ARTICLES]
+    return " ".join(kept or filter(None, words))  # the answer "A" is an answer
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "*.model",
 )
-_CHAT_TEMPLATES = ("*.jinja", "additional_chat_templates/*.jinja")
+CHAT_TEMPLATES = ("*.jinja", "additional_chat_templates/*.jinja")
 _KEPT_BASE = ("base_model/*.json", "base_model/*.safetensors", "base_model/*.txt", "base_model/*.model")
 
 
@@ -160,7 +160,7 @@ def resolve(
     if os.path.isdir(path):
         folder = Path(path, inside)
     else:
-        files = (*NAMES, *companion_files(), *TOKENIZER_FILES, *_CHAT_TEMPLATES, *_KEPT_BASE)
+        files = (*NAMES, *companion_files(), *TOKENIZER_FILES, *CHAT_TEMPLATES, *_KEPT_BASE)
         wanted = [str(inside / name) for name in files]
         folder = hub.snapshot(path, wanted, revision, token, cache_dir) / inside
     shown = Path(path, inside)

@@ -166,3 +166,8 @@ def test_a_model_that_is_not_of_inference_is_refused(nli, tmp_path):
     one_line("has a class called entailment; .* has bad, not_entailing", lambda: EntailmentEquivalence(str(tmp_path)))
     one_line("cannot get the NLI model .*gone.*compare answers by their words",
              lambda: EntailmentEquivalence(str(tmp_path / "gone")))  # fmt: skip
+
+
+def test_an_answer_that_is_an_article_is_an_answer():
+    same = LexicalEquivalence()(["A", "", "the", "B", "a"]).same
+    assert same[0][4] and not same[0][1] and not same[0][2] and not same[1][2]
