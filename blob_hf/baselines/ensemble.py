@@ -23,7 +23,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from blob_hf.baselines.base import METHOD_FILE, MethodState, register_method
 from blob_hf.reporting.run_summary import MethodCard
 from blob_hf.trainer.checkpoints import newest_complete
-from blob_hf.trainer.trainer import num_trained
 from blob_hf.trainer.training_args import DEFINING, BlobTrainingArguments, changed_arguments
 from blob_hf.tuner import adapter_files
 from blob_hf.tuner.adapter_files import NAMES
@@ -35,7 +34,7 @@ from blob_hf.tuner.sampled import SampledLinear, layer_name
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
-from blob_hf.utils.sharding import full_tensor, gathered
+from blob_hf.utils.sharding import full_tensor, gathered, num_trained
 
 FINISHED = "finished.json"  # in a member's training: its settings and what came out
 

@@ -24,7 +24,7 @@ from blob_hf.cli.arguments import OneLineParser
 from blob_hf.cli.bases import BASE_FOLDER
 from blob_hf.cli.distil_rows import ANSWERS, Given, read_rows
 from blob_hf.cli.limits import check_numbers
-from blob_hf.cli.predict import fingerprint, processes
+from blob_hf.cli.predict import fingerprint, processes, refuse_of_writers
 from blob_hf.cli.terminal import setup_logging, user_errors
 from blob_hf.data.loading import FORMATS
 from blob_hf.distillation import (
@@ -55,6 +55,7 @@ from blob_hf.utils.errors import BlobError
 CACHE, RESULTS = "teacher", "distil_results.json"
 _GO_ON = "the same command goes on; the teacher is not asked again for what it has answered"
 _BATCHES = 4  # of rows in a shard of the cache: rows of similar length among them share a batch
+_OF_WRITERS = ("target_column", "answers", "prompt", "max_new_tokens", "top_k")
 _TASKS = {"SEQ_CLS": "text-classification", "SEQ_2_SEQ_LM": "summarization", "CAUSAL_LM": "text-generation"}
 
 
@@ -75,6 +76,8 @@ def distil(args: argparse.Namespace) -> Comparison | None:
     require_samples(method, args.adapter)
     _claim(state, folder, output)
     teacher = BlobModel.from_pretrained(folder).eval().to(state.device)
+    if teacher.classifies:
+        refuse_of_writers(args, parser(), _OF_WRITERS)
     sampling = sampling_of(teacher, Sampling(args.num_samples, args.seed, batch_size=args.posterior_batch_size))
     given = read_rows(teacher, args, args.data, "data", labelled=False)
     held_out = read_rows(teacher, args, [args.eval_data], "eval_data", labelled=True) if args.eval_data else None

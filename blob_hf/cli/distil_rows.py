@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blob_hf.cli.row_files import LABELS
 from blob_hf.data.columns import check_texts, find_text_columns
+from blob_hf.data.conversations import ANSWERED, check_columns, conversation, is_conversation, prompt_column
 from blob_hf.data.labels import encode, read_names
 from blob_hf.data.loading import load_files, require_columns
 from blob_hf.data.multiple_choice import questions
@@ -128,6 +129,7 @@ def _of_texts(
     tokenizer = find_tokenizer(model)
     base: Any = model.get_base_model()
     contexts: list[Context] = []
+    files = [_named_messages(file) for file in files]
     for file in files:  # some may have answers, others not
         wanted = "auto" if labelled and args.answers == "teacher" else args.answers  # measured by the data's
         answers, target = _answers(args, file, bool(base.config.is_encoder_decoder), wanted)
@@ -148,9 +150,20 @@ def _of_texts(
     layout = Layout.of(model, padding_token(tokenizer))
     given = "text" if args.answers == "text" else "data"
     kinds = {given if one.target is not None else "teacher" for one in contexts}
-    of_turns = any(_CONVERSATION in file.column_names for file in files)
+    of_turns = any(map(_has_conversations, files))
     ends = () if base.config.is_encoder_decoder else tuple(end_tokens(model, tokenizer, of_turns))
     return Given(TextRows(contexts, layout, args.top_k, args.max_new_tokens, ends), " and ".join(sorted(kinds)))
+
+
+def _named_messages(file: Dataset) -> Dataset:
+    """A file whose conversations, by whatever name `data.conversations` knows, are the column `messages`."""
+    name = next((name for name in ANSWERED if name in file.column_names), _CONVERSATION)
+    return file if name == _CONVERSATION else file.rename_column(name, _CONVERSATION)
+
+
+def _has_conversations(file: Dataset) -> bool:
+    column = prompt_column(file.column_names)
+    return column is not None and len(file) > 0 and is_conversation(file[0][column])
 
 
 def _answers(args: argparse.Namespace, file: Dataset, encodes: bool, wanted: str) -> tuple[str, str]:
@@ -202,13 +215,21 @@ def _summarized(
 def _prompted(model: BlobModel, args: argparse.Namespace, file: Dataset, split: str, tokenizer: Any) -> list[Context]:
     """Texts that the teacher answers: prompts as `blob predict` reads them, or conversations without a last answer."""
     room = args.max_new_tokens
-    if _CONVERSATION in file.column_names and not args.text_columns:
-        asked = [_up_to_the_answer(messages, number, split) for number, messages in enumerate(file[_CONVERSATION])]
+    if not args.text_columns and _has_conversations(file):
+        column = prompt_column(file.column_names)
+        for number, row in enumerate(file):
+            check_columns(row, f"row {number} of {split}")
+        conversations = [_messages(value, number, split) for number, value in enumerate(file[column])]
+        asked = [_up_to_the_answer(messages, number, split) for number, messages in enumerate(conversations)]
         return [_question(model, args, tokenizer, one) for one in asked]
     (column,) = _text_columns(args, file, _PAIR[0], None)
     texts = _column(file, column, split)
     ids = rows_of(model, texts, tokenizer, None, args.prompt, args.max_length, room).columns["input_ids"]
     return [Context(row.tolist()) for row in ids]
+
+
+def _messages(value: Any, number: int, split: str) -> list[dict[str, Any]]:
+    return conversation(value if isinstance(value, list) else [value], f"row {number} of {split}")
 
 
 def _question(
@@ -229,12 +250,16 @@ def _conversations(
     """Prompts and their completions, or conversations and their last answer, tokenized as TRL does for training."""
     limit, found = _limit(model, args, tokenizer), []
     for number, row in enumerate(file):
+        check_columns(row, f"row {number} of {split}")
         if target == _CONVERSATION:
-            asked = _up_to_the_answer(row[_CONVERSATION], number, split)
-            if open_ended and len(asked) == len(row[_CONVERSATION]):  # it ends with a question
+            messages = _messages(row[_CONVERSATION], number, split)
+            asked = _up_to_the_answer(messages, number, split)
+            if len(asked) == len(messages):  # it ends with a question
+                if not open_ended:
+                    raise BlobError(f"row {number} of {split} has no answer")
                 found.append(_question(model, args, tokenizer, asked))
                 continue
-            pair: tuple[Any, Any] = (asked, row[_CONVERSATION])
+            pair: tuple[Any, Any] = (asked, messages)
         else:
             prompt = row[args.text_columns[0] if args.text_columns else _PAIR[0]]
             pair = (prompt, _joined(prompt, row[target], number, split))
@@ -261,11 +286,8 @@ def _joined(prompt: Any, completion: Any, number: int, split: str) -> Any:
     raise BlobError(f"row {number} of {split}: prompt and completion must both be texts, or both lists of messages")
 
 
-def _up_to_the_answer(messages: Any, number: int, split: str) -> list[Mapping[str, Any]]:
+def _up_to_the_answer(messages: Sequence[Mapping[str, Any]], number: int, split: str) -> list[Mapping[str, Any]]:
     """A conversation without the assistant's last message, if it ends with one."""
-    roles = isinstance(messages, list) and all(isinstance(m, Mapping) and "role" in m for m in messages)
-    if not roles or not messages:
-        raise BlobError(f"row {number} of {split}: messages must be a list of messages with role and content")
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not asked:
         raise BlobError(f"row {number} of {split} has an answer, but no question")

@@ -47,6 +47,7 @@ _RESULTS = (
     "id", "label", "probability", "probabilities", "entropy", "generated_text", "samples", "sample_sets", "uncertainty",
     "abstain", "networks",
 )  # fmt: skip
+_OF_WRITERS = ("prompt", "decoding", "max_new_tokens", "num_beams", "stop_strings", "equivalence")
 
 
 class Predictor:
@@ -137,7 +138,10 @@ def _prepare(args: argparse.Namespace) -> tuple[Path, TextFile, int]:
         raise BlobError(f"--equivalence compares two or more sampled answers; got --num_samples {args.num_samples}")
     output = RowFile(args.output)
     folder = resolve(args.adapter)
-    prompts = read_config(folder).task_type == TaskType.CAUSAL_LM
+    task = read_config(folder).task_type
+    if task == TaskType.SEQ_CLS:
+        refuse_of_writers(args, parser(), _OF_WRITERS)
+    prompts = task == TaskType.CAUSAL_LM
     source = TextFile.survey(args.input, args.text_columns, args.delimiter, prompts=prompts)
     if output.path.resolve() == Path(source.path).resolve():
         raise BlobError(f"--output {args.output} is the input itself")
@@ -151,6 +155,17 @@ def _prepare(args: argparse.Namespace) -> tuple[Path, TextFile, int]:
         )},
     }  # fmt: skip
     return folder, source, _claim(output, settings, args.overwrite_output)
+
+
+def refuse_of_writers(args: argparse.Namespace, own: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Refuse flags that only models that write look at.
+
+    Raises:
+        BlobError: One is not at its default.
+    """
+    for name in names:
+        if getattr(args, name) != own.get_default(name):
+            raise BlobError(f"--{name} is for models that write; {args.adapter} tells classes apart: leave it out")
 
 
 def _claim(output: RowFile, settings: Mapping[str, Any], overwrite: bool) -> int:

@@ -16,12 +16,13 @@ from blob_hf.cli.method_arguments import MethodArguments
 from blob_hf.reporting.run_summary import MethodCard
 from blob_hf.trainer.engines import require_whole_models
 from blob_hf.trainer.summary import LORA_CARD
-from blob_hf.trainer.trainer import BlobTrainer, num_trained
+from blob_hf.trainer.trainer import BlobTrainer
 from blob_hf.trainer.training_args import Arguments, BlobTrainingArguments
 from blob_hf.tuner.adapter_files import resolve
 from blob_hf.tuner.build import get_lora_model, load_lora
 from blob_hf.tuner.model import BlobModel
 from blob_hf.utils.errors import BlobError
+from blob_hf.utils.sharding import num_trained
 
 # What a method that trains nothing does not read (and what `--demo` does not set for all methods).
 TRAINING_FLAGS = frozenset(

@@ -394,10 +394,5 @@ def _has_classes(labels: Tensor | None) -> bool:
     return labels is not None and not labels.is_floating_point()  # a loss of the user's own may have other labels
 
 
-def num_trained(model: nn.Module) -> int:
-    """Trainable weights, also where ZeRO-3 has sharded them."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-
-
 class BlobTrainer(BlobTrainerMixin, CheckpointMixin, Trainer):
     """`transformers.Trainer` for a `BlobModel`; see `BlobTrainerMixin` for its arguments."""

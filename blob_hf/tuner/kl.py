@@ -5,12 +5,9 @@ with q(A_ij) = N(M_ij, Omega_ij^2) and p(A_ij) = N(0, sigma_p^2).
 """
 
 import math
-from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
-
-ROW = 2**20  # numbers that the KL and its step take at a time, if no single layer has more: 4 MiB
 
 
 def gaussian_kl(mean: Tensor, std: Tensor, prior_std: float) -> Tensor:
@@ -44,23 +41,3 @@ def kl_gradient_rho(rho: Tensor, prior_std: float, parameterization: str) -> Ten
         return torch.where(rho == 0, torch.zeros_like(rho), gradient)
     std = torch.nn.functional.softplus(rho)
     return (std / prior_std**2 - std.reciprocal()) * torch.sigmoid(rho)
-
-
-def in_rows(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors, on their devices and of their dtypes, in groups of at most `ROW` numbers (or of a single tensor).
-
-    What is done elementwise is done to a group at once: on a GPU starting an operation on every layer would take longer
-    than the arithmetic, and all layers at once would need as many temporary numbers as the posterior has.
-    """
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    counts: dict[tuple[torch.device, torch.dtype], int] = {}
-    for tensor in tensors:
-        kind = (tensor.device, tensor.dtype)
-        group, count = groups.setdefault(kind, []), counts.get(kind, 0) + tensor.numel()
-        if group and count > ROW:
-            yield list(group)
-            group.clear()
-            count = tensor.numel()
-        group.append(tensor)
-        counts[kind] = count
-    yield from groups.values()

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from blob_hf.tuner import adapter_files, adapter_names
+from blob_hf.tuner import adapter_names
 from blob_hf.tuner.adapter_files import SavedAdapter
 from blob_hf.tuner.base_model import (
     class_names,
@@ -25,10 +25,9 @@ from blob_hf.tuner.base_model import (
 from blob_hf.tuner.config import BlobConfig, changes_base
 from blob_hf.tuner.layer import GaussianA, std_to_save
 from blob_hf.tuner.posterior import gaussian_layers, lora_layers
-from blob_hf.tuner.registry import Companion
 from blob_hf.tuner.stacks import in_last_layers
 from blob_hf.utils.errors import BlobError
-from blob_hf.utils.sharding import full_tensor, gathered
+from blob_hf.utils.sharding import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ _MEAN = ".weight"
 _A = ".lora_A.weight"
 
 
-def _is_beside(name: str) -> bool:
+def is_beside(name: str) -> bool:
     """Whether a tensor is what a layer in the place of A or B has beside its weight: PEFT's file does not hold it."""
     return (".lora_A." in name or ".lora_B." in name) and not name.endswith((_MEAN, ".bias"))
 
@@ -63,7 +62,7 @@ def adapter_tensors(
     rhos = {name.removesuffix(_RHO) + _MEAN: weights.pop(name) for name in list(weights) if name.endswith(_RHO)}
     config: Any = model.peft_config[adapter]
     parameterization = config.std_parameterization if isinstance(config, BlobConfig) else ""
-    weights = {name: value for name, value in weights.items() if not _is_beside(name)}
+    weights = {name: value for name, value in weights.items() if not is_beside(name)}
     if isinstance(config, BlobConfig):
         _require_stds(weights, rhos, in_last_layers(model, config.posterior_layers))
     embeddings = _embeddings_to_save(model, config, state_dict, save_embeddings)
@@ -167,67 +166,6 @@ def save_config(model: PeftModel, config: LoraConfig, folder: Path, is_active: b
         config.inference_mode = inference_mode
 
 
-# ----- keywords --------------------------------------------------------------------------------------------------
-
-_REASONS = {  # of PEFT's keywords: why they are refused
-    "ephemeral_gpu_offload": "it is for DoRA, which BLoB does not have",
-    "ignore_mismatched_sizes": "a posterior with a part left out would be silently wrong",
-    "use_safetensors": "weights are read from safetensors only",
-    "push_to_hub": "call model.push_to_hub(repo_id)",
-    "local_files_only": "set HF_HUB_OFFLINE=1 in the environment",
-    "use_auth_token": "its name is token=",
-}
-
-
-def refuse_unknown(function: str, keywords: Mapping[str, Any], why: str = "") -> None:
-    """Refuse keywords that would change nothing; None, and False for what is refused, ask for nothing.
-
-    Raises:
-        BlobError: Names the first, and why.
-    """
-    for name, value in keywords.items():
-        if value is not None and not (value is False and name in _REASONS):
-            reason = _REASONS.get(name, why)
-            raise BlobError(f"{function} does not take {name}={value!r}" + (f": {reason}" if reason else ""))
-
-
-def check_name(adapter: str) -> None:
-    """Refuse what torch cannot take for the name of a submodule.
-
-    Raises:
-        BlobError: Empty, with a dot in it, or an attribute of `nn.ModuleDict`.
-    """
-    if not adapter or "." in adapter or hasattr(nn.ModuleDict(), adapter):
-        raise BlobError(f"an adapter cannot be called {adapter!r} (PyTorch has no submodule of that name); rename it")
-
-
-def check_companions(saved: SavedAdapter) -> None:
-    """Refuse an adapter beside others whose method changes layers: that is done when it is loaded as a model's own.
-
-    Raises:
-        BlobError: It is of such a method.
-    """
-    names = [one.name for one in saved.companions if type(one).attach is not Companion.attach]
-    if names and saved.std is None:
-        raise BlobError(
-            f"{saved.folder} is of the method {names[0]!r}, which changes layers of the model, so it cannot be one of "
-            "several adapters; load it by BlobModel.from_pretrained on a base model of its own"
-        )
-
-
-def check_memory(config: LoraConfig, low_cpu_mem_usage: bool) -> None:
-    """Refuse `low_cpu_mem_usage` for an adapter whose initialisation has to change the base model.
-
-    Raises:
-        BlobError: It is such a one.
-    """
-    if low_cpu_mem_usage and changes_base(config):
-        raise BlobError(
-            f"low_cpu_mem_usage=True leaves out init_lora_weights={config.init_lora_weights!r}, which changes the base "
-            "model's weights: leave it off"
-        )
-
-
 # ----- loading ---------------------------------------------------------------------------------------------------
 
 
@@ -243,85 +181,12 @@ def with_key_mapping(saved: SavedAdapter, key_mapping: dict[str, str] | None) ->
     return replace(saved, mean=adapter_names.renamed(saved.mean, key_mapping), std=std, key_mapping=key_mapping)
 
 
-def check_fits(model: PeftModel, saved: SavedAdapter, adapter: str) -> None:
-    """Check that a model has room for an adapter, before anything is copied.
-
-    Raises:
-        BlobError: Another base model, number of classes or rank.
-    """
-    check_vocabulary(model.get_base_model(), saved)
-    own = [name for name in adapter_names.own_parameters(model, adapter) if not _is_beside(name)]
-    adapter_files.check_fits(saved.mean, _shapes(model, adapter, saved.mean), saved.folder, saved.config, own)
-
-
-def check_scaling(config: LoraConfig, saved: SavedAdapter, adapter: str) -> None:
-    """Check that an adapter scales B A as the one in the model does that it takes the place of.
-
-    Raises:
-        BlobError: It does not: its weights would be of another size here.
-    """
-    for name in ("lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern"):
-        own, found = getattr(config, name), getattr(saved.config, name)
-        if (own or None) != (found or None):
-            raise BlobError(
-                f"{saved.folder} has {name}={found!r}, but the adapter {adapter!r} of this model {own!r}: "
-                "load it under another name"
-            )
-
-
-def check_vocabulary(base: nn.Module, saved: SavedAdapter) -> None:
-    """Check that token embeddings saved with an adapter have the size of the model's.
-
-    Raises:
-        BlobError: They have not.
-    """
-    size, own = adapter_names.saved_vocabulary_size(base, saved.mean), adapter_names.vocabulary_size(base)
-    if size is not None and size != own:
-        raise BlobError(
-            f"{saved.folder} was saved with {size} token embeddings, but the base model has {own}: call "
-            f"base.resize_token_embeddings({size}) first, or leave model= out"
-        )
-
-
 def resize_vocabulary(base: Any, saved: SavedAdapter) -> None:
     """Give a base model as many token embeddings as an adapter was saved with."""
     size, own = adapter_names.saved_vocabulary_size(base, saved.mean), adapter_names.vocabulary_size(base)
     if size is not None and size != own:
         logger.info("%s was saved with %d token embeddings, the base model has %s: resized", saved.folder, size, own)
         base.resize_token_embeddings(size, mean_resizing=False)  # the adapter has all of them
-
-
-def check_shares(model: PeftModel, saved: SavedAdapter, adapter: str) -> None:
-    """Check that an adapter beside others would change nothing of the base model that all share.
-
-    Raises:
-        BlobError: It brings another frozen head, or other embeddings or biases.
-    """
-    own = adapter_names.own_parameters(model, adapter)
-    parameters = dict(model.named_parameters())
-    shared = {name: parameters[name] for name in saved.mean if name in parameters and name not in own}
-    with gathered(list(shared.values())):
-        odd = [name for name, value in shared.items() if not _same(full_tensor(value), saved.mean[name])]
-    if odd:
-        raise BlobError(
-            f"{saved.folder} brings weights of its own for what all adapters of this model share ({odd[0]} ...): "
-            f"{', '.join(name for name in model.peft_config if name != adapter)} would predict something else; "
-            "load it on a base model of its own"
-        )
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one.detach().cpu(), other.to(one.dtype))
-
-
-def _shapes(model: PeftModel, adapter: str, found: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes of what loading fills, by the names in adapter_model.safetensors."""
-    parameters = dict(model.named_parameters())
-    own = adapter_names.own_parameters(model, adapter)
-    filled = {saved: parameters[name] for saved, name in own.items() if name in parameters and not _is_beside(saved)}
-    shared = {name: parameters[name] for name in found if name in parameters}  # the head, embeddings, biases
-    every = {**shared, **filled, **head_parameters(model)}
-    return {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in every.items()}
 
 
 def restore_class_names(model: PeftModel, saved: SavedAdapter) -> None:
@@ -375,7 +240,7 @@ def fill(
             result.unexpected_keys[:] = [key for key in result.unexpected_keys if key not in absent.values()]
             tuner: Any = model.base_model
             tuner._cast_adapter_dtype(adapter_name=adapter, autocast_adapter_dtype=autocast_adapter_dtype)
-    own = {name for name in adapter_names.own_parameters(model, adapter).values() if not _is_beside(name)}
+    own = {name for name in adapter_names.own_parameters(model, adapter).values() if not is_beside(name)}
     result.missing_keys[:] = [key for key in result.missing_keys if key in own]
     if result.unexpected_keys:
         logger.warning(

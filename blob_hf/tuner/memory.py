@@ -11,9 +11,9 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from blob_hf.tuner.kl import ROW
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import gaussian_layers
+from blob_hf.tuner.rows import ROW
 from blob_hf.utils.errors import BlobError
 
 _FLOAT32 = 4

@@ -7,13 +7,15 @@ That is what keeps the memory of a step at that of plain LoRA.
 """
 
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from blob_hf.tuner.signs import flip, random_bits
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -106,9 +108,9 @@ class _FlipoutNoise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         noise, rows = torch.randn_like(std), _rows(x)
         drawn = (std * noise).to(x.dtype)
-        bits_in, bits_out = _random_bits(rows, rows.shape[-1]), _random_bits(rows, drawn.shape[0])
+        bits_in, bits_out = random_bits(rows, rows.shape[-1]), random_bits(rows, drawn.shape[0])
         ctx.save_for_backward(x, mean, drawn, noise, bits_in, bits_out)
-        flipped = _flip(_flip(rows, bits_in) @ drawn.T, bits_out)
+        flipped = flip(flip(rows, bits_in) @ drawn.T, bits_out)
         return F.linear(rows, mean.to(x.dtype)).add_(flipped).view(*x.shape[:-1], drawn.shape[0])
 
     @staticmethod
@@ -117,53 +119,13 @@ class _FlipoutNoise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Gradients:  # type: ignore[override]
         x, mean, drawn, noise, bits_in, bits_out = ctx.saved_tensors
         rows, grad_rows = _rows(x), _rows(grad)
-        grad_flipped = _flip(grad_rows, bits_out)
+        grad_flipped = flip(grad_rows, bits_out)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_rows @ mean.to(x.dtype)).add_(_flip(grad_flipped @ drawn, bits_in)).view_as(x)
-        grad_drawn = grad_flipped.T @ _flip(rows, bits_in)
+            grad_x = (grad_rows @ mean.to(x.dtype)).add_(flip(grad_flipped @ drawn, bits_in)).view_as(x)
+        grad_drawn = grad_flipped.T @ flip(rows, bits_in)
         return grad_x, (grad_rows.T @ rows).to(mean.dtype), grad_drawn * noise
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-def _random_bits(rows: Tensor, columns: int) -> Tensor:
-    """Random bits for (rows, columns) signs, packed in int32 words: 1/32 of the memory and of the random numbers."""
-    words = (columns + 31) // 32
-    return torch.randint(-(2**31), 2**31, (rows.shape[0], words), dtype=torch.int32, device=rows.device)
-
-
-def _flip(x: Tensor, bits: Tensor) -> Tensor:
-    """x (rows, columns) with the sign of each entry flipped where its bit of its row is set."""
-    return (_flip_sign_bits if x.device.type == "cpu" else _flip_by_table)(x, bits)
-
-
-def _flip_by_table(x: Tensor, bits: Tensor) -> Tensor:
-    """`_flip` by looking up the signs of each byte: few operations, the faster way on a GPU."""
-    signs = F.embedding(bits.view(torch.uint8).int(), _sign_table(x.device, x.dtype))
-    return x * signs.flatten(-2)[:, : x.shape[-1]]
-
-
-@cache
-def _sign_table(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The 8 signs of every byte, (256, 8)."""
-    bits = torch.arange(256, device=device).unsqueeze(-1) >> torch.arange(8, device=device)
-    return (1 - 2 * (bits & 1)).to(dtype)
-
-
-_INT_OF_WIDTH = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _flip_sign_bits(x: Tensor, bits: Tensor) -> Tensor:
-    """`_flip` by moving the bits to the places of the sign bits: fewer memory accesses, the faster way on a CPU."""
-    integer = _INT_OF_WIDTH[x.element_size()]
-    width = 8 * x.element_size()
-    sign_bit = torch.iinfo(integer).min
-    columns = x.shape[-1]
-    words = bits.view(integer) if width <= 32 else bits.to(integer)
-    shifts = torch.arange(min(width, 32), dtype=integer, device=x.device)
-    # move bit j of its word to the place of the sign bit; for 64-bit floats only the low 32 bits are random
-    spread = (words.unsqueeze(-1) << (shifts + (width - len(shifts)))).flatten(-2)[:, :columns]
-    return spread.bitwise_and_(sign_bit).bitwise_xor_(x.contiguous().view(integer)).contiguous().view(x.dtype)

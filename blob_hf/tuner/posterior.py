@@ -14,10 +14,11 @@ from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.draws import drawn_ahead
 from blob_hf.tuner.in_flight import Frozen, Later, fixed
 from blob_hf.tuner.injection import check_layer, has_adapter, make_gaussian
-from blob_hf.tuner.kl import gaussian_kl, in_rows
+from blob_hf.tuner.kl import gaussian_kl
 from blob_hf.tuner.layer import GaussianA, std_from_rho
 from blob_hf.tuner.parameters import make_sampled
 from blob_hf.tuner.repeating import repeating
+from blob_hf.tuner.rows import as_row, in_rows
 from blob_hf.tuner.sampled import SampledLinear, layer_name
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.tuner.stacks import in_last_layers
@@ -182,7 +183,8 @@ def posterior_samples(
     The samples belong to the thread (or asyncio task) that opened the block: others go on undisturbed, with their own
     or without. Adapters that rows choose by PEFT's `adapter_names` are sampled, too.
 
-    With `Sampling(layers=k)` the samples differ in the last k layers, and what is below is computed once (`trunk`).
+    With `Sampling(layers=k)` the samples differ in the last k layers, and what is below is computed once (`trunk`):
+    hidden states and caches of those layers that the model returns have one block's rows.
 
     Args:
         repeat: Have a `BlobModel`'s forward and `generate` repeat every tensor of the batch S times themselves.
@@ -222,7 +224,7 @@ def _below(model: nn.Module, sampling: Sampling, layers: Iterable[SampledLinear]
     if sampling.layers is None:
         return set()
     if any(layer.num_networks is not None for layer in layers):
-        raise BlobError("layers: these networks were trained apart (an ensemble) and differ everywhere; leave it out")
+        raise BlobError("layers: these networks were trained apart and differ everywhere; leave it out")
     is_last = in_last_layers(model, sampling.layers)
     paths = {module: path for path, module in model.named_modules() if isinstance(module, SampledLinear)}
     return {layer for layer in layers if not is_last(paths[layer])}
@@ -277,8 +279,7 @@ def _stds(layers: Sequence[GaussianA]) -> Tensor:
 
 
 def _row(parameters: Sequence[Tensor]) -> Tensor:
-    """Many tensors in one row."""
-    return torch.cat([full_tensor(parameter).flatten() for parameter in parameters]).float()
+    return as_row([full_tensor(parameter) for parameter in parameters]).float()
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:

@@ -34,3 +34,8 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def local_tensor(tensor: Tensor) -> Tensor:
     """What this process has of a DTensor, written in place with it; any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def num_trained(model: nn.Module) -> int:
+    """Trainable weights, also where ZeRO-3 has sharded them."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)

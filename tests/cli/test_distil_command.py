@@ -13,12 +13,11 @@ import pytest
 import torch
 from helpers.adapters import saved_base, trained
 from helpers.models import randomize_b, tiny_tokenizer, words
-from helpers.running import ROOT
+from helpers.running import ROOT, run_blob
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 
 from blob_hf import BlobConfig, BlobModel, get_blob_model, get_lora_model
-from blob_hf.__main__ import main
 from blob_hf.baselines import MapState, Temperatures
 from blob_hf.metrics.calibration import calibration_metrics
 
@@ -31,11 +30,7 @@ QUICK = [
 
 def distil(*arguments):
     """Exit code of the command."""
-    try:
-        main(["distil", *map(str, arguments)])
-    except SystemExit as exit_:
-        return exit_.code
-    return 0
+    return run_blob("distil", *arguments)
 
 
 def classifier(folder, **config):

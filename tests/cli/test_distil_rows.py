@@ -95,3 +95,37 @@ def test_rows_of_a_summarizer(writers, tmp_path):
     assert read(model, tmp_path, [rows, bare], *prompt) == ("data and teacher", both)
     one_line("no column of answers 'summary'", lambda: read(model, tmp_path, bare, "--answers", "data"))
     one_line("--answers text is for causal", lambda: read(model, tmp_path, rows, "--answers", "text"))
+
+
+def test_conversations_are_read_and_checked_as_predict_does(writers, tmp_path):
+    model, few = writers["gpt2"], ["--max_new_tokens", 8]
+    chat = [turn("user", "w4"), turn("assistant", "w5")]
+    asked, answered = ([50, 4, 51], None), ([50, 4, 51], [5])
+    shared = [{"conversations": [{"from": "user", "value": "w4"}, {"from": "assistant", "value": "w5"}]}]
+    assert read(model, tmp_path, shared, *few) == ("data", [answered])
+    assert read(model, tmp_path, [{"prompt": chat[:1]}], *few) == ("teacher", [asked])
+    tools = [{"messages": chat, "tools": "search"}]
+    for options in (few, [*few, "--answers", "teacher"]):
+        one_line("row 0 of data has tools, which are not read", lambda o=options: read(model, tmp_path, tools, *o))
+    empty = [{"messages": [{"role": "user"}, chat[1]]}]
+    one_line("message 0 of row 0 of data has no content", lambda: read(model, tmp_path, empty, *few))
+
+
+def test_a_template_that_refuses_or_hides_the_answer_is_one_line(writers, tmp_path):
+    model, few = writers["gpt2"], ["--max_new_tokens", 8]
+    tokenizer, chat = model.tokenizers["default"], [{"messages": [turn("user", "w4"), turn("assistant", "w5")]}]
+    try:
+        tokenizer.chat_template = "{{ raise_exception('never') }}"
+        one_line("the chat template refuses a conversation: never", lambda: read(model, tmp_path, chat, *few))
+        tokenizer.chat_template = TEMPLATE.replace("w51 {% endif %}", "w51 w52 {% endif %}")
+        one_line("the answer's tokens cannot be told", lambda: read(model, tmp_path, chat, *few))
+    finally:
+        tokenizer.chat_template = TEMPLATE
+
+
+def test_the_teachers_own_answers_end_where_predict_ends_them(writers, tmp_path):
+    paths = [tmp_path / "rows.jsonl"]
+    paths[0].write_text(json.dumps({"messages": [turn("user", "w4")]}) + "\n")
+    args = parser().parse_args(["x", "--data", str(paths[0]), "--output", "o", "--max_new_tokens", "8"])
+    rows = read_rows(writers["gpt2"], args, [str(paths[0])], "data", False).rows
+    assert {END, writers["gpt2"].generation_config.eos_token_id} <= set(rows.ends)

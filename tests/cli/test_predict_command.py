@@ -61,6 +61,10 @@ def test_mistakes_are_one_line_and_nothing_is_written(classifier, tmp_path, caps
         ([classifier / "run", "--input", classifier / "texts.jsonl", "--num_samples", -1], "num_samples must be >= 0"),
         ([classifier / "run", "--input", classifier / "texts.jsonl", "--coverage", 0.5], "needs a --calibration_file"),
         ([classifier / "run", "--input", classifier / "texts.jsonl", "--batch_size", 0], "batch_size must be >= 1"),
+        (
+            [classifier / "run", "--input", classifier / "texts.jsonl", "--equivalence", "nli"],
+            "--equivalence is for models that write; .* tells classes apart",
+        ),
     ):
         assert predict(*arguments, "--output", tmp_path / "p.jsonl") == 2
         error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -258,7 +262,8 @@ def command(tiny, output, *launcher):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
-def test_two_processes_write_the_file_of_one(tiny, tmp_path, launcher):
+def test_launchers_write_the_file_of_one_process(tiny, tmp_path, launcher):
+    """torchrun starts two; accelerate's own, on a CPU without MPI, one, whatever it is told."""
     assert run_tiny(tiny, tmp_path / "one.jsonl") == 0
     start = {
         "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"],

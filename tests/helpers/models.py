@@ -12,12 +12,16 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from blob_hf import BlobConfig, get_blob_model
 
 
 def tiny_bert(num_labels: int = 3) -> BertForSequenceClassification:
@@ -94,3 +98,24 @@ def words(rows: int, longest: int = 9, seed: int = 0) -> list[str]:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, longest, (rows,), generator=generator).tolist()
     return [" ".join(f"w{i}" for i in torch.randint(4, 59, (n,), generator=generator).tolist()) for n in lengths]
+
+
+def save_word_llama(folder, vocabulary, init_eps, **changes) -> None:
+    """A tiny Llama whose tokens are these words (0 pads, 1 is any other, 2 ends), and a BLoB adapter on it, saved."""
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]"
+    ).save_pretrained(folder / "base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, eos_token_id=2, pad_token_id=0, bos_token_id=None, **changes,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "base")
+    model = get_blob_model(
+        LlamaForCausalLM.from_pretrained(folder / "base"),
+        BlobConfig(target_modules=["q_proj", "v_proj", "lm_head"], task_type="CAUSAL_LM", init_eps=init_eps),
+    )
+    randomize_b(model)
+    model.save_pretrained(folder / "adapter")

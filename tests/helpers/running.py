@@ -33,13 +33,18 @@ def run_experiment(*arguments):
     return 0
 
 
-def predict(*arguments):
-    """Exit code of `blob predict`."""
+def run_blob(command, *arguments):
+    """Exit code of `blob COMMAND`."""
     try:
-        blob(["predict", *map(str, arguments)])
+        blob([command, *map(str, arguments)])
     except SystemExit as exit_:
         return exit_.code
     return 0
+
+
+def predict(*arguments):
+    """Exit code of `blob predict`."""
+    return run_blob("predict", *arguments)
 
 
 def lines(path):

@@ -6,15 +6,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers.models import randomize_b
+from helpers.models import save_word_llama
 from helpers.running import run_script
 from scipy.special import logsumexp
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
-from blob_hf import BlobConfig, BlobError, BlobModel, get_blob_model, get_lora_model
+from blob_hf import BlobConfig, BlobError, BlobModel, get_lora_model
 from blob_hf.lm_eval import TASKS, register
 from blob_hf.lm_eval.__main__ import main
 from blob_hf.lm_eval.tasks import calibration_error, load, score
@@ -29,23 +26,7 @@ def world(tmp_path_factory):
     """A base model whose tokenizer has its vocabulary, a BLoB adapter on it, and questions of two to four choices."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (the extra lm-eval)")
     folder = tmp_path_factory.mktemp("harness")
-    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]"
-    ).save_pretrained(folder / "base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, eos_token_id=2, pad_token_id=0, bos_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "base")
-    model = get_blob_model(
-        LlamaForCausalLM.from_pretrained(folder / "base"),
-        BlobConfig(target_modules=["q_proj", "v_proj", "lm_head"], task_type="CAUSAL_LM", init_eps=0.8),
-    )
-    randomize_b(model)
-    model.save_pretrained(folder / "adapter")
+    save_word_llama(folder, WORDS, init_eps=0.8)
     draw = random.Random(0)
     rows = []
     for _ in range(12):

@@ -7,15 +7,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from helpers.models import randomize_b
+from helpers.models import save_word_llama
 from helpers.running import ROOT
 from peft import PeftModel
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaForCausalLM
 
-from blob_hf import BlobConfig, BlobModel, Sampling, get_blob_model
+from blob_hf import BlobModel, Sampling
 
 SAMPLES = 10
 PROMPT, ANSWERS = "which colour is it", [" red", " dark green", " blue"]
@@ -36,25 +33,7 @@ def run(code, folder):
 def world(tmp_path_factory):
     """A base model and an adapter; the page's first block has exported it."""
     folder = tmp_path_factory.mktemp("serving")
-    words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]"
-    ).save_pretrained(folder / "base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, eos_token_id=2, pad_token_id=0, bos_token_id=None,
-        initializer_range=0.4,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "base")
-    targets = ["q_proj", "v_proj", "lm_head"]
-    model = get_blob_model(
-        LlamaForCausalLM.from_pretrained(folder / "base"),
-        BlobConfig(target_modules=targets, task_type="CAUSAL_LM", init_eps=0.6),
-    )
-    randomize_b(model)
-    model.save_pretrained(folder / "adapter")
+    save_word_llama(folder, WORDS, init_eps=0.6, initializer_range=0.4)
     run(BLOCKS[0], folder)
     return folder
 

@@ -198,3 +198,11 @@ def test_no_model_without_labels_is_needed_to_predict(tmp_path):
     model = get_blob_model(tiny_bert(), BlobConfig(target_modules=TARGETS["bert"]))
     data = Dataset.from_dict({"input_ids": rows(6)["input_ids"]})
     assert trainer(tmp_path, model).predict(data).predictions.shape == (6, 3)
+
+
+def test_a_posterior_inside_a_plain_model_is_refused(tmp_path):
+    """transformers' own add_adapter leaves a model without our saving and loading."""
+    base = tiny_bert()
+    base.add_adapter(BlobConfig(target_modules=["query"]))
+    with pytest.raises(BlobError, match=r"inside a plain BertForSequenceClassification .*get_blob_model"):
+        trainer(tmp_path, base)

@@ -391,11 +391,3 @@ def test_history_file_is_plain_csv(tmp_path):
     header, first, *_ = (tmp_path / "kl_history.csv").read_text().splitlines()
     assert header == "step,nll,kl,kl_weight,kl_loss,elbo,posterior_std,lr_scale" and first.startswith("1,")
     assert json.loads(json.dumps(pd.read_csv(tmp_path / "kl_history.csv").to_dict("records")))[0]["step"] == 1
-
-
-def test_a_posterior_inside_a_plain_model_is_refused(tmp_path):
-    """transformers' own add_adapter leaves a model without our saving and loading."""
-    base = tiny_bert()
-    base.add_adapter(BlobConfig(target_modules=["query"]))
-    with pytest.raises(BlobError, match=r"inside a plain BertForSequenceClassification .*get_blob_model"):
-        trainer(tmp_path, base)

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from blob_hf.tuner.layer import GaussianA, rho_from_std, std_from_rho, std_to_save
-from blob_hf.tuner.noise import NOISE_ESTIMATORS, _flip, _flip_by_table, _random_bits
+from blob_hf.tuner.noise import NOISE_ESTIMATORS
 from blob_hf.tuner.sampling import Sampling
+from blob_hf.tuner.signs import flip_by_table, flip_sign_bits, random_bits
 from blob_hf.utils.errors import BlobError
 
 ROWS, TOKENS, IN, RANK = 2, 3, 37, 4
@@ -123,10 +124,10 @@ def test_local_noise_in_half_precision_neither_overflows_nor_hits_a_floor(scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("flip", [_flip, _flip_by_table])
+@pytest.mark.parametrize("flip", [flip_sign_bits, flip_by_table])
 def test_signs_are_fair_and_uncorrelated(dtype, flip):
     ones = torch.ones(8_000, 70, dtype=dtype)
-    signs = flip(ones, _random_bits(ones, 70)).float()
+    signs = flip(ones, random_bits(ones, 70)).float()
     assert set(signs.unique().tolist()) == {-1.0, 1.0}
     standard_error = 8_000**-0.5
     assert signs.mean(0).abs().max() < 5 * standard_error

@@ -57,7 +57,7 @@ def test_state_is_that_of_a_training_and_samples_those_in_flight(lora):
 @pytest.mark.parametrize("row", [1, 10**6])
 def test_the_kl_step_allocates_a_few_rows(row, monkeypatch):
     """Rows of one layer each, and all layers in one."""
-    monkeypatch.setattr("blob_hf.tuner.kl.ROW", row)
+    monkeypatch.setattr("blob_hf.tuner.rows.ROW", row)
     monkeypatch.setattr("blob_hf.tuner.memory.ROW", row)
     model = blob()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blob_hf.tuner.kl import in_rows, kl_gradient_mean, kl_gradient_rho
+from blob_hf.tuner.kl import kl_gradient_mean, kl_gradient_rho
 from blob_hf.tuner.layer import rho_from_std
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import gaussian_layers
+from blob_hf.tuner.rows import as_row, in_rows, parts_of_row
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import local_tensor
 
@@ -100,24 +101,13 @@ class DecoupledKLStep:
     def apply(self, parameters: Sequence[Tensor], role: str, rate: float) -> None:
         """One SGD step on the KL, in place."""
         for members in in_rows(parameters):
-            row = _row(members)
+            local = [local_tensor(member) for member in members]
+            row = as_row(local)
             if role == "mean":
                 stepped = descend_mean(row, rate, self.prior_std)
             else:
                 stepped = descend_rho(row, rate, self.prior_std, self.parameterization)
-            torch._foreach_copy_([local_tensor(member) for member in members], _parts(stepped, members))
-
-
-def _row(members: Sequence[Tensor]) -> Tensor:
-    """What this process has of the parameters, one after another."""
-    return torch.cat([local_tensor(member).flatten() for member in members])
-
-
-def _parts(row: Tensor, members: Sequence[Tensor]) -> list[Tensor]:
-    """A row in the shapes of the tensors that it was made of."""
-    local = [local_tensor(member) for member in members]
-    parts = row.split([one.numel() for one in local])
-    return [part.view(one.shape) for part, one in zip(parts, local, strict=True)]
+            torch._foreach_copy_(local, parts_of_row(stepped, local))
 
 
 def lr_scale_of(group: dict[str, Any]) -> float:
@@ -155,9 +145,9 @@ def _keep_positive(parameters: Sequence[Tensor], optimizer: torch.optim.Optimize
     Adam may carry a G through 0. A saved adapter holds stds, hence |G|, and a resumed run must fit its momentum.
     """
     for members in in_rows(parameters):
-        row = _row(members)
-        signs = _parts(torch.where(row < 0, -1.0, 1.0).to(row.dtype), members)
         turned = [local_tensor(member) for member in members]
+        row = as_row(turned)
+        signs = parts_of_row(torch.where(row < 0, -1.0, 1.0).to(row.dtype), turned)
         turned_by = list(signs)
         for member, sign in zip(members, signs, strict=True):
             states = optimizer.state.get(member, {})
