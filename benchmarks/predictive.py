@@ -2,11 +2,12 @@
 
     python benchmarks/predictive.py --case NAME ADAPTER TEST [OUT_OF_SCOPE] --case ... --cache FOLDER --plot FILE
 
-A case is an adapter of a classifier with labelled rows (jsonl with texts and a label's id), and rows that belong to no
-class; cases of one name are seeds of one setting. `--student STUDENT ...` are what `blob distil` has made of the
-adapters, in the order of the cases: one forward each. What a case's networks predict is kept in FOLDER: a run that was
-stopped goes on, and the tables are made again without a model. The costs are counted in plain forwards, and measured in
-processor time, which other processes on the machine change less than the clock.
+A case is an adapter with rows (jsonl): of a classifier texts and a label's id, and perhaps rows that belong to no
+class; of multiple choice question, choices and label; of a summarizer dialogue and summary, whose every token is scored
+after those before it. Cases of one name are seeds of one setting. `--student STUDENT ...` are what `blob distil` has
+made of the adapters, in the order of the cases: one forward each. What a case's networks predict is kept in FOLDER: a
+run that was stopped goes on, and the tables are made again without a model. The costs are counted in plain forwards,
+and measured in processor time, which other processes on the machine change less than the clock.
 
 Every way of predicting is scored on as many disjoint or random sets of samples as there are, so that its row is its
 expectation. The reference is the average of all networks that were drawn, 100 or more.
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,10 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax, logsumexp
 
 from blob_hf import BlobConfig, BlobModel, Sampling, get_blob_model
-from blob_hf.inference.inputs import Rows, rows_of
-from blob_hf.inference.predict import sample_log_probs
+from blob_hf.data.summarization import DEFAULT_PROMPT
+from blob_hf.inference.choices import ChoiceRows, ChoiceScoring, choice_rows
+from blob_hf.inference.inputs import Rows, find_tokenizer, rows_of
+from blob_hf.inference.predict import IGNORED_LABEL, sample_log_probs, sample_outputs, token_log_probs
 from blob_hf.inference.settling import settle
 from blob_hf.metrics.calibration import ece, nll
 from blob_hf.metrics.detection import detection_metrics
@@ -77,19 +81,33 @@ class Case:
     def layers(self) -> int:
         return int(self.kept["layers"])
 
+    @property
+    def writes(self) -> bool:
+        """Whether what is scored are the tokens of texts."""
+        return bool(self.kept.get("writes", False))
 
-def collect(case: Case, model: BlobModel, rows: Rows, labels: NDArray[np.int64], closed_form: bool) -> None:
-    """Have the networks of every way predict the rows, the labelled ones first."""
+
+def collect(
+    case: Case, model: BlobModel, rows: Rows | ChoiceRows, labels: NDArray[np.int64], drawn: dict[str, int],
+    closed_form: bool = False,
+) -> None:  # fmt: skip
+    """Have the networks of every way predict the rows, the labelled ones first.
+
+    Args:
+        drawn: How many samples, by the way they are drawn.
+        closed_form: Also the linearised network.
+    """
     batches = in_order(model, rows)
 
     def predicted(sampling: Sampling) -> NDArray[np.float32]:
         return predictions(model, batches, sampling)
 
-    case.kept |= {"labels": labels, "layers": np.array(sum(map(len, layer_stacks(model))))}
+    layers, writes = sum(map(len, layer_stacks(model))), isinstance(rows, Rows) and "labels" in rows.columns
+    case.kept |= {"labels": labels, "layers": np.array(layers), "writes": np.array(writes)}
     predicted(Sampling(0))  # the first one is slower
     for repeat in range(3):
         case.keep("mean" if not repeat else f"mean again {repeat}", lambda: predicted(Sampling(0)))
-    for draw, count in DRAWN.items():
+    for draw, count in drawn.items():
         case.keep(draw, lambda draw=draw, count=count: predicted(Sampling(count, 7, draw)))
     if closed_form:
         case.keep("linearized", lambda: linearized(model, batches, len(rows)))
@@ -101,16 +119,31 @@ def collect(case: Case, model: BlobModel, rows: Rows, labels: NDArray[np.int64],
 Batches = list[tuple[list[int], dict[str, Any]]]  # indices of rows, and these rows
 
 
-def in_order(model: BlobModel, rows: Rows) -> Batches:
+def in_order(model: BlobModel, rows: Rows | ChoiceRows) -> Batches:
     return [(indices, rows.batch(indices, model.device)) for indices in rows.batches(BATCH)]
 
 
 def predictions(model: BlobModel, batches: Batches, sampling: Sampling) -> NDArray[np.float32]:
-    """Log-probabilities `(rows, samples, classes)`, in the order of the rows."""
+    """Log-probabilities `(rows, samples, classes)`, in the order of the rows; of texts a token is a row."""
     found: dict[int, NDArray[np.float32]] = {}
     for indices, batch in batches:
-        found |= zip(indices, sample_log_probs(model, batch, sampling).numpy(), strict=True)
-    return np.stack([found[index] for index in range(len(found))])
+        if "labels" in batch:
+            found |= zip(indices, of_tokens(model, batch, sampling), strict=True)
+        else:
+            found |= zip(indices, sample_log_probs(model, batch, sampling).numpy()[:, None], strict=True)
+    return np.concatenate([found[index] for index in range(len(found))])
+
+
+@torch.no_grad()
+def of_tokens(model: BlobModel, batch: dict[str, Any], sampling: Sampling) -> list[NDArray[np.float32]]:
+    """Of each text log p and log(1 - p) of its tokens, `(tokens, samples, 2)`."""
+    labels = batch["labels"]
+    with posterior_mean(model) if not sampling.num_samples else nullcontext():
+        outputs = sample_outputs(model, batch, sampling) if sampling.num_samples else [model(**batch)]
+        each = [token_log_probs(one, labels) for output in outputs for one in output.logits.split(len(labels))]
+    right = torch.stack(each, dim=2)
+    both = torch.stack([right, torch.log1p(-right.exp().clamp(max=1 - 1e-6))], dim=3).numpy()
+    return [both[row][labels[row] != IGNORED_LABEL] for row in range(len(labels))]
 
 
 def linearized(model: BlobModel, batches: Batches, count: int) -> NDArray[np.float32]:
@@ -175,15 +208,15 @@ def ways(case: Case) -> Iterator[Way]:
         for count in (4, 6, 10):
             trials = [averaged(one) for one in windows(samples, count)]
             yield Way(f"trunk k={k} N={count}", 1 + (count - 1) * share, trials)
-    for tolerance in TOLERANCES:
+    enough = kept["antithetic"].shape[1] >= Sampling.auto().num_samples
+    for tolerance in TOLERANCES if enough and not case.writes else ():  # a text has no one probability that settles
         yield automatic(f"auto {tolerance:g}", kept["antithetic"], tolerance)
     if "student" in kept:
         yield Way("distilled", 1, [averaged(kept["student"])])
     if "linearized" in kept:
         yield from closed_forms(kept["linearized"], rng)
-    yield Way(
-        "reference", sum(kept[draw].shape[1] for draw in DRAWN), [averaged(np.concatenate([kept[d] for d in DRAWN], 1))]
-    )
+    every = np.concatenate([kept[draw] for draw in DRAWN], axis=1)
+    yield Way("reference", every.shape[1], [averaged(every)])
 
 
 def automatic(name: str, samples: NDArray[Any], tolerance: float) -> Way:
@@ -217,10 +250,12 @@ def closed_forms(moments: NDArray[Any], rng: np.random.Generator) -> Iterator[Wa
 METRICS = ("nll", "ece", "auroc")
 
 
-def scored(log_probs: Scores, labels: NDArray[np.int64]) -> dict[str, float]:
+def scored(log_probs: Scores, labels: NDArray[np.int64], writes: bool) -> dict[str, float]:
     count = len(labels)
     scores = log_softmax(log_probs, axis=1)
-    found = {"nll": nll(scores[:count], labels), "ece": ece(scores[:count], labels)}
+    found = {"nll": nll(scores[:count], labels)}
+    if not writes:  # what else a token could have been was not kept
+        found["ece"] = ece(scores[:count], labels)
     if len(scores) > count:
         entropy = predictive_entropy(scores[:, None])
         found["auroc"] = detection_metrics(entropy[:count], entropy[count:])["auroc"]
@@ -236,10 +271,11 @@ def table_of(cases: list[Case]) -> Table:
     for case in cases:
         for way in ways(case):
             values[way.name]["cost"].append(way.cost)
-            each = [scored(trial, case.kept["labels"]) for trial in way.trials]
+            each = [scored(trial, case.kept["labels"], case.writes) for trial in way.trials]
             for metric in each[0]:
                 values[way.name][metric].append(float(np.mean([one[metric] for one in each])))
-    return {name: {key: float(np.mean(one)) for key, one in found.items()} for name, found in values.items()}
+    whole = {name: found for name, found in values.items() if len(found["cost"]) == len(cases)}  # else not comparable
+    return {name: {key: float(np.mean(one)) for key, one in found.items()} for name, found in whole.items()}
 
 
 def kept_gain(table: Table, name: str, metric: str) -> float:
@@ -295,11 +331,15 @@ def plot(tables: dict[str, Table], file: Path) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1)
         axis.plot(1, table["N=0"]["nll"], "k*", label="posterior mean, N=0")
-        axis.axhline(table["reference"]["nll"], color="grey", linewidth=0.8, label="100 networks")
+        axis.axhline(table["reference"]["nll"], color="grey", linewidth=0.8, label="all networks that were drawn")
         axis.set(title=setting, xlabel="cost, plain forwards", xlim=(0.5, 11), ylabel="NLL, nats")
         top = max(table["N=0"]["nll"], table["iid N=2"]["nll"])
         axis.set_ylim(table["reference"]["nll"] * 0.97, top * 1.05)
-    axes[0][-1].legend(fontsize=7)
+    named = {}
+    for axis in axes[0]:
+        handles, labels = axis.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    axes[0][-1].legend(named.values(), named.keys(), fontsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=130)
 
@@ -316,12 +356,29 @@ def texts_of(rows: list[dict[str, Any]]) -> list[Any]:
     return [row[names[0]] if len(names) == 1 else tuple(row[name] for name in names) for row in rows]
 
 
-def load(adapter: str, test: str, outside: str | None = None) -> tuple[BlobModel, Rows, NDArray[np.int64]]:
+def load(adapter: str, test: str, outside: str | None = None) -> tuple[BlobModel, Rows | ChoiceRows, NDArray[np.int64]]:
     """An adapter, all rows, and the labels of the first of them."""
     rows = read(test)
-    texts = texts_of(rows) + (texts_of(read(outside)) if outside else [])
     model = BlobModel.from_pretrained(adapter).eval().requires_grad_(False)
-    return model, rows_of(model, texts, max_length=64), np.array([row["label"] for row in rows])
+    if "summary" in rows[0]:
+        return model, *summaries_of(model, rows)
+    labels = np.array([row["label"] for row in rows])
+    if "choices" in rows[0]:
+        kept = model.companions[str(model.active_adapter)].values()
+        scoring = next(one for one in kept if isinstance(one, ChoiceScoring))
+        return model, choice_rows(rows, scoring, find_tokenizer(model)), labels
+    texts = texts_of(rows) + (texts_of(read(outside)) if outside else [])
+    return model, rows_of(model, texts, max_length=64), labels
+
+
+def summaries_of(model: BlobModel, rows: list[dict[str, Any]]) -> tuple[Rows, NDArray[np.int64]]:
+    """Dialogues with their summaries; the label of a token is 0: its own."""
+    tokenizer = find_tokenizer(model)
+    texts = rows_of(model, [row["dialogue"] for row in rows], prompt=DEFAULT_PROMPT, max_length=256)
+    targets = tokenizer(text_target=[row["summary"] for row in rows], max_length=64, truncation=True).input_ids
+    columns = texts.columns | {"labels": list(map(torch.tensor, targets))}
+    found = Rows(columns, texts.padding | {"labels": IGNORED_LABEL})
+    return found, np.zeros(sum(map(len, targets)), dtype=np.int64)
 
 
 def ask(case: Case, student: str, files: list[str]) -> None:
@@ -342,7 +399,7 @@ def tiny(case: Case) -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter.data, std=1.0)
     rows = Rows({"input_ids": list(torch.randint(1, 50, (20, 6)))}, {"input_ids": 0})
-    collect(case, model.requires_grad_(False), rows, np.arange(12) % 3, closed_form=True)
+    collect(case, model.requires_grad_(False), rows, np.arange(12) % 3, DRAWN, closed_form=True)
     case.keep("student", lambda: predictions(model, in_order(model, rows), Sampling(0)))  # the mean in its place
 
 
@@ -354,6 +411,7 @@ def main() -> None:
     parser.add_argument(
         "--closed_form", action="store_true", help="also the linearised network: a backward pass a class"
     )
+    parser.add_argument("--networks", type=int, default=100, help="drawn together by all ways, at least")
     parser.add_argument("--collect_only", action="store_true", help="no tables")
     parser.add_argument("--plot", help="file for the picture")
     parser.add_argument("--tiny", action="store_true", help="a model not worth measuring: to see that this runs")
@@ -370,7 +428,8 @@ def main() -> None:
         case = Case(name, Path(cache, f"{name}-{len(settings[name]) + 1}.npz"))
         settings[name].append(case)
         if f"trunk {int(case.kept.get('layers', 9)) - 1}" not in case.kept:
-            tiny(case) if args.tiny else collect(case, *load(*files), args.closed_form)
+            drawn = {draw: max(10, count * args.networks // 100) for draw, count in DRAWN.items()}
+            tiny(case) if args.tiny else collect(case, *load(*files), drawn, args.closed_form)
         if students and "student" not in case.kept:
             ask(case, students[sum(map(len, settings.values())) - 1], files[1:])
     if args.collect_only:
