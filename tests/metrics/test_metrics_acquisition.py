@@ -1,4 +1,4 @@
-"""Acquisition functions against mutual information by hand, all joint outcomes one by one, and a query known to be best."""
+"""Acquisition functions against mutual information by hand, all joint outcomes, and a query known to be best."""
 
 import itertools
 
