@@ -177,7 +177,8 @@ class RowFile:
             return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         flat = [flattened(row) for row in rows]
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(flat[0]), delimiter=self._delimiter, lineterminator="\n")
+        names = list(dict.fromkeys(name for row in flat for name in row))  # of lists of several lengths, too
+        writer = csv.DictWriter(text, names, delimiter=self._delimiter, lineterminator="\n")
         if header:
             writer.writeheader()
         writer.writerows(flat)

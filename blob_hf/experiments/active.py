@@ -233,9 +233,12 @@ class Rounds:
                 if run.is_complete and self.labelled(chain, number).is_file():
                     metrics = json.loads((run.folder / "eval_results.json").read_text(encoding="utf-8"))
                     values = {name: metrics[f"eval_{name}"] for name in active_report.METRICS}
-                    facts = {"method": chain.method, "strategy": chain.strategy, "round": number}
-                    labelled = len(read_rows(self.labelled(chain, number)))
-                    found.append({**chain._asdict(), **facts, "labelled": labelled, **values})
+                    facts: dict[str, Any] = {"method": chain.method, "strategy": chain.strategy, "round": number}
+                    rows = read_rows(self.labelled(chain, number))
+                    columns = ACTIVE[chain.setting].task.columns
+                    facts |= {"labelled": len(rows), "classes": len({row["label"] for row in rows})}
+                    facts["distinct"] = len({tuple(row[name] for name in columns) for row in rows})
+                    found.append({**chain._asdict(), **facts, **values})
         return found
 
 

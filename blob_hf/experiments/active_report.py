@@ -1,6 +1,6 @@
 """The report of active learning: curves over labelled rows, their areas, and what these gain over random rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ def write(folder: Path, rows: Sequence[dict[str, Any]], arguments: Sequence[str]
     """Write report.md, curves.csv, areas.csv and plots/learning.png of the complete rounds, and print the report.
 
     Args:
-        rows: Of each round setting, arm, seed, method, strategy, round, labelled, and the `METRICS`.
+        rows: Of each round setting, arm, seed, method, strategy, round, how many rows are labelled, how many distinct
+            texts and classes these have, and the `METRICS`.
         arguments: That every run had.
     """
     if not rows:
@@ -49,6 +50,7 @@ def write(folder: Path, rows: Sequence[dict[str, Any]], arguments: Sequence[str]
         ),
         "## Area under the curve, against random rows for the same method\n\n" + areas_text(areas),
         f"## Area under the curve, against {RIVAL}\n\n" + rival_text(areas),
+        "## What was labelled by the last round\n\n" + labelled_text(curves),
         "## Plots\n\n![learning](plots/learning.png)",
     ]
     text = "\n\n".join(parts) + "\n"
@@ -79,10 +81,10 @@ def areas_of(curves: pd.DataFrame) -> pd.DataFrame:
     other numbers of rows.
     """
     rows = []
-    most = curves.groupby("setting")["round"].max()
+    complete = curves.groupby("setting")["round"].transform("max") + 1
     for (setting, arm, seed), part in curves.groupby(["setting", "arm", "seed"], sort=False):
         ordered = part.sort_values("labelled")
-        if len(ordered) == most[setting] + 1 > 1:
+        if len(ordered) == complete[part.index[0]] > 1:
             width = float(ordered["labelled"].iloc[-1] - ordered["labelled"].iloc[0])
             areas = {name: float(np.trapezoid(ordered[name], ordered["labelled"])) / width for name in METRICS}
             rows.append({"setting": setting, "arm": arm, "seed": seed, **areas})
@@ -97,7 +99,8 @@ def curves_text(points: pd.DataFrame, metric: str) -> str:
         sizes = sorted(set(part["labelled"]))
         rows = []
         for arm, own in part.groupby("arm", sort=False):
-            cells = {row.labelled: _shown(row.value, row.low, row.high, factor, digits) for row in own.itertuples()}
+            found = zip(own["labelled"], own["value"], own["low"], own["high"], strict=True)
+            cells = {size: _shown(value, low, high, factor, digits) for size, value, low, high in found}
             rows.append([arm, own["seeds"].max(), *(cells.get(size, "-") for size in sizes)])
         tables.append(markdown_table((f"{setting}, {label}", "seeds", *map(str, sizes)), rows))
     return "\n\n".join(tables)
@@ -114,7 +117,8 @@ def areas_text(areas: pd.DataFrame) -> str:
     """Areas of all arms, and their paired differences from random rows for the same method."""
     tests = {metric: _tests(areas, metric, lambda arm: f"{arm.rpartition('-')[0]}-random") for metric in SHOWN}
     rows = []
-    for (setting, arm), part in areas.groupby(["setting", "arm"], sort=False):
+    for setting, arm in _keys(areas):
+        part = areas[(areas["setting"] == setting) & (areas["arm"] == arm)]
         cells = []
         for metric, (_, factor, digits, _) in SHOWN.items():
             cells += [spread(part[metric]).show(factor, digits), _difference(tests[metric], (setting, arm), metric)]
@@ -140,10 +144,24 @@ def rival_text(areas: pd.DataFrame) -> str:
     return markdown_table(("setting", "arm", *(label for label, *_ in SHOWN.values())), rows)
 
 
-def _tests(areas: pd.DataFrame, metric: str, other: Any) -> dict[Key, tuple[PairedTest, float]]:
+def labelled_text(curves: pd.DataFrame) -> str:
+    """How many rows, distinct texts and classes the arms have labelled in all, means over seeds."""
+    last = curves[curves["round"] == curves.groupby("setting")["round"].transform("max")]
+    rows = []
+    for setting, arm in _keys(last):
+        part = last[(last["setting"] == setting) & (last["arm"] == arm)]
+        rows.append([setting, arm, *(f"{part[name].mean():.1f}" for name in ("labelled", "distinct", "classes"))])
+    return markdown_table(("setting", "arm", "rows", "distinct texts", "classes"), rows)
+
+
+def _keys(areas: pd.DataFrame) -> list[Key]:
+    return list(dict.fromkeys(zip(map(str, areas["setting"]), map(str, areas["arm"]), strict=True)))
+
+
+def _tests(areas: pd.DataFrame, metric: str, other: Callable[[str], str]) -> dict[Key, tuple[PairedTest, float]]:
     """Of every arm that has a partner on two seeds or more: the paired test, and p after Holm's correction."""
     found: dict[Key, PairedTest] = {}
-    for setting, arm in areas.groupby(["setting", "arm"], sort=False).groups:
+    for setting, arm in _keys(areas):
         own, partner = (
             areas[(areas["setting"] == setting) & (areas["arm"] == name)].set_index("seed")[metric]
             for name in (arm, other(arm))

@@ -1,11 +1,13 @@
 """`blob acquire` against `model.predict` on the whole pool, in blocks that are smaller than it, and what it refuses."""
 
 import json
+from datetime import datetime
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from helpers.adapters import saved_base
 from helpers.models import randomize_b, save_word_llama, tiny_tokenizer, words
 from helpers.running import lines, run_blob
@@ -155,12 +157,24 @@ def test_questions_of_multiple_choice(tmp_path):
     assert [row["id"] for row in found] == [f"q{n}" for n in best]
     assert all({key: row[key] for key in asked[n]} == asked[n] for n, row in zip(best, found, strict=True))
     np.testing.assert_allclose([row["acquisition_score"] for row in found], truth.epistemic[best], rtol=2e-5)
-    assert choose(tmp_path, tmp_path / "batch.jsonl", adapter="adapter", count=2) == 0  # choices without a probability
+    # choices without a probability, and in a table rows with fewer of them than others
+    assert choose(tmp_path, tmp_path / "batch.csv", adapter="adapter", count=14) == 0
+    table = pd.read_csv(tmp_path / "batch.csv")
+    assert sorted(table["acquired"]) == list(range(1, 15)) and table["choices_3"].notna().sum() == 7
+    assert all(row["choices_2"] == asked[int(row["id"][1:])]["choices"][1] for _, row in table.iterrows())
     with pytest.raises(BlobError, match="has no questions"):
         Pool.read(tmp_path / "adapter", str(jsonl(tmp_path / "texts.jsonl", [{"text": "w1"}])))
     with pytest.raises(BlobError, match="a question has 4 choices"):
         wide = [{"question": "w1", "choices": ["w1", "w2", "w3", "w4"]}]
         Pool.read(tmp_path / "adapter", str(jsonl(tmp_path / "wide.jsonl", wide)))
+
+
+def test_a_row_is_written_with_all_its_columns_whatever_they_hold():
+    columns = {"text": ["a"], "when": [datetime(2020, 1, 2)], "x": [float("nan")], "more": [{"y": [1.5, None]}]}
+    row = Pool(Dataset.from_dict(columns), ("text",)).row(0)
+    assert json.loads(json.dumps(row, allow_nan=False)) == {
+        "id": 0, "text": "a", "when": "2020-01-02 00:00:00", "x": None, "more": {"y": [1.5, None]},
+    }  # fmt: skip
 
 
 def test_the_shortlist_holds_no_more_than_it_must_and_loses_none():

@@ -137,6 +137,7 @@ def test_rounds_are_trained_on_what_was_labelled_before_and_chosen_since(tmp_pat
     bald = tmp_path / "out" / "rows" / "own" / "blob-bald" / "seed1"
     assert [row["id"] for row in lines(bald / "chosen2.jsonl")] == [25, 24, 23, 22]
     report = pd.read_csv(tmp_path / "out" / "curves.csv")
+    assert (report["distinct"] == report["labelled"]).all() and (report["classes"] == 3).all()
     assert report.groupby("arm")["labelled"].apply(list).tolist() == [[5, 9, 13]] * 3
 
 
@@ -184,7 +185,7 @@ def test_the_command_of_a_run(tmp_path, data):
         (["--arms", "blob-bald"], "--arms must have blob-random, which blob-bald is compared with"),
         (["--seeds", "1", "1"], "--seeds must be different values"),
         (["--rounds", "0"], "--rounds must be >= 1"),
-        (["--rounds", "20"], "20 rounds of 40 rows cannot be chosen from the pool of banking77, which has 600"),
+        (["--rounds", "20"], "20 rounds of 40 rows cannot be chosen from the pool of banking77, which has 500"),
         (["--count", "0"], "cannot be chosen"),
         (["--train_file", "x.csv"], "--train_file is set by the experiment"),
         (["--data_dir", "nowhere"], "--data_dir is the folder of the tasks' files"),
@@ -230,7 +231,7 @@ def known(seeds=(1, 2, 3), arms=("blob-random", "blob-bald", "lora-random", "lor
     return [
         {
             "setting": setting, "arm": arm, "seed": seed, "method": arm.split("-")[0], "strategy": arm.split("-")[1],
-            "round": number, "labelled": 10 + [0, 5, 20][number],
+            "round": number, "labelled": 10 + [0, 5, 20][number], "distinct": 10 + number + seed, "classes": 3,
             **{name: rng.normal() + 5 * arm.endswith("bald") for name in active_report.METRICS},
         }
         for setting in ("banking77", "mrpc") for arm in arms for seed in seeds for number in range(3)
@@ -263,7 +264,8 @@ def test_areas_are_those_of_trapezoids_and_differences_are_paired_and_corrected(
     part = [row["nll"] for row in rows if (row["setting"], row["arm"], row["round"]) == ("mrpc", "lora-random", 1)]
     low, high = stats.t.interval(0.95, 2, np.mean(part), stats.sem(part))
     assert f"{np.mean(part):.3f} [{low:.3f}, {high:.3f}]" in text
-    rival = text.split("against lora-entropy")[1]
+    assert "| mrpc | blob-bald | 30.0 | 14.0 | 3.0 |" in text
+    rival = text.split("against lora-entropy")[1].split("##")[0]
     assert "| mrpc | blob-bald |" in rival and "| mrpc | lora-entropy |" not in rival
     assert (tmp_path / "plots" / "learning.png").stat().st_size > 10_000
 

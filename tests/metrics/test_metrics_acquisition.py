@@ -133,7 +133,7 @@ def test_mistakes_are_said():
         ((probabilities[:, :1], 2, "batchbald"), "a single network"),
         ((probabilities[0], 2), r"got shape \(3, 2\)"),
         ((2 * probabilities, 2), "a sum of 1"),
-        ((probabilities - 0.9, 2), "at least 0"),
+        ((3 * probabilities - 1, 2), "at least 0"),
         ((probabilities[:0], 1), "expected sample probabilities"),
         ((probabilities, 2, "batchbald", 0, 2), "at least the number of networks, 3"),
     ):
