@@ -45,7 +45,6 @@ logger = logging.getLogger(__name__)
 NUM_SAMPLES, CANDIDATES = 20, 1000
 RANK, SCORE, ENTROPY, EPISTEMIC = "acquired", "acquisition_score", "entropy", "epistemic"
 _BATCHES = 16  # that are predicted together: rows of similar length among them share a batch
-_NEARLY = 0.95  # of what so many networks can tell
 
 
 class Shortlist:
@@ -155,13 +154,11 @@ def _together(kept: Shortlist, count: int, drawn: Sampling) -> Acquired:
     """BatchBALD among the candidates, and what is to be known of it."""
     assert kept.probabilities is not None
     chosen = batch_bald(kept.probabilities, count, drawn.seed)
-    told, limit = chosen.scores.cumsum(), float(np.log(drawn.num_samples))
-    full = int((told < _NEARLY * limit).sum()) + 1
-    if full < count:
-        logger.warning(
-            "the first %d rows tell %.2f of the %.2f nats that %d networks can be told apart by: the others are hardly "
-            "weighed against one another; ask for fewer rows, or more samples",
-            full, told[full - 1], limit, drawn.num_samples,
+    if chosen.jointly < count:
+        logger.info(
+            "the first %d rows tell %.2f of the %.2f nats that %d networks can be told apart by; the others were "
+            "weighed against each of the chosen rows, not against all: more samples weigh more together",
+            chosen.jointly, chosen.scores[: chosen.jointly].sum(), np.log(drawn.num_samples), drawn.num_samples,
         )  # fmt: skip
     unsure = int((chosen.scores >= kept.best_left_out).sum())  # a row adds at most its own BALD score
     if unsure < count:

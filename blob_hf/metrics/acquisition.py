@@ -5,7 +5,7 @@ what the networks disagree about most (Houlsby et al., 2011), each row for itsel
 `batchbald` (Kirsch, van Amersfoort & Gal, NeurIPS 2019) takes rows that together tell most.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +19,10 @@ Floats = NDArray[np.float64]
 
 STRATEGIES = ("random", "entropy", "bald", "batchbald")
 OF_NETWORKS = ("bald", "batchbald")  # which compare networks: of a single one they are 0 for every row
+TOLD = 0.9  # share of log S from which on S networks no longer tell batches apart
 OUTCOMES = 1000  # labels of the rows chosen so far that are weighed at most: all there are, or so many drawn
 _AT_ONCE = 4_000_000  # numbers in memory
+_LEADING = 32  # rows that are compared with the chosen ones together
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,13 @@ class Acquired:
         rows: Indices, `(count,)`.
         scores: What each was chosen by, nats, `(count,)`: its entropy or mutual information, of `batchbald` what it
             adds to that of the rows before it (so that they sum to the joint one); of `random` NaN.
+        jointly: Of `batchbald`: how many of the first rows that is so for. Of later ones it is the most that each can
+            add.
     """
 
     rows: NDArray[np.int64]
     scores: Floats
+    jointly: int = 0
 
 
 def acquire(
@@ -142,7 +147,10 @@ def batch_bald(sample_probabilities: ArrayLike, count: int, seed: int = 0, outco
       probabilities of drawn outcomes instead; ours needs no ratio of tiny numbers, and is never negative.)
     - a row adds no more than it did before: only rows that still could be the best are weighed again (Minoux, 1978).
 
-    S networks can tell no more than log S together: what is chosen when that is nearly reached is hardly told apart.
+    S networks can be told apart by log S nats and no more. When the chosen rows tell `TOLD` of that, what further ones
+    add says more about S than about them. From there on the row is taken that adds most to whichever chosen one leaves
+    it least: max over x of min over chosen j of I(y_x; A | y_j), which is no less than what it adds to all of them
+    together (conditional mutual information maximisation; Fleuret, JMLR 5, 2004, for features of a classifier).
 
     Args:
         sample_probabilities: `(inputs, samples, classes)`.
@@ -157,16 +165,22 @@ def batch_bald(sample_probabilities: ArrayLike, count: int, seed: int = 0, outco
     check_networks(probabilities.shape[1], "batchbald")
     check_count(count, len(probabilities))
     known = _Outcomes(probabilities.shape[1], outcomes, seed)
-    bounds = scores(probabilities, "bald")
+    pairs = _Pairs(probabilities)
+    bounds = pairs.most.copy()
     rows: list[int] = []
     gains: list[float] = []
-    for _ in range(count):
+    while len(rows) < count and sum(gains) < TOLD * np.log(probabilities.shape[1]):
         best = _best(probabilities, bounds, known) if rows else int(bounds.argmax())
         rows.append(best)
         gains.append(float(bounds[best]))
         bounds[best] = -np.inf
         known.add(probabilities[best])
-    return Acquired(np.array(rows), np.array(gains))
+    jointly = len(rows)
+    while len(rows) < count:
+        best = pairs.best(rows)
+        rows.append(best)
+        gains.append(float(pairs.most[best]))
+    return Acquired(np.array(rows), np.array(gains), jointly)
 
 
 def _best(probabilities: Floats, bounds: Floats, known: "_Outcomes") -> int:
@@ -187,6 +201,40 @@ def _best(probabilities: Floats, bounds: Floats, known: "_Outcomes") -> int:
 def _parts(order: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
     for start in range(0, len(order), size):
         yield order[start : start + size]
+
+
+class _Pairs:
+    """What rows add to the chosen one that leaves them least.
+
+    Attributes:
+        most: The least of what each row adds to one of the chosen rows that it was compared with, nats, `(inputs,)`;
+            its BALD score before.
+    """
+
+    def __init__(self, probabilities: Floats) -> None:
+        self.probabilities = probabilities
+        self.most = scores(probabilities, "bald")
+        self._compared = np.zeros(len(probabilities), dtype=np.int64)  # with so many of the chosen
+        self._after: list[_Outcomes] = []
+
+    def best(self, chosen: Sequence[int]) -> int:
+        """The row that adds most; only rows that still could be it are compared with what was chosen since."""
+        for row in chosen[len(self._after) :]:
+            _, samples, classes = self.probabilities.shape
+            after = _Outcomes(samples, max(samples, classes), seed=0)
+            after.add(self.probabilities[row])
+            self._after.append(after)
+        open_rows = np.setdiff1d(np.arange(len(self.most)), chosen)
+        while True:
+            order = open_rows[np.argsort(-self.most[open_rows], kind="stable")[:_LEADING]]
+            if self._compared[order[0]] == len(chosen):
+                return int(order[0])
+            for place, after in enumerate(self._after):
+                behind = order[self._compared[order] <= place]
+                if len(behind):
+                    added = after.gains(self.probabilities[behind])
+                    self.most[behind] = np.minimum(self.most[behind], added)
+            self._compared[order] = len(chosen)
 
 
 def joint_information(sample_probabilities: ArrayLike, outcomes: int = OUTCOMES, seed: int = 0) -> float:

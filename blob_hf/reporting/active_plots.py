@@ -17,6 +17,8 @@ _MARKERS = ("o", "s", "^", "D")
 def plot_learning(points: pd.DataFrame, metrics: Mapping[str, tuple[str, float]], path: str | PathLike[str]) -> Figure:
     """Learning curves of all arms: mean over seeds, with a band for its interval where that is finite.
 
+    Of two seeds an interval is many times as wide as the curves are high: bands are cut where they leave the panel.
+
     Args:
         points: Rows of setting, arm (`method-strategy`), labelled, metric, value, low, high.
         metrics: Label and factor by metric; a row of panels each.
@@ -44,6 +46,9 @@ def plot_learning(points: pd.DataFrame, metrics: Mapping[str, tuple[str, float]]
                     sure = part[np.isfinite(part["low"])]
                     band = (factor * sure["low"], factor * sure["high"])
                     axis.fill_between(sure["labelled"], *band, color=colours[strategy], alpha=0.08, linewidth=0)
+                means = factor * points[(points["setting"] == setting) & (points["metric"] == metric)]["value"]
+                margin = 0.25 * (means.max() - means.min()) or 0.1
+                axis.set_ylim(means.min() - margin, means.max() + margin)
                 sns.despine(ax=axis)
             row[0].set_ylabel(label)
         for axis, setting in zip(axes[0], settings, strict=True):

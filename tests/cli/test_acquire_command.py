@@ -18,6 +18,7 @@ from blob_hf.cli.acquire import Shortlist
 from blob_hf.cli.pool import Pool
 from blob_hf.inference.answers import Prediction
 from blob_hf.inference.choices import ChoiceScoring
+from blob_hf.metrics import acquisition
 from blob_hf.metrics.acquisition import acquire as acquire_from
 from blob_hf.utils.errors import BlobError
 
@@ -109,7 +110,7 @@ def test_of_few_candidates_the_log_says_from_where_on_others_might_have_been_bet
     sure = int((among.scores >= left_out).sum())
     assert sure < 9 and f"from row {sure + 1} on, rows beyond the 9 candidates might have added more" in caplog.text
     told = among.scores.cumsum()
-    monkeypatch.setattr(acquire, "_NEARLY", told[4] / np.log(4) - 1e-4)
+    monkeypatch.setattr(acquisition, "TOLD", told[4] / np.log(4) - 1e-4)
     assert choose(tiny, tmp_path / "again.jsonl", "--candidates", 9, count=9) == 0
     assert f"the first 5 rows tell {told[4]:.2f} of the 1.39 nats that 4 networks" in caplog.text
 

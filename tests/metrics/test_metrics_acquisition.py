@@ -107,13 +107,39 @@ def test_of_noise_entropy_takes_the_coin_and_bald_what_networks_differ_about():
     assert joint_information(probabilities) == pytest.approx(entropy(shares))
 
 
-def test_many_rows_of_many_classes_stay_below_what_the_networks_can_tell():
+def test_many_rows_of_many_classes_stay_below_what_the_networks_can_tell(monkeypatch):
+    monkeypatch.setattr(acquisition, "TOLD", 9.0)
     probabilities = pool(50, 8, 20, scale=3.0)
     found = acquire(probabilities, 30, "batchbald", outcomes=64)
-    assert len(set(found.rows.tolist())) == 30 and (found.scores >= 0).all()
+    assert len(set(found.rows.tolist())) == found.jointly == 30 and (found.scores >= 0).all()
     assert np.log(8) * 0.99 < found.scores.sum() <= np.log(8) * 1.05
     again = acquire(probabilities, 30, "batchbald", outcomes=64)
     assert found.rows.tolist() == again.rows.tolist()
+
+
+@pytest.mark.parametrize("leading", [1, 50])
+def test_when_the_networks_are_told_apart_rows_are_weighed_against_each_chosen_one(monkeypatch, leading):
+    monkeypatch.setattr(acquisition, "_LEADING", leading)
+    probabilities = pool(14, 3, 4)
+    found = batch_bald(probabilities, 9)
+    told = found.scores.cumsum()
+    assert 0 < found.jointly < 8
+    assert told[found.jointly - 2] < 0.9 * np.log(3) <= told[found.jointly - 1]
+
+    def least(row, chosen):
+        return min(joint_by_hand(probabilities[[row, j]]) - joint_by_hand(probabilities[[j]]) for j in chosen)
+
+    for place in range(found.jointly, 9):
+        before = found.rows[:place].tolist()
+        by_hand = {row: least(row, before) for row in range(14) if row not in before}
+        assert found.rows[place] == max(by_hand, key=by_hand.get)
+        assert found.scores[place] == pytest.approx(max(by_hand.values()))
+
+
+def test_also_then_duplicates_are_left(monkeypatch):
+    one = np.eye(3)[np.random.default_rng(0).integers(0, 3, (8, 6))] * 0.97 + 0.01  # of surely differing networks
+    found = batch_bald(np.concatenate([one, one]), 8)
+    assert found.jointly < 6 and sorted(row % 8 for row in found.rows.tolist()) == list(range(8))
 
 
 def test_random_rows_are_different_and_named_by_the_seed():
