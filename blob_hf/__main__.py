@@ -36,6 +36,12 @@ def _predict(argv: Sequence[str]) -> None:
     main(argv)
 
 
+def _acquire(argv: Sequence[str]) -> None:
+    from blob_hf.cli.acquire import main
+
+    main(argv)
+
+
 def _distil(argv: Sequence[str]) -> None:
     from blob_hf.cli.distil import main
 
@@ -72,11 +78,12 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "choose": ("fine-tune and evaluate a language model on multiple choice (run_multiple_choice_blob.py)", _choose),
     "sft": ("fine-tune and evaluate a causal model on texts or conversations (run_sft_blob.py)", _sft),
     "predict": ("labels or summaries for new texts, with their uncertainty", _predict),
+    "acquire": ("which rows of a pool to label next", _acquire),
     "distil": ("one plain LoRA adapter that answers as a posterior does, at one forward", _distil),
     "convert": ("turn a checkpoint of the BLoB authors' code into an adapter", _convert),
     "tfb": ("give a trained LoRA adapter a posterior without training", _tfb),
     "lm-eval": ("lm-evaluation-harness, with the model blob", _lm_eval),
-    "experiments": ("run an experiment: glue, sensitivity, mean, sampling", _experiments),
+    "experiments": ("run an experiment: study, active, glue, sensitivity, mean, sampling", _experiments),
 }
 
 

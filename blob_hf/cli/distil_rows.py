@@ -106,18 +106,27 @@ def _of_choices(
 ) -> Given:  # fmt: skip
     asked: list[dict[str, Any]] = []
     for file, path in zip(files, paths, strict=True):
-        if not any(form <= set(file.column_names) for form in _CHOICES):
-            raise BlobError(
-                f"{path} has no questions: the adapter answers multiple choice, which needs the columns question and "
-                f"choices, but it has {', '.join(file.column_names)}"
-            )
-        asked += questions(file).to_list()
+        asked += questions_of(file, path).to_list()
     labels = [row.pop("label", None) for row in asked]
     if labelled and None in labels:
         raise BlobError(f"question {labels.index(None) + 1} of {paths[0]} has no label")
     tokenized = choice_rows(Dataset.from_list(asked), scoring, find_tokenizer(model), args.max_length)
     rows = ClassRows(asked, tokenized, args.max_length)
     return Given(rows, labels=np.array(labels) if labelled else None)
+
+
+def questions_of(file: Dataset, path: str) -> Dataset:
+    """The questions of a file for an adapter that answers multiple choice.
+
+    Raises:
+        BlobError: It has none, or one cannot be read.
+    """
+    if not any(form <= set(file.column_names) for form in _CHOICES):
+        raise BlobError(
+            f"{path} has no questions: the adapter answers multiple choice, which needs the columns question and "
+            f"choices, but it has {', '.join(file.column_names)}"
+        )
+    return questions(file)
 
 
 # ----- texts -----------------------------------------------------------------------------------------------------

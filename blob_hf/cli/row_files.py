@@ -17,6 +17,7 @@ from blob_hf.data.columns import IDS, check_texts, find_text_columns
 from blob_hf.data.conversations import is_conversation, prompt_column
 from blob_hf.data.loading import load_files
 from blob_hf.inference.texts import prompts_of
+from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
 
 Row = dict[str, Any]
@@ -163,12 +164,21 @@ class RowFile:
                 f"cannot write {self.path} ({error.strerror}); rows before are kept, run it again"
             ) from error
 
+    def write(self, rows: Sequence[Row]) -> None:
+        """Have these rows alone in the file, all of them or, where that fails, what was there before.
+
+        Raises:
+            BlobError: It cannot be written.
+        """
+        files.write_text(self.path, self._text(rows, header=True))
+
     def _text(self, rows: Sequence[Row], header: bool) -> str:
         if self._delimiter is None:
             return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         flat = [flattened(row) for row in rows]
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(flat[0]), delimiter=self._delimiter, lineterminator="\n")
+        names = list(dict.fromkeys(name for row in flat for name in row))  # of lists of several lengths, too
+        writer = csv.DictWriter(text, names, delimiter=self._delimiter, lineterminator="\n")
         if header:
             writer.writeheader()
         writer.writerows(flat)

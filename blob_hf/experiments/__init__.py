@@ -1,1 +1,1 @@
-"""Floor 5, the experiments of the report: `blob experiments {glue,sensitivity,mean,sampling}`."""
+"""Floor 5, the experiments of the report: `blob experiments {study,active,glue,sensitivity,mean,sampling}`."""

@@ -5,12 +5,13 @@ import sys
 from accelerate import PartialState
 
 from blob_hf import cli
-from blob_hf.experiments import glue, mean, picture, sampling, sensitivity, study
+from blob_hf.experiments import active, glue, mean, picture, sampling, sensitivity, study
 from blob_hf.trainer.engines import shutdown
 from blob_hf.utils.errors import BlobError
 
 EXPERIMENTS = {
     "study": study.main,
+    "active": active.main,
     "glue": glue.main,
     "multiple_choice": glue.multiple_choice,
     "sensitivity": sensitivity.main,

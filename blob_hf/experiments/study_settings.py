@@ -127,28 +127,29 @@ def write_rows(setting: Setting, seeds: Sequence[int], data_dir: Path, folder: P
     Raises:
         BlobError: A file is missing, or has too few rows.
     """
-    pool = _shuffled(_fitting(setting, data_dir / setting.train), f"{setting.name}/pool")
-    test = _shuffled(_fitting(setting, data_dir / setting.test), f"{setting.name}/test")[:TEST_ROWS]
+    pool = shuffled(fitting(setting, data_dir / setting.train), f"{setting.name}/pool")
+    test = shuffled(fitting(setting, data_dir / setting.test), f"{setting.name}/test")[:TEST_ROWS]
     spare = TEST_ROWS - len(test)  # filled up with training rows, which are then never trained on
     if not setting.classes:
         test, pool = test + pool[:spare], pool[spare:]
-    _write(folder / "test.jsonl", sorted(test, key=lambda row: _words(row, setting)))  # batches of like lengths
+    write_once(folder / "test.jsonl", sorted(test, key=lambda row: count_words(row, setting)))  # like lengths together
     if setting.ood:
-        rows = _read(data_dir / setting.ood)
-        short = [{"text": row["text"]} for row in rows if _words(row, setting) <= setting.max_words]
-        drawn = _shuffled(short, f"{setting.name}/ood")[:OOD_ROWS]
-        _write(folder / "ood.jsonl", sorted(drawn, key=lambda row: _words(row, setting)))
+        rows = read_rows(data_dir / setting.ood)
+        short = [{"text": row["text"]} for row in rows if count_words(row, setting) <= setting.max_words]
+        drawn = shuffled(short, f"{setting.name}/ood")[:OOD_ROWS]
+        write_once(folder / "ood.jsonl", sorted(drawn, key=lambda row: count_words(row, setting)))
     for seed in seeds:
-        drawn = _balanced(setting, _shuffled(pool, f"{setting.name}/{seed}"))
+        drawn = _balanced(setting, shuffled(pool, f"{setting.name}/{seed}"))
         if len(drawn) < setting.rows + setting.held_out:
             raise BlobError(f"{setting.train} has too few short rows for {setting.name}: {len(drawn)}")
-        _write(folder / f"seed{seed}" / "train.jsonl", drawn[: setting.rows])
-        _write(folder / f"seed{seed}" / "held_out.jsonl", drawn[setting.rows : setting.rows + setting.held_out])
+        write_once(folder / f"seed{seed}" / "train.jsonl", drawn[: setting.rows])
+        write_once(folder / f"seed{seed}" / "held_out.jsonl", drawn[setting.rows : setting.rows + setting.held_out])
 
 
-def _fitting(setting: Setting, path: Path) -> list[dict[str, Any]]:
-    rows = (row for row in _read(path) if not setting.classes or row["label"] in setting.classes)
-    return [_mislabelled(row, setting) for row in rows if _words(row, setting) <= setting.max_words]
+def fitting(setting: Setting, path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that a setting takes, by class and length."""
+    rows = (row for row in read_rows(path) if not setting.classes or row["label"] in setting.classes)
+    return [_mislabelled(row, setting) for row in rows if count_words(row, setting) <= setting.max_words]
 
 
 def _mislabelled(row: dict[str, Any], setting: Setting) -> dict[str, Any]:
@@ -159,11 +160,17 @@ def _mislabelled(row: dict[str, Any], setting: Setting) -> dict[str, Any]:
     return {**row, "label": drawn.choice([name for name in setting.classes if name != row["label"]])}
 
 
-def _words(row: dict[str, Any], setting: Setting) -> int:
+def count_words(row: dict[str, Any], setting: Setting) -> int:
+    """Of all texts of a row."""
     return sum(len(row[column].split()) for column in setting.columns)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Of a jsonl file, or of one that is packed (.gz).
+
+    Raises:
+        BlobError: There is neither.
+    """
     if not path.is_file():
         path = path.with_name(path.name + ".gz")
     if not path.is_file():
@@ -173,7 +180,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def _shuffled(rows: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+def shuffled(rows: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """In an order that the key names."""
     return random.Random(key).sample(rows, len(rows))
 
 
@@ -190,6 +198,7 @@ def _balanced(setting: Setting, rows: list[dict[str, Any]]) -> list[dict[str, An
     return first + rest
 
 
-def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_once(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """A jsonl file, if it is not there yet."""
     if not path.is_file():
         files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

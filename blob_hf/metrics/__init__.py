@@ -12,6 +12,7 @@ evaluate 0.4: making a metric creates a cache folder, which fails where HOME is 
 arrow's detour takes 20 ms more for 408 predictions and four times as long for 3,000 x 10 samples.
 """
 
+from blob_hf.metrics.acquisition import acquire, batch_bald, joint_information
 from blob_hf.metrics.calibration import (
     Calibration,
     accuracy,
@@ -39,12 +40,15 @@ __all__ = [
     "MultiReferenceRouge",
     "Uncertainty",
     "accuracy",
+    "acquire",
+    "batch_bald",
     "brier",
     "calibration_metrics",
     "classification_metrics",
     "confidence",
     "ece",
     "expected_entropy",
+    "joint_information",
     "mutual_information",
     "nll",
     "predictive_entropy",

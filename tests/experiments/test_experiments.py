@@ -83,7 +83,7 @@ def test_other_settings_and_other_mistakes_are_one_line(tmp_path, adapters, caps
         (["mean", "--output_dir", tmp_path / "f"], "give --blob and --lora"),
         (
             ["nothing"],
-            "name an experiment, one of study, glue, multiple_choice, sensitivity, mean, sampling, picture; "
+            "name an experiment, one of study, active, glue, multiple_choice, sensitivity, mean, sampling, picture; "
             "got nothing",
         ),
         ([], "got nothing"),
