@@ -6,6 +6,7 @@ A default, published or of --demo, must not undo what was typed: who asks for on
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from blob_hf.tuner.adapter_files import read_config, resolve
 from blob_hf.utils.errors import BlobError
 
 
@@ -17,7 +18,7 @@ def implied(given: Collection[str], values: Mapping[str, Any]) -> dict[str, Any]
         values: Of all arguments by name, defaults included.
 
     Raises:
-        BlobError: Two were typed that mean the same.
+        BlobError: Two were typed that mean the same, or the adapter that was typed cannot be read.
     """
     found: dict[str, Any] = {}
 
@@ -34,6 +35,12 @@ def implied(given: Collection[str], values: Mapping[str, Any]) -> dict[str, Any]
     default("max_new_tokens", (values.get("generation_max_length") or 1) - 1, "generation_max_length")
     if "config_overrides" in values:  # a config without weights is an untrained model
         default("model_name_or_path", None, "config_name")
+    adapter = values.get("adapter_name_or_path")
+    if adapter and not {"model_name_or_path", "config_name"} & set(given):
+        base = read_config(resolve(adapter)).base_model_name_or_path
+        default("model_name_or_path", base or values["model_name_or_path"], "adapter_name_or_path")
+    if not values.get("do_train"):
+        default("do_eval", True, "do_train")
     default("prompt", f"{values.get('source_prefix')}{{dialogue}}", "source_prefix")
     if values.get("load_best_model_at_end"):
         found.update(_matching_strategies(given, values))

@@ -220,5 +220,7 @@ def test_all_of_it_runs_by_default_and_folders_are_named_after_settings(tmp_path
     assert args.output_dir == "runs/rte-blob-beta0.2-gamma8-seed42" and given.output_dir == "trainer_output"
     _, args = parsed("--do_eval", "--output_dir", "mine")
     assert (args.do_train, args.do_eval, args.output_dir) == (False, True, "mine")
+    _, args = parsed("--do_train", "false")
+    assert (args.do_train, args.do_eval, args.do_predict) == (False, True, False)
     _, args = parsed("--eval_strategy", "steps")  # transformers then sets do_eval, which nobody asked for
     assert (args.do_train, args.do_eval, args.do_predict) == (True, True, True)

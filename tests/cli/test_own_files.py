@@ -71,6 +71,15 @@ def test_a_saved_adapter_knows_its_classes(trained, monkeypatch, tmp_path, capfd
     assert last == "error: unknown class 'zero' in row 0 of validation; the 2 classes are no, yes"
 
 
+def test_a_saved_adapter_knows_its_base(trained, monkeypatch, tmp_path):
+    where = BASE.index("--model_name_or_path")
+    options = [*BASE[:where], *BASE[where + 2 :], "--do_train", "false", "--output_dir", tmp_path / "again"]
+    rows = csv(tmp_path / "rows.csv", ["yes", "no"])
+    own = ["--adapter_name_or_path", trained / "run", "--validation_file", rows]
+    assert run_script(monkeypatch, GLUE, *options, *own) == 0  # and not roberta-base, which is not here
+    assert len(lines(tmp_path / "again" / "validation_predictions.jsonl")) == 2
+
+
 def test_class_weights_are_not_for_summaries(monkeypatch, tmp_path, capfd):
     options = ["--demo", "--class_weights", "balanced", "--output_dir", tmp_path]
     assert run_script(monkeypatch, SUMMARIZATION, *options) == 2
