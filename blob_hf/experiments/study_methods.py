@@ -26,7 +26,9 @@ METHODS = {
     "map": Entry(("--method", "map"), "beta", (0.2, 0.05, 0.02)),
     "mc_dropout": Entry(("--method", "mc_dropout"), "lora_dropout", (0.1, 0.3, 0.5)),
     "ensemble": Entry(("--method", "ensemble", "--ensemble_size", "3")),
-    "laplace": Entry(("--method", "laplace", "--laplace_predictive", "linearized"), needs_lora=True),
+    "laplace": Entry(
+        ("--method", "laplace", "--laplace_predictive", "linearized", "--laplace_prior", "validation"), needs_lora=True
+    ),
     "tfb": Entry(
         ("--method", "tfb", "--num_anchors", "64", "--tfb_samples", "5"),
         "tfb_tolerance",
