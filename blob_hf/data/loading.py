@@ -19,6 +19,7 @@ FORMATS = "csv, tsv, json, jsonl (or .gz of these), parquet, or a folder of save
 _DELIMITED = {".csv": None, ".tsv": "\t"}
 _LOADED = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 _COMMANDS = ("input", "data", "eval_data", "pool")  # what commands call their files by, and not by the splits of a run
+_NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")  # how datasets says it of json and parquet
 _VALIDATION = ("valid", "val", "dev", "eval")  # what else a validation split is called
 
 
@@ -65,6 +66,8 @@ def _load_file(split: str, path: str, delimiter: str | None) -> Dataset:
     except BlobError:
         raise
     except (DatasetsError, ValueError, OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+        if any(words in _reason(error) for words in _NO_ROWS):
+            raise BlobError(f"{flag} {path} has no rows") from error
         raise BlobError(
             f"cannot read {path} as {suffix[1:]}: {_first_fault(file, suffix) or _reason(error)}"
         ) from error

@@ -196,6 +196,8 @@ def test_the_shortlist_holds_no_more_than_it_must_and_loses_none():
 def test_mistakes_are_one_line_and_nothing_is_written(tiny, tmp_path, capsys, monkeypatch):
     empty = tmp_path / "empty.csv"
     empty.write_text("text1,text2\n")
+    (tmp_path / "none.json").write_text("[]")
+    pd.DataFrame({"text": []}).to_parquet(tmp_path / "none.parquet")
     jsonl(tmp_path / "taken.jsonl", [{"text": "w1", "acquired": 1}, {"text": "w2", "acquired": 2}])
     jsonl(tmp_path / "gap.jsonl", [{"text": "w1"}, {"text": None}])
     monkeypatch.setattr(BlobModel, "from_pretrained", None)  # all of it is known before the model is loaded
@@ -208,6 +210,8 @@ def test_mistakes_are_one_line_and_nothing_is_written(tiny, tmp_path, capsys, mo
         (["--count", 3, *pool, "--num_samples", -1, "--strategy", "entropy"], "num_samples must be >= 0"),
         (["--count", 3, *pool, "--text_columns", "body"], "no column 'body'"),
         (["--count", 3, "--pool", empty], "no rows"),
+        (["--count", 3, "--pool", tmp_path / "none.json"], "--pool .*none.json has no rows"),
+        (["--count", 3, "--pool", tmp_path / "none.parquet"], "--pool .*none.parquet has no rows"),
         (["--count", 3, "--pool", tmp_path / "gone.csv"], "--pool .*gone.csv does not exist"),
         (["--count", 1, "--pool", tmp_path / "taken.jsonl"], "'acquired' has the name of a result"),
         (["--count", 1, "--pool", tmp_path / "gap.jsonl"], "row 1 of pool has no text"),
