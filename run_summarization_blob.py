@@ -124,7 +124,7 @@ def main() -> None:
     route = cli.choose_route(model_args, method_args, training_args)
     route.check_run(method_args, training_args)
     cli.check_texts(route, method_args, training_args)
-    cli.warn_of_ignored(route, method_args, training_args, model_args)
+    cli.warn_of_ignored(route, method_args, training_args, model_args, data_args)
 
     data_args.warn_of_unused()
 

@@ -12,6 +12,7 @@ import numpy as np
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
+from blob_hf.inference.answers import TextPrediction
 from blob_hf.inference.decisions import Floats
 from blob_hf.inference.predictor import DECODINGS, predict
 from blob_hf.trainer.engines import require_whole_models
@@ -42,7 +43,7 @@ class Answering:
         prompt, max_length, writing: Of `predict`: how a text is read, and how the answer is written.
 
     Raises:
-        BlobError: The model is in shards, or is to be asked for what it does not write.
+        BlobError: The model is in shards.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Answering:
                 self.trainer.blob_model, [texts[index] for index in own], self.tokenizer, sampling,
                 batch_size=self.trainer.args.eval_batch_size, **self.options,
             )  # fmt: skip
+            assert isinstance(found, TextPrediction)
             scores = {
                 name: values for name, values in found.uncertainty.items() if sampling.num_samples or name in OF_A_POINT
             }

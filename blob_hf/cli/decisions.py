@@ -70,8 +70,9 @@ def drop_decisions(model: BlobModel, slot: str, folder: Path | None) -> None:
     stale = model.companions.get(str(model.active_adapter), {}).pop(slot, None)
     if stale is not None:
         logger.warning("the adapter's %s hold no more and are dropped: fit them again with conformal_alpha", stale.name)
-        for name in stale.files if folder is not None else ():
-            (folder / name).unlink(missing_ok=True)
+        if folder is not None:
+            for name in stale.files:
+                (folder / name).unlink(missing_ok=True)
 
 
 def require_saved(saved: Any, kind: type[Any], method_args: MethodArguments) -> None:

@@ -115,12 +115,12 @@ class SummarizerRun(LanguageRun):
         self.add_abstention(answering, outside, group, prefix, name, rows, title)
         self.write_rows(f"{prefix}_predictions.jsonl", rows)
         titles = {"": f"{count} samples", MEAN: "posterior mean (N=0)"}
-        pair = [
-            {titles[key]: one.scores["token_entropy"] for key, one in reversed(answers.items())}
+        first, second = (
+            {titles[key]: answers[key].scores["token_entropy"] for key in reversed(list(answers))}
             for answers in (inside, outside)
-        ]
+        )
         label = "mean entropy of the next token [nats]"
-        self.add_plot(prefix, lambda path: plot_shift(*pair, (self.data.name, name), path, label))
+        self.add_plot(prefix, lambda path: plot_shift(first, second, (self.data.name, name), path, label))
 
     def add_sentence(
         self, metrics: Mapping[str, float], prefix: str, rows: Sequence[Mapping[str, Any]], split: str

@@ -5,7 +5,7 @@ The rules are fitted to held-out rows on higher floors and are companions of the
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,9 +53,11 @@ class TextRule(Protocol):
         """
 
 
-Rule = TypeVar("Rule", ClassRule, TextRule)
+def class_rule(model: BlobModel) -> ClassRule | None:
+    """What the active adapter decides on class probabilities by, if anything was fitted."""
+    return next((one for one in companions_of(model) if isinstance(one, ClassRule)), None)
 
 
-def rule_of(model: BlobModel, kind: type[Rule]) -> Rule | None:
-    """The rule of this kind that the active adapter was given, if any."""
-    return next((one for one in companions_of(model) if isinstance(one, kind)), None)
+def text_rule(model: BlobModel) -> TextRule | None:
+    """What the active adapter decides on texts by, if anything was fitted."""
+    return next((one for one in companions_of(model) if isinstance(one, TextRule)), None)

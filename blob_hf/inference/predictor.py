@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blob_hf.inference.answers import Prediction, TextPrediction
 from blob_hf.inference.choices import ChoiceRows, ChoiceScoring, choice_rows, is_questions
-from blob_hf.inference.decisions import ClassRule, TextRule, rule_of
+from blob_hf.inference.decisions import class_rule, text_rule
 from blob_hf.inference.evaluating import evaluating
 from blob_hf.inference.inputs import Rows, find_tokenizer, in_batches, rows_of
 from blob_hf.inference.predict import class_log_probs, own_predictive, predict_classes, sample_log_probs
@@ -92,7 +92,7 @@ def predict(
     rows = rows_of(model, inputs, tokenizer, text_columns, prompt, max_length, room)
     with evaluating(model):
         found = write_texts(model, rows, tokenizer, drawn, batch_size, **options)
-    rule = rule_of(model, TextRule)
+    rule = text_rule(model)
     if rule is None:
         return found
     written = {"prompt": prompt, **WRITING, **{name: options[name] for name in WRITING if name in options}}
@@ -139,7 +139,7 @@ def _classify(model: BlobModel, rows: Rows | ChoiceRows, sampling: Sampling, bat
     # float32 log-probabilities sum to 1 only nearly
     samples = log_softmax(drawn.astype(np.float64), axis=-1)
     probabilities = np.exp(class_log_probs(model, samples, sampled=sampling.num_samples > 0))
-    rule = rule_of(model, ClassRule)
+    rule = class_rule(model)
     decided = None if rule is None else rule.decide(model, probabilities, sampling)
     return Prediction(
         names, probabilities, np.exp(samples), entr(probabilities).sum(axis=-1), expected_entropy(samples),

@@ -306,6 +306,11 @@ def test_a_damaged_file_is_one_line(folder, change):
 def test_abstention_of_texts_is_kept_and_checked(tmp_path):
     facts = {**fitted_to_point(), "decoding": "predictive", "prompt": None, "num_beams": 1, "max_new_tokens": 5}
     rule = TextAbstention(0.1, 0.8, "token_entropy", 30, TextThreshold(1.5), TextThreshold(None), facts)
+    model = get_blob_model(tiny_bert(), BlobConfig(target_modules=TARGETS["bert"]))
+    scores = {"token_entropy": np.array([1.4, 1.5, 1.6])}  # below the threshold is given, at it is not
+    decoding = {name: facts[name] for name in ("decoding", "prompt", "num_beams", "max_new_tokens")}
+    assert rule.abstains(model, scores, Sampling(0), decoding).tolist() == [False, True, True]
+    assert not rule.abstains(model, scores, Sampling(4), decoding).any()
     rule.save(None, tmp_path)
     assert TextAbstention.load(tmp_path) == rule
     file = tmp_path / "conformal_texts.json"

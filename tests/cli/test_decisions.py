@@ -12,8 +12,8 @@ from helpers.running import GLUE, SUMMARIZATION, lines, predict, run_script
 from helpers.training import blob_bert, rows, trainer
 
 from blob_hf.baselines.conformal import PredictionSets, conformal_sets
-from blob_hf.baselines.temperature import Temperatures
-from blob_hf.cli.decisions import Decided, drop_decisions, hold_out_decisions, settle_sets
+from blob_hf.baselines.temperature import Temperatures, scale
+from blob_hf.cli.decisions import Decided, drop_decisions, hold_out_decisions, predicted, settle_sets
 from blob_hf.cli.method_arguments import MethodArguments
 from blob_hf.cli.routes import find_route
 from blob_hf.data import demo
@@ -72,6 +72,8 @@ def test_what_a_run_decides_is_what_predict_decides(tmp_path, temperatures):
             found.decisions.sets, conformal_sets(found.probabilities, thresholds.quantile, "lac")
         )
     output = own.predict(data)
+    expected = output.predictions.log_probs if temperatures is None else scale(output.predictions.log_probs, 2.0)
+    np.testing.assert_allclose(predicted(own.blob_model, output.predictions, True), np.exp(expected), rtol=1e-5)
     decided = Decided.of(sets, own, output)
     found = own.blob_model.predict(inputs, tiny_tokenizer(), sampling=3)
     for index, record in enumerate(found.records()):
