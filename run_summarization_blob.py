@@ -100,7 +100,9 @@ class DataArguments(cli.TextArguments):
     )
     ood_file: list[str] | None = field(
         default=None,
-        metadata={"help": "Texts of another kind, path or name=path: does the uncertainty of a summary tell them?"},
+        metadata={
+            "help": "Texts of another kind, path or name=path: does a summary's uncertainty tell them from the own?"
+        },
     )
     bertscore_model: str = field(default=PUBLISHED_MODEL, metadata={"help": "Encoder for --mbr_utility bertscore."})
     compare_base: bool = field(default=False, metadata={"help": "Also evaluate the model as it was before training."})

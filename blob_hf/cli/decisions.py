@@ -75,26 +75,29 @@ def drop_decisions(model: BlobModel, slot: str, folder: Path | None) -> None:
                 (folder / name).unlink(missing_ok=True)
 
 
-def require_saved(saved: Any, kind: type[Any], method_args: MethodArguments) -> None:
+def require_saved(saved: Any, kind: type[Any], method_args: MethodArguments, names: Sequence[str]) -> None:
     """Check that an adapter has decisions that were asked for, where there are no rows to fit any to.
 
     Args:
         saved: Its companion.
         kind: Of the companion.
+        names: Of what they were asked for with, as the companion's fields and `conformal_*` of the arguments.
 
     Raises:
-        BlobError: It has none, of another alpha, or its posterior was scaled by now.
+        BlobError: It has none, or was fitted for another alpha, or whatever is named.
     """
     if not isinstance(saved, kind):
         raise BlobError(
             "conformal_alpha: the adapter was saved without such decisions, and there are no held-out rows to fit them "
             "to; give --calibration_file, or train with it"
         )
-    if saved.alpha != method_args.conformal_alpha:
-        raise BlobError(
-            f"conformal_alpha: the adapter's decisions were fitted for alpha {saved.alpha:g}, not "
-            f"{method_args.conformal_alpha:g}; give --calibration_file to fit them again"
-        )
+    for name in names:
+        own, asked = getattr(saved, name), getattr(method_args, f"conformal_{name}")
+        if own != asked:
+            raise BlobError(
+                f"conformal_{name}: the adapter's decisions were fitted with {own}, not {asked}; ask for that, or give "
+                "--calibration_file to fit them again"
+            )
 
 
 def settle_sets(trainer: Any, rows: Any, method_args: MethodArguments, folder: Path | None) -> PredictionSets:
@@ -123,7 +126,7 @@ def settle_sets(trainer: Any, rows: Any, method_args: MethodArguments, folder: P
         if folder is not None:
             sets.save(model, folder)
     saved = model.companion(PredictionSets.slot)
-    require_saved(saved, PredictionSets, method_args)
+    require_saved(saved, PredictionSets, method_args, ("alpha", "delta", "score"))
     return saved
 
 

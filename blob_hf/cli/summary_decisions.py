@@ -44,7 +44,7 @@ def settle_abstention(
         if folder is not None:
             rule.save(model, folder)
     saved = model.companion(TextAbstention.slot)
-    require_saved(saved, TextAbstention, method_args)
+    require_saved(saved, TextAbstention, method_args, ("alpha", "max_loss"))
     assert isinstance(saved, TextAbstention)
     return saved
 

@@ -11,9 +11,9 @@ from helpers.models import tiny_tokenizer
 from helpers.running import GLUE, SUMMARIZATION, lines, predict, run_script
 from helpers.training import blob_bert, rows, trainer
 
-from blob_hf.baselines.conformal import PredictionSets, conformal_sets
+from blob_hf.baselines.conformal import ClassThresholds, PredictionSets, conformal_sets
 from blob_hf.baselines.temperature import Temperatures, scale
-from blob_hf.cli.decisions import Decided, drop_decisions, hold_out_decisions, predicted, settle_sets
+from blob_hf.cli.decisions import Decided, drop_decisions, hold_out_decisions, predicted, require_saved, settle_sets
 from blob_hf.cli.method_arguments import MethodArguments
 from blob_hf.cli.routes import find_route
 from blob_hf.data import demo
@@ -88,8 +88,6 @@ def test_what_a_run_decides_is_what_predict_decides(tmp_path, temperatures):
 
 def test_decisions_on_other_probabilities_are_dropped(tmp_path, caplog):
     own = blob_bert()
-    from blob_hf.baselines.conformal import ClassThresholds
-
     rule = PredictionSets(0.1, 0.1, "lac", 9, ClassThresholds(0.5, None), None, {})
     own.set_companion(rule)
     rule.save(own, tmp_path)
@@ -123,6 +121,24 @@ def test_mistakes_are_one_line(monkeypatch, tmp_path, capsys):
         assert run_script(monkeypatch, GLUE, *CLASSES, *flags, "--output_dir", tmp_path) == 2
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and message in errors[0]
+
+
+def test_saved_decisions_are_those_that_are_asked_for():
+    rule = PredictionSets(0.1, 0.2, "lac", 9, ClassThresholds(0.5, None), None, {})
+    names = ("alpha", "delta", "score")
+    require_saved(rule, PredictionSets, MethodArguments(conformal_alpha=0.1, conformal_delta=0.2), names)
+    for flags, message in (
+        ({"conformal_alpha": 0.2, "conformal_delta": 0.2}, "conformal_alpha: .* with 0.1, not 0.2; ask for that"),
+        ({"conformal_alpha": 0.1}, "conformal_delta: .* with 0.2, not 0.1"),
+        (
+            {"conformal_alpha": 0.1, "conformal_delta": 0.2, "conformal_score": "aps"},
+            "conformal_score: .* with lac, not aps",
+        ),
+    ):
+        with pytest.raises(BlobError, match=message):
+            require_saved(rule, PredictionSets, MethodArguments(**flags), names)
+    with pytest.raises(BlobError, match="was saved without such decisions"):
+        require_saved(None, PredictionSets, MethodArguments(conformal_alpha=0.1), names)
 
 
 # ----- other texts ----------------------------------------------------------------------------------------------
@@ -182,7 +198,7 @@ def test_a_run_of_a_classifier_its_evaluation_again_and_predict(monkeypatch, tmp
         run_script(monkeypatch, GLUE, *CLASSES, "--conformal_alpha", "0.3", *again[:3], "--output_dir", tmp_path / "x")
         == 2
     )
-    assert "were fitted for alpha 0.2, not 0.3" in capsys.readouterr().err
+    assert "conformal_alpha: the adapter's decisions were fitted with 0.2, not 0.3" in capsys.readouterr().err
     for name in ("p.jsonl", "p.csv"):
         new = ["--input", shifted, "--num_samples", "2", "--max_length", "64", "--output", tmp_path / name]
         assert predict(tmp_path / "run", *new) == 0
