@@ -62,7 +62,7 @@ class DataArguments(cli.RowArguments):
     calibration_file: str | None = field(
         default=None,
         metadata={
-            "help": "Rows to fit --temperature_scaling, --posterior_scale and --early_stopping_patience to. "
+            "help": "Rows for --temperature_scaling, --posterior_scale, --conformal_alpha, --early_stopping_patience. "
             "Default: --calibration_samples of the training rows, which are then not trained on."
         },
     )
@@ -150,6 +150,7 @@ def main() -> None:
     holds_out = route.holds_out(method_args) and (training_args.do_train or bool(held_out_file))
     if holds_out and "calibration" not in data.splits:
         hold_out(data.splits, method_args.calibration_samples)
+    cli.hold_out_decisions(data.splits, route, method_args)
 
     # ----- model -----
     set_seed(training_args.seed)
@@ -210,7 +211,8 @@ def main() -> None:
     settings = {"max length": data_args.max_length}
     license = model_args.adapter_license
     trainer = make_trainer(make_model())
-    job = cli.Job(training_args, method_args, make_model, make_trainer, held_out)
+    decided_on = tokenized.get("conformal")
+    job = cli.Job(training_args, method_args, make_model, make_trainer, held_out, decided_on)
     run = ClassifierRun(
         route, job, trainer, base_name, source, "text-classification", CLASSIFICATION_METRICS, settings, license
     )
@@ -225,6 +227,7 @@ def main() -> None:
     run.scale()
     if method_args.temperature_scaling:
         run.calibrate()
+    run.settle_decisions()
     for prefix, split, wanted in (
         ("eval", "validation", training_args.do_eval),
         ("predict", "test", training_args.do_predict),

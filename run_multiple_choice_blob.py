@@ -55,7 +55,7 @@ class DataArguments(cli.RowArguments):
     calibration_file: str | None = field(
         default=None,
         metadata={
-            "help": "Rows to fit --temperature_scaling, --posterior_scale and --early_stopping_patience to. "
+            "help": "Rows for --temperature_scaling, --posterior_scale, --conformal_alpha, --early_stopping_patience. "
             "Default: --calibration_samples of the training rows, which are then not trained on."
         },
     )
@@ -126,6 +126,7 @@ def main() -> None:
     holds_out = route.holds_out(method_args) and (training_args.do_train or bool(held_out_file))
     if holds_out and "calibration" not in splits:
         hold_out(splits, method_args.calibration_samples)
+    cli.hold_out_decisions(splits, route, method_args)
     shifted = {}
     for name in [*(data_args.ood_tasks or []), *(data_args.ood_file or [])]:
         title, _, path = name.rpartition("=")
@@ -186,7 +187,8 @@ def main() -> None:
     # ----- train, evaluate, report -----
     settings = {"max length": scoring.max_length, **scoring.settings()}
     trainer = make_trainer(make_model())
-    job = cli.Job(training_args, method_args, make_model, make_trainer, held_out)
+    decided_on = tokenized.get("conformal")
+    job = cli.Job(training_args, method_args, make_model, make_trainer, held_out, decided_on)
     run = ClassifierRun(
         route, job, trainer, base_name, source, "multiple-choice", CLASSIFICATION_METRICS, settings,
         model_args.adapter_license,
@@ -197,6 +199,7 @@ def main() -> None:
     run.scale()
     if method_args.temperature_scaling:
         run.calibrate()
+    run.settle_decisions()
     for prefix, split, wanted in (
         ("eval", "validation", training_args.do_eval),
         ("predict", "test", training_args.do_predict),

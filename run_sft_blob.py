@@ -82,6 +82,8 @@ def main() -> None:
     route.check_texts()
     if method_args.temperature_scaling:
         raise BlobError("temperature_scaling calibrates class probabilities; for texts leave it out")
+    if method_args.conformal_alpha is not None:
+        raise BlobError("conformal_alpha is for classes and summaries; for other texts leave it out")
     cli.warn_of_ignored(route, method_args, training_args, model_args, data_args)
 
     # ----- data -----

@@ -13,11 +13,13 @@ from pathlib import Path
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, set_seed
 
 from blob_hf import BlobError, BlobSeq2SeqTrainer, BlobSeq2SeqTrainingArguments, cli
+from blob_hf.cli.answering import Answering
 from blob_hf.cli.bases import config_from_name, kept_base
 from blob_hf.cli.evaluation import rouge_compute_metrics, summaries_report
 from blob_hf.cli.summarizer_run import SUMMARIZATION_METRICS, SummarizerRun
 from blob_hf.data import demo
 from blob_hf.data.loading import FORMATS, hold_out
+from blob_hf.data.shifted_texts import load_shifted_texts
 from blob_hf.data.summarization import (
     DEFAULT_PROMPT,
     Prompt,
@@ -76,6 +78,13 @@ class DataArguments(cli.TextArguments):
     train_file: str | None = field(default=None, metadata={"help": f"File to train on: {FORMATS}."})
     validation_file: str | None = field(default=None, metadata={"help": "File for --do_eval."})
     test_file: str | None = field(default=None, metadata={"help": "File for --do_predict."})
+    calibration_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows for --conformal_alpha, --posterior_scale and --early_stopping_patience. Default: "
+            "--calibration_samples of the training rows, which are then not trained on."
+        },
+    )
     delimiter: str | None = field(default=None, metadata={"help": "Of csv files. Default: found in each file."})
     text_column: str = field(default="dialogue", metadata={"help": "Column of the dialogues."})
     summary_column: str = field(default="summary", metadata={"help": "Column of the reference summaries."})
@@ -88,6 +97,12 @@ class DataArguments(cli.TextArguments):
     mbr_utility: str = field(
         default="rougeL",
         metadata={"help": "What --decoding mbr maximises.", "choices": ["rouge1", "rouge2", "rougeL", "bertscore"]},
+    )
+    ood_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Texts of another kind, path or name=path: does a summary's uncertainty tell them from the own?"
+        },
     )
     bertscore_model: str = field(default=PUBLISHED_MODEL, metadata={"help": "Encoder for --mbr_utility bertscore."})
     compare_base: bool = field(default=False, metadata={"help": "Also evaluate the model as it was before training."})
@@ -111,7 +126,7 @@ def main() -> None:
     route = cli.choose_route(model_args, method_args, training_args)
     route.check_run(method_args, training_args)
     cli.check_texts(route, method_args, training_args)
-    cli.warn_of_ignored(route, method_args, training_args, model_args)
+    cli.warn_of_ignored(route, method_args, training_args, model_args, data_args)
 
     data_args.warn_of_unused()
 
@@ -141,9 +156,14 @@ def main() -> None:
     claim = cli.claim_output_dir(training_args, adapter is None, method_args, model_args, data_args)
     if training_args.do_train:
         splits["train"] = data_args.chosen(splits["train"], "train")
-    holds_out = training_args.do_train and route.holds_out(method_args)
-    if holds_out:
+    columns = (data_args.text_column, data_args.summary_column)
+    if route.holds_out(method_args) and data_args.calibration_file:
+        rows = load_summaries(None, None, {"calibration": data_args.calibration_file}, *columns, data_args.delimiter)
+        splits["calibration"] = rows["calibration"]
+    elif route.holds_out(method_args) and training_args.do_train:
         hold_out(splits, method_args.calibration_samples)
+    cli.hold_out_decisions(splits, route, method_args, classes=False)
+    shifted = load_shifted_texts(data_args.ood_file or [], *columns, data_args.max_eval_samples)
 
     # ----- model -----
     set_seed(training_args.seed)
@@ -166,9 +186,10 @@ def main() -> None:
     train_rows = None
     if training_args.do_train:
         train_rows = scoring_rows(single_references(splits["train"]), tokenizer, prompt, *lengths)
-    held_out = (
-        scoring_rows(single_references(splits["calibration"]), tokenizer, prompt, *lengths) if holds_out else None
-    )
+    held_out = None
+    if "calibration" in splits:
+        held_out = scoring_rows(single_references(splits["calibration"]), tokenizer, prompt, *lengths)
+    decided_on = group_dialogues(splits["conformal"]) if "conformal" in splits else None
     referenced = {name: group for name, group in dialogues.items() if any(dialogue.references for dialogue in group)}
     scored = {name: scoring_rows(group, tokenizer, prompt, *eval_lengths) for name, group in referenced.items()}
 
@@ -211,6 +232,10 @@ def main() -> None:
     # ----- train, evaluate, report -----
     base_name = model_args.model_name_or_path or model_args.config_name
     settings = {"prompt": repr(data_args.prompt), "max source, target": lengths, "decoding": decoding}
+    answering = None
+    if shifted or method_args.conformal_alpha is not None:
+        chosen_by = {"utility": utility} if utility is not None else {}
+        answering = Answering(trainer, tokenizer, data_args.prompt, max_source_length, {**decoding, **chosen_by})
     job = cli.Job(training_args, method_args, make_model, make_trainer, held_out)
     license = model_args.adapter_license
     run = SummarizerRun(
@@ -224,6 +249,7 @@ def main() -> None:
         claim.settle()
         run.train()
     run.scale()
+    run.settle_decisions(answering, decided_on)
     for prefix, split, wanted in (
         ("eval", "validation", training_args.do_eval),
         ("predict", "test", training_args.do_predict),
@@ -237,6 +263,11 @@ def main() -> None:
                 run.add_sentence(metrics, prefix, predictions, split)
             else:
                 run.add_unreferenced(prefix, metrics, split, len(predictions))
+            if answering is not None:
+                answers = answering([dialogue.text for dialogue in dialogues[split]])
+                run.add_abstention(answering, answers, dialogues[split], prefix, split, predictions)
+                for name, others in shifted.items() if split == first_split else ():
+                    run.add_shift(answering, name, answers, others)
             name = "generated_predictions.jsonl" if prefix == "predict" else "eval_generated_predictions.jsonl"
             run.write_rows(name, predictions)
             run.add_examples(predictions, [dialogue.text for dialogue in dialogues[split]], split)

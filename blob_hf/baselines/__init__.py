@@ -4,6 +4,9 @@ Nothing below knows that they are here: importing this package registers them, a
 """
 
 from blob_hf.baselines.base import MethodState, find_method, method_names, register_method
+from blob_hf.baselines.conformal import PredictionSets
+from blob_hf.baselines.conformal_fit import fit_thresholds
+from blob_hf.baselines.conformal_texts import TextAbstention, fit_text_threshold
 from blob_hf.baselines.ensemble import EnsembleState, join_members, train_members
 from blob_hf.baselines.ivon import IVONConfig, IVONState, attach_ivon
 from blob_hf.baselines.laplace import LaplaceConfig, LaplaceState, fit_laplace
@@ -24,10 +27,12 @@ __all__ = [
     "MapState",
     "MethodState",
     "PosteriorScale",
+    "PredictionSets",
     "ScalaBLState",
     "TFBConfig",
     "TFBState",
     "Temperatures",
+    "TextAbstention",
     "attach_ivon",
     "attach_mc_dropout",
     "attach_scalabl",
@@ -35,7 +40,9 @@ __all__ = [
     "fit_laplace",
     "fit_posterior_scale",
     "fit_temperature",
+    "fit_text_threshold",
     "fit_tfb",
+    "fit_thresholds",
     "join_members",
     "method_names",
     "prior_weight_decay",

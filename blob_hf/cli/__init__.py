@@ -3,6 +3,7 @@
 from blob_hf.cli.adapters import AdapterArguments, PublishedDefaults, known_classes, require_split
 from blob_hf.cli.arguments import parse_arguments
 from blob_hf.cli.comparison import is_comparable, rival_arguments
+from blob_hf.cli.decisions import hold_out_decisions
 from blob_hf.cli.evaluation import check_best_metric
 from blob_hf.cli.folders import claim_folder, claim_output_dir, data_source, name_of_files, with_output_dir
 from blob_hf.cli.head import settle_head
@@ -34,6 +35,7 @@ __all__ = [
     "data_source",
     "early_stopping",
     "find_route",
+    "hold_out_decisions",
     "is_comparable",
     "known_classes",
     "make_model",

@@ -10,6 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from blob_hf.baselines.base import read_facts
+from blob_hf.baselines.conformal import PredictionSets
+from blob_hf.baselines.conformal_texts import TextAbstention
 from blob_hf.baselines.temperature import Temperatures
 from blob_hf.cli.loading import LoadingArguments
 from blob_hf.trainer.training_args import BlobTrainingArguments
@@ -19,6 +21,7 @@ from blob_hf.tuner.build import bayesianize, load_lora
 from blob_hf.tuner.config import NOISES, STD_PARAMETERIZATIONS, BlobConfig
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import gaussian_layers
+from blob_hf.tuner.registry import Companion
 from blob_hf.utils.errors import BlobError
 
 TRAIN_HEAD = ("auto", "true", "false")
@@ -126,6 +129,12 @@ def saved_method(folder: Path) -> str:
     return read_facts(folder).get("method", "blob" if has_posterior else "lora")
 
 
+def fitted_companions(folder: Path) -> list[Companion]:
+    """What was fitted to a saved adapter after its training, of whatever method: a temperature, decisions."""
+    kinds: tuple[type[Companion], ...] = (Temperatures, PredictionSets, TextAbstention)
+    return [found for kind in kinds if (found := kind.load(folder)) is not None]
+
+
 def known_classes(adapter: str | None) -> list[str] | int | None:
     """Names of the classes that a saved adapter tells apart, or their number if it does not name them.
 
@@ -169,7 +178,7 @@ def load_posterior(
     """
     folder, trainable = resolve(adapter), args.do_train
     if not isinstance(read_config(folder), BlobConfig):
-        if saved_method(folder) != "lora" or Temperatures.load(folder) is not None:  # finished as what it is
+        if saved_method(folder) != "lora" or fitted_companions(folder):  # finished as what it is
             return bayesianize(load_lora(base, folder, trainable), BlobConfig(**settings))
         return BlobModel.from_pretrained(folder, model=base, is_trainable=trainable, config=BlobConfig(**settings))
     model = BlobModel.from_pretrained(folder, model=base, is_trainable=trainable)

@@ -5,9 +5,11 @@ from typing import Any, cast
 
 import numpy as np
 
+from blob_hf.baselines.conformal import PredictionSets
 from blob_hf.baselines.temperature import Temperatures, fit_temperature, scale
 from blob_hf.cli.artifacts import Run
 from blob_hf.cli.comparison import abstentions, comparison_table
+from blob_hf.cli.decisions import Decided, drop_decisions, settle_sets
 from blob_hf.cli.sentences import abstention_sentence, networks_sentence, samples_sentence
 from blob_hf.metrics.calibration import calibration_metrics, confidence, reliability_bins
 from blob_hf.metrics.classification import class_report, rejection_curves
@@ -36,6 +38,7 @@ class ClassifierRun(Run):
     """A `Run` of a classifier."""
 
     temperatures: Temperatures | None = None
+    sets: PredictionSets | None = None
 
     def calibrate(self) -> None:
         """Fit temperatures to the held-out rows and keep them with the adapter; without training, take the saved ones.
@@ -50,6 +53,7 @@ class ClassifierRun(Run):
             predictions, labels = cast(ClassPredictions, output.predictions), np.asarray(output.label_ids)
             found = [fit_temperature(scores, labels) for scores in (predictions.log_probs, predictions.mean_log_probs)]
             model.set_companion(Temperatures(*found))
+            drop_decisions(model, PredictionSets.slot, self.folder if self.writes else None)
             if self.writes:
                 Temperatures(*found).save(model, self.folder)
         saved = model.companion(Temperatures.slot)
@@ -59,6 +63,33 @@ class ClassifierRun(Run):
                 "--temperature_scaling, which holds training rows out"
             )
         self.temperatures = saved
+
+    def settle_decisions(self) -> None:
+        """Fit prediction sets to the rows held out for them and keep them with the adapter; else take the saved ones.
+
+        Raises:
+            BlobError: There is nothing to fit them to, and none fit that were saved.
+        """
+        method, rows = self.job.method_args, self.job.conformal_rows
+        if method.conformal_alpha is None:
+            return
+        if rows is None and not self.trained and isinstance(method.posterior_scale, float):
+            raise BlobError(
+                "conformal_alpha: posterior_scale makes other samples than the adapter's decisions were fitted to; "
+                "give --calibration_file to fit them again"
+            )
+        self.sets = settle_sets(self.trainer, rows, method, self.folder if self.writes else None)
+
+    def _decide(self, prefix: str, split: str, title: str, output: Any) -> Decided | None:
+        """Decisions on rows, with what they come to in {prefix}_conformal_results.json, report and card."""
+        if self.sets is None:
+            return None
+        decided = Decided.of(self.sets, self.trainer, output)
+        self.trainer.save_metrics(
+            f"{prefix}_conformal", decided.metrics(prefix) | {f"{prefix}_num_samples": self.num_samples}
+        )
+        self.results += decided.tables(title, split, prefix, self.num_samples, self.class_names)
+        return decided
 
     def _add_scaled(self, prefix: str, split: str, output: Any) -> None:
         """Results with the temperatures, in {prefix}_temperature_results.json."""
@@ -94,7 +125,11 @@ class ClassifierRun(Run):
         log_probs, samples, mean = output.predictions[:3]
         labels, num_samples = output.label_ids, self.num_samples
         networks = output.predictions.networks
-        self._write_predictions(split, log_probs, mean, labels, inputs, networks)
+        if labels is not None:
+            self.add_results(prefix, output.metrics, split, f"{len(mean)} examples")
+            self._add_scaled(prefix, split, output)
+        decided = self._decide(prefix, split, f"{self.data.name}, {split}", output)
+        self._write_predictions(split, log_probs, mean, labels, inputs, networks, decided)
         if networks is not None:
             self.notes.append(
                 f"{split}: {networks_sentence(networks, num_samples)} ({split}_predictions.jsonl says which)"
@@ -105,11 +140,9 @@ class ClassifierRun(Run):
                 f"{split}: {len(mean)} rows without labels were predicted, not scored: {split}_predictions.jsonl"
             )
             return
-        self.add_results(prefix, output.metrics, split, f"{len(mean)} examples")
-        self._add_scaled(prefix, split, output)
         nlls = output.metrics[f"{prefix}_nll"], output.metrics[f"{prefix}_mean_nll"]
         said = samples_sentence(*nlls, num_samples, "example"), abstention_sentence(log_probs, labels)
-        self.sentences[split] = " ".join(filter(None, said))
+        self.sentences[split] = " ".join(filter(None, (*said, decided.sentence() if decided else "")))
         shown = {"posterior mean (N=0)": mean} | ({f"{num_samples} samples": log_probs} if num_samples else {})
         suffix = "" if split == "validation" else f"_{split}"
         bins = {title: reliability_bins(scores, labels) for title, scores in shown.items()}
@@ -132,13 +165,15 @@ class ClassifierRun(Run):
         self._write_predictions(f"unscaled_{split}", log_probs, mean, output.label_ids)
 
     def _write_predictions(
-        self, name: str, log_probs: Any, mean: Any, labels: Any | None, inputs: Inputs = (), networks: Any | None = None
-    ) -> None:
+        self, name: str, log_probs: Any, mean: Any, labels: Any | None, inputs: Inputs = (),
+        networks: Any | None = None, decided: Decided | None = None,
+    ) -> None:  # fmt: skip
         """A row for each input: the most probable class by its name, and all log-probabilities.
 
         Args:
             labels: Class ids, None where they are not known.
             networks: How many each input took, where that is as many as needed.
+            decided: Their prediction sets, and which of them are not answered.
         """
         names = self.class_names
 
@@ -150,6 +185,7 @@ class ClassifierRun(Run):
                 found |= {"label": int(labels[index]), "label_name": names[int(labels[index])]}
             if networks is not None:
                 found["networks"] = int(networks[index])
+            found |= {} if decided is None else decided.row(index, names)
             found |= {"log_probs": scores.tolist(), "mean_log_probs": mean[index].tolist()}
             return {**(inputs[index] if inputs else {}), **found}
 
@@ -198,6 +234,9 @@ class ClassifierRun(Run):
         log_probs, _, mean = outside.predictions[:3]
         count = len(mean)
         self.results.append(Results(f"out of distribution: {name} ({count} examples)", name, table, in_index=False))
-        self._write_predictions(prefix, log_probs, mean, outside.label_ids)
+        decided = self._decide(prefix, name, f"out of distribution: {name}", outside)
+        self._write_predictions(prefix, log_probs, mean, outside.label_ids, decided=decided)
+        if decided is not None and decided.labels is not None:
+            self.notes.append(f"{name}: {decided.sentence()} The guarantee does not reach other data.")
         own, other = ({title: pair[i] for title, pair in reversed(scores.items())} for i in (0, 1))
         self.add_plot(prefix, lambda path: plot_shift(own, other, (self.data.name, name), path))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from blob_hf.baselines import IVONConfig, LaplaceConfig, TFBConfig
+from blob_hf.baselines.conformal import DEFAULT_DELTA, SCORES, check_level
 from blob_hf.baselines.laplace import PREDICTIVES, PRIORS, SUBSETS
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.numbers import NumberOrWord
@@ -42,9 +43,29 @@ class MethodArguments:
             "(every --eval_steps, default a twentieth of the run) without a smaller one."
         },
     )
+    conformal_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "Fit decisions to held-out rows that nothing else is fitted to. Classes: prediction sets that miss "
+            "at most this share of the labels, and a confidence from which on at most this share of the answers is "
+            "wrong. Summaries: an uncertainty from which on none is given, such that at most this share of the inputs "
+            "gets a bad one."
+        },
+    )
+    conformal_score: str = field(
+        default=SCORES[0],
+        metadata={"help": "Of the sets: lac has the smallest, aps none that is empty.", "choices": list(SCORES)},
+    )
+    conformal_delta: float = field(
+        default=DEFAULT_DELTA,
+        metadata={"help": "Probability that the held-out rows mislead about the error rate of the answers."},
+    )
+    conformal_max_loss: float = field(
+        default=0.8, metadata={"help": "Largest loss, 1 - ROUGE-L, of a summary that is not bad."}
+    )
     calibration_samples: int | None = field(
         default=None,
-        metadata={"help": "Training rows to hold out for these three. Default: a tenth, at most 500."},
+        metadata={"help": "Training rows to hold out for these four. Default: a tenth, at most 500."},
     )
     ensemble_size: int = field(default=3, metadata={"help": "Members K of --method ensemble, trained in sequence."})
     ensemble_members: list[str] | None = field(
@@ -83,6 +104,9 @@ class MethodArguments:
             raise BlobError(f"calibration_samples must be >= 1, got {self.calibration_samples}")
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
             raise BlobError(f"early_stopping_patience must be >= 1, got {self.early_stopping_patience}")
+        for name in ("conformal_alpha", "conformal_delta", "conformal_max_loss"):
+            if getattr(self, name) is not None:
+                check_level(name, getattr(self, name))
         scale = self.posterior_scale
         if isinstance(scale, str) and scale != "fit":
             raise BlobError(f"posterior_scale must be a number or fit, got {scale!r}")
@@ -92,7 +116,12 @@ class MethodArguments:
     @property
     def needs_held_out(self) -> bool:
         """Whether something is fitted to rows that were not trained on."""
-        return self.temperature_scaling or self.posterior_scale == "fit" or self.early_stopping_patience is not None
+        return self.fits_held_out or self.conformal_alpha is not None or self.early_stopping_patience is not None
+
+    @property
+    def fits_held_out(self) -> bool:
+        """Whether that is done after the training, and is no decision: a temperature, a scale."""
+        return self.temperature_scaling or self.posterior_scale == "fit"
 
     def tfb_config(self) -> TFBConfig:
         """The search of TFB; its errors have the names of the flags."""

@@ -6,10 +6,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from blob_hf.baselines import LaplaceState, Temperatures
+from blob_hf.baselines import LaplaceState
 from blob_hf.cli.adapters import (
     AdapterArguments,
     adapter_to_evaluate,
+    fitted_companions,
     holds_adapter,
     lora_settings,
     posterior_settings,
@@ -42,7 +43,7 @@ def choose_route(adapter_args: AdapterArguments, method_args: MethodArguments, a
     if args.do_train or not (adapter_args.adapter_name_or_path or holds_adapter(adapter)):
         return asked
     saved = saved_method(resolve(adapter))
-    if saved == "blob" or (saved == "lora" and Temperatures.load(resolve(adapter)) is None):
+    if saved == "blob" or (saved == "lora" and not fitted_companions(resolve(adapter))):
         if isinstance(asked, (FittedRoute, EnsembleRoute, VariationalRoute)):
             raise BlobError(f"{adapter} is not of method {asked.name}: fit it with --do_train, or name its own method")
         return asked
@@ -77,9 +78,8 @@ def make_model(
         model = route.load_model(base, adapter, args, posterior)
         if args.do_train:
             route.configure(model, method_args)
-        temperatures = None if args.do_train else Temperatures.load(folder)
-        if temperatures is not None:
-            model.set_companion(temperatures)
+        for kept in () if args.do_train else fitted_companions(folder):
+            model.set_companion(kept)
         return model
     model = BlobModel.from_pretrained(folder, model=base)
     state = model.companion("method")

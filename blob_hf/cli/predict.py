@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from blob_hf.cli.arguments import OneLineParser
 from blob_hf.cli.limits import check_numbers
+from blob_hf.cli.question_files import CHOICES, QuestionFile, is_of_questions
 from blob_hf.cli.row_files import Row, RowFile, TextFile
 from blob_hf.cli.terminal import setup_logging, user_errors
 from blob_hf.data.conversations import is_conversation, prompt_column
@@ -45,7 +46,7 @@ _BATCHES = 4  # that are predicted together: rows of similar length among them s
 _GO_ON = "the same command goes on from the rows that are written"
 _RESULTS = (
     "id", "label", "probability", "probabilities", "entropy", "generated_text", "samples", "sample_sets", "uncertainty",
-    "abstain", "networks",
+    "abstain", "networks", "prediction_set",
 )  # fmt: skip
 _OF_WRITERS = ("prompt", "decoding", "max_new_tokens", "num_beams", "stop_strings", "equivalence")
 
@@ -54,7 +55,7 @@ class Predictor:
     """A model and the arguments it predicts with."""
 
     def __init__(self, args: argparse.Namespace, folder: Path, device: torch.device) -> None:
-        self.args = args
+        self.args, self.folder = args, folder
         self.sampling = _sampling(args)
         self.model = BlobModel.from_pretrained(folder).eval().to(device)
         base: Any = self.model.get_base_model()
@@ -69,6 +70,10 @@ class Predictor:
 
     def __call__(self, rows: Sequence[Row], columns: Sequence[str]) -> Prediction | TextPrediction:
         """Answers for the texts or conversations in these columns."""
+        if CHOICES in columns:
+            asked = [{name: row[name] for name in columns if row[name] is not None} for row in rows]
+            plain = {name: self.options[name] for name in ("max_length", "batch_size")}
+            return self.model.predict(asked, sampling=self.sampling, **plain)
         texts: list[Any] = [tuple(row[name] for name in columns) for row in rows]
         if len(columns) == 1:
             own = columns[0]
@@ -141,8 +146,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Path, TextFile, int]:
     task = read_config(folder).task_type
     if task == TaskType.SEQ_CLS:
         refuse_of_writers(args, parser(), _OF_WRITERS)
-    prompts = task == TaskType.CAUSAL_LM
-    source = TextFile.survey(args.input, args.text_columns, args.delimiter, prompts=prompts)
+    source = _survey(args, folder, args.input, prompts=task == TaskType.CAUSAL_LM)
     if output.path.resolve() == Path(source.path).resolve():
         raise BlobError(f"--output {args.output} is the input itself")
     if clash := set(source.columns) & set(_RESULTS):
@@ -155,6 +159,14 @@ def _prepare(args: argparse.Namespace) -> tuple[Path, TextFile, int]:
         )},
     }  # fmt: skip
     return folder, source, _claim(output, settings, args.overwrite_output)
+
+
+def _survey(args: argparse.Namespace, folder: Path, path: str, prompts: bool, split: str = "input") -> TextFile:
+    """A file, looked through: of texts, or of questions with choices where the adapter answers such."""
+    if prompts and args.text_columns is None and is_of_questions(path, args.delimiter, split, folder):
+        refuse_of_writers(args, parser(), _OF_WRITERS)
+        return QuestionFile.of(path, args.delimiter, split)
+    return TextFile.survey(path, args.text_columns, args.delimiter, split, prompts)
 
 
 def refuse_of_writers(args: argparse.Namespace, own: argparse.ArgumentParser, names: Sequence[str]) -> None:
@@ -248,7 +260,7 @@ def _threshold(args: argparse.Namespace, state: PartialState, predictor: Predict
         settings = json.loads(record.read_text(encoding="utf-8"))
         if "threshold" not in settings:
             prompts = is_decoder(predictor.model)
-            source = TextFile.survey(args.calibration_file, args.text_columns, args.delimiter, "calibration", prompts)
+            source = _survey(args, predictor.folder, args.calibration_file, prompts, "calibration")
             entropies = predictor.entropies(source)
             settings["threshold"] = float(np.quantile(entropies, args.coverage, method="inverted_cdf"))
             files.write_text(record, json.dumps(settings, indent=2) + "\n")

@@ -44,6 +44,7 @@ class Job:
         make_model: A fresh model, or the saved adapter that the run starts from.
         make_trainer: A trainer of a model with training arguments.
         calibration_rows: Training rows that were held out.
+        conformal_rows: Others of these, for decisions alone.
     """
 
     args: BlobTrainingArguments
@@ -51,6 +52,7 @@ class Job:
     make_model: Callable[[], BlobModel]
     make_trainer: Callable[[BlobModel, BlobTrainingArguments], BlobTrainer]
     calibration_rows: Any = None
+    conformal_rows: Any = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class FittedRoute(Route):
         return TRAINING_FLAGS | {"early_stopping_patience"}
 
     def holds_out(self, method_args: MethodArguments) -> bool:
-        return method_args.temperature_scaling or method_args.posterior_scale == "fit"
+        return method_args.fits_held_out or method_args.conformal_alpha is not None
 
     def start(self, adapter_args: AdapterArguments, method_args: MethodArguments) -> str | None:
         if not adapter_args.adapter_name_or_path:

@@ -23,13 +23,14 @@ from blob_hf.utils.errors import BlobError
 Row = dict[str, Any]
 
 LABELS = ("label", "labels")  # of a file that was trained on
+_RAGGED = ("prediction_set", "choices")  # lists of another length in each row
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 # ----- reading ---------------------------------------------------------------------------------------------------
 
 
-def _load(path: str, delimiter: str | None, split: str) -> Dataset:
+def load_rows(path: str, delimiter: str | None, split: str) -> Dataset:
     """The rows of a file, read once by each process."""
     written = Path(path).stat().st_mtime_ns if Path(path).exists() else None
     return _load_once(path, delimiter, split, written)
@@ -79,7 +80,7 @@ class TextFile:
         Raises:
             BlobError: No such file, of another format, or a row that cannot be read or has no text.
         """
-        rows = _load(path, delimiter, split)
+        rows = load_rows(path, delimiter, split)
         own = prompt_column(rows.column_names)
         own = own if own and (prompts or is_table_of_messages(rows, own)) else None
         chosen = tuple(columns or ([own] if own else find_text_columns(rows, LABELS)))
@@ -90,11 +91,11 @@ class TextFile:
         else:
             check_texts(DatasetDict({split: rows}), chosen)
         id_column = next((name for name in IDS if name in rows.column_names), None)
-        return cls(path, delimiter, split, chosen, id_column, len(rows), _digest(Path(path)))
+        return cls(path, delimiter, split, chosen, id_column, len(rows), digest(Path(path)))
 
     def rows(self, start: int = 0) -> Iterator[Row]:
         """From row `start` on: `id` (the id column, else the index) and the texts by column."""
-        rows = _load(self.path, self.delimiter, self.split)
+        rows = load_rows(self.path, self.delimiter, self.split)
         for index in range(start, self.count):
             row = rows[index]
             name = index if self.id_column is None else row[self.id_column]
@@ -106,7 +107,7 @@ def is_table_of_messages(rows: Dataset, column: str) -> bool:
     return column in rows.column_names and any(isinstance(value, list) for value in rows[column])
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
     """SHA-256 of a file, or of all files of a folder."""
     digest = hashlib.sha256()
     for part in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -191,8 +192,8 @@ def flattened(row: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in row.items():
         if isinstance(value, Mapping):
             flat |= {f"{name}_{key}": inner for key, inner in value.items()}
-        elif is_conversation(value):
-            flat[name] = json.dumps(value, ensure_ascii=False)  # of any number of messages
+        elif is_conversation(value) or name in _RAGGED:
+            flat[name] = json.dumps(value, ensure_ascii=False)  # of any number of messages or classes
         elif isinstance(value, (list, tuple)):
             flat |= {f"{name}_{number}": inner for number, inner in enumerate(value, start=1)}
         else:

@@ -6,17 +6,121 @@ from typing import Any
 
 import numpy as np
 
+from blob_hf.baselines.conformal_texts import TextAbstention
+from blob_hf.cli.answering import Answering, Answers
 from blob_hf.cli.language_run import LanguageRun
 from blob_hf.cli.sentences import agreement_sentence, samples_sentence
+from blob_hf.cli.summary_decisions import METRICS as ABSTENTION_METRICS
+from blob_hf.cli.summary_decisions import abstention_metrics, abstention_sentence, abstentions, settle_abstention
+from blob_hf.data.summarization import Dialogue
 from blob_hf.metrics.agreement import closest_call, marked
+from blob_hf.metrics.detection import DETECTION_METRICS, detection_metrics
 from blob_hf.metrics.summaries import selective_summarization
+from blob_hf.metrics.summarization import rouge_per_example
+from blob_hf.reporting.classification_plots import plot_shift
 from blob_hf.reporting.generation_plots import SCORES, plot_risk_coverage
+from blob_hf.reporting.run_summary import Results
+from blob_hf.reporting.tables import results_table
+from blob_hf.utils.names import MEAN
 
 SUMMARIZATION_METRICS = ["rouge1", "rouge2", "rougeL", "nll"]
 
 
 class SummarizerRun(LanguageRun):
     """A `Run` of a summarizer."""
+
+    abstention: TextAbstention | None = None
+
+    def settle_decisions(self, answering: Answering | None, rows: Sequence[Dialogue] | None) -> None:
+        """Fit abstention to the rows held out for it and keep it with the adapter; else take the saved one.
+
+        Raises:
+            BlobError: There is nothing to fit it to, and none fits that was saved.
+        """
+        method = self.job.method_args
+        if method.conformal_alpha is not None and answering is not None:
+            self.abstention = settle_abstention(answering, rows, method, self.folder if self.writes else None)
+
+    def add_abstention(
+        self, answering: Answering, found: Mapping[str, Answers], group: Sequence[Dialogue], prefix: str, split: str,
+        rows: Sequence[dict[str, Any]] = (), title: str = "",
+    ) -> None:  # fmt: skip
+        """Save what abstaining comes to in {prefix}_conformal_results.json, report and card.
+
+        Args:
+            found: The answers to a group of inputs.
+            rows: For the file of their summaries: each gets `answer` and `abstain`.
+        """
+        rule = self.abstention
+        if rule is None:
+            return
+        decided, references = abstentions(rule, answering, found), [one.references for one in group]
+        metrics = {
+            f"{prefix}_{kind}{name}": value
+            for kind, abstain in decided.items()
+            for name, value in abstention_metrics(rule, abstain, found[kind], references).items()
+        }
+        count = self.num_samples if "" in decided else 0
+        self.trainer.save_metrics(f"{prefix}_conformal", metrics | {f"{prefix}_num_samples": count})
+        table = results_table(metrics, prefix, ABSTENTION_METRICS, count).dropna(how="all")
+        title = f"{title or f'{self.data.name}, {split}'}: abstention ({len(group)} inputs)"
+        self.results.append(Results(title, split, table.dropna(how="all", axis="columns"), in_index=False))
+        kind = next(iter(decided))
+        for row, text, abstain in zip(rows, found[kind].texts, decided[kind], strict=False):
+            row |= {"answer": text, "abstain": bool(abstain)}
+        if any(references):
+            own = {name.removeprefix(f"{prefix}_{kind}"): value for name, value in metrics.items()}
+            said = abstention_sentence(rule, own, len(group))
+            if split in self.sentences:
+                self.sentences[split] += f" {said}"
+            else:
+                self.notes.append(f"{split}: {said} The guarantee does not reach other texts.")
+
+    def add_shift(
+        self, answering: Answering, name: str, inside: Mapping[str, Answers], group: Sequence[Dialogue]
+    ) -> None:
+        """Save how well each uncertainty tells other texts from the run's own, in ood_{name}_results.json.
+
+        Args:
+            name: Of the other texts.
+            inside: The answers to the run's own evaluation split.
+            group: The other texts; their summaries are scored where there are any.
+        """
+        prefix, outside = f"ood_{name}", answering([one.text for one in group])
+        references = [one.references for one in group]
+        metrics: dict[str, float] = {}
+        for kind, own in inside.items():
+            for score, values in own.scores.items():
+                found = detection_metrics(values, outside[kind].scores[score])
+                metrics |= {f"{prefix}_{kind}{score}_{metric}": value for metric, value in found.items()}
+            if any(references):
+                rouge = rouge_per_example(outside[kind].texts, references)["rougeL"]
+                metrics[f"{prefix}_{kind}rougeL"] = float(rouge.mean())
+        kind, count = next(iter(inside)), self.num_samples if "" in inside else 0
+        self.trainer.save_metrics(prefix, metrics)
+        shown = [f"{score}_{metric}" for score in inside[kind].scores for metric in DETECTION_METRICS]
+        table = results_table(metrics, prefix, ["rougeL", *shown], count)
+        table = table.dropna(how="all").dropna(how="all", axis="columns")
+        title = f"out of distribution: {name} ({len(group)} texts)"
+        self.results.append(Results(title, name, table, in_index=False))
+        rows: list[dict[str, Any]] = [
+            {
+                "id": one.id,
+                "summary": text,
+                "references": one.references,
+                "uncertainty": {score: float(values[i]) for score, values in outside[kind].scores.items()},
+            }
+            for i, (one, text) in enumerate(zip(group, outside[kind].texts, strict=True))
+        ]
+        self.add_abstention(answering, outside, group, prefix, name, rows, title)
+        self.write_rows(f"{prefix}_predictions.jsonl", rows)
+        titles = {"": f"{count} samples", MEAN: "posterior mean (N=0)"}
+        first, second = (
+            {titles[key]: answers[key].scores["token_entropy"] for key in reversed(list(answers))}
+            for answers in (inside, outside)
+        )
+        label = "mean entropy of the next token [nats]"
+        self.add_plot(prefix, lambda path: plot_shift(first, second, (self.data.name, name), path, label))
 
     def add_sentence(
         self, metrics: Mapping[str, float], prefix: str, rows: Sequence[Mapping[str, Any]], split: str

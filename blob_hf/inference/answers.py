@@ -1,14 +1,22 @@
 """What `BlobModel.predict` answers: labels or texts of new inputs, and how sure the posterior is of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from blob_hf.inference.decisions import Bools, ClassDecisions, Floats
 from blob_hf.inference.uncertainty import TokenUncertainty
 
-Floats = NDArray[np.float64]
+
+def set_names(sets: Bools, probabilities: Floats, names: Sequence[str]) -> list[list[str]]:
+    """Prediction sets `(inputs, classes)` as names of classes, likeliest first."""
+    return [
+        [names[index] for index in np.argsort(-of_row, kind="stable") if own[index]]
+        for own, of_row in zip(sets, probabilities, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,8 @@ class Prediction:
         epistemic: Mutual information of label and weights, nats, `(inputs,)`: what the networks disagree about.
         networks: With as many samples as needed, how many networks each input took, `(inputs,)`; those of an input
             that settled early are repeated in `sample_probabilities`. None where all inputs have the same.
+        decisions: The inputs' prediction sets, and which of them it abstains from; None where the adapter has no rule
+            for that.
     """
 
     class_names: list[str]
@@ -37,6 +47,7 @@ class Prediction:
     aleatoric: Floats
     epistemic: Floats
     networks: NDArray[np.int64] | None = None
+    decisions: ClassDecisions | None = None
 
     def __len__(self) -> int:
         return len(self.probabilities)
@@ -61,8 +72,16 @@ class Prediction:
         """Standard deviation of the probabilities over the samples, `(inputs, classes)`; 0 for one network."""
         return self.sample_probabilities.std(axis=1)
 
+    @property
+    def prediction_sets(self) -> list[list[str]] | None:
+        """Names of the classes in each input's prediction set, likeliest first, `(inputs,)`; None without a rule."""
+        if self.decisions is None:
+            return None
+        return set_names(self.decisions.sets, self.probabilities, self.class_names)
+
     def records(self) -> list[dict[str, Any]]:
         """A plain dict for each input, for JSON."""
+        sets, decided = self.prediction_sets, self.decisions
         return [
             {
                 "label": label,
@@ -72,6 +91,8 @@ class Prediction:
                 "aleatoric": float(self.aleatoric[i]),
                 "epistemic": float(self.epistemic[i]),
                 **({} if self.networks is None else {"networks": int(self.networks[i])}),
+                **({} if sets is None else {"prediction_set": sets[i]}),
+                **({} if decided is None else {"abstain": bool(decided.abstain[i])}),
             }
             for i, (label, confidence, probabilities) in enumerate(
                 zip(self.labels, self.confidence, self.probabilities, strict=True)
@@ -96,6 +117,7 @@ class TextPrediction:
             `(inputs, samples)`.
         sample_sets: The set of one meaning that each sample belongs to, `(inputs, samples)`; none where that was not
             asked.
+        abstain: Whether the text is better withheld, `(inputs,)`; None where the adapter has no rule for that.
     """
 
     texts: list[str]
@@ -105,6 +127,7 @@ class TextPrediction:
     uncertainty: dict[str, Floats]
     sample_log_probs: Floats
     sample_sets: list[list[int]]
+    abstain: Bools | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -122,6 +145,7 @@ class TextPrediction:
                 "samples": samples,
                 **({"sample_sets": self.sample_sets[i]} if self.sample_sets[i] else {}),
                 "uncertainty": {name: float(values[i]) for name, values in self.uncertainty.items()},
+                **({} if self.abstain is None else {"abstain": bool(self.abstain[i])}),
             }
             for i, (text, samples) in enumerate(zip(self.texts, self.samples, strict=True))
         ]

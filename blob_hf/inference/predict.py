@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from blob_hf.inference.settling import settle
+from blob_hf.metrics.uncertainty import predictive_log_probs
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import posterior_mean, posterior_samples, shares_trunk
 from blob_hf.tuner.registry import Companion
@@ -86,7 +87,19 @@ class Calibration(Protocol):
 
 def calibration_of(model: BlobModel) -> Calibration | None:
     """What the active adapter's probabilities are corrected by, if anything was fitted."""
-    return next((one for one in _companions(model) if isinstance(one, Calibration)), None)
+    return next((one for one in companions_of(model) if isinstance(one, Calibration)), None)
+
+
+def class_log_probs(model: BlobModel, samples: NDArray[np.float64], sampled: bool) -> NDArray[np.float64]:
+    """Log-probabilities `(inputs, classes)` that the active adapter answers with, nats: averaged, then calibrated.
+
+    Args:
+        samples: Of each network, `(inputs, samples, classes)`, nats.
+        sampled: Whether they are samples; else the posterior mean's alone.
+    """
+    log_probs = predictive_log_probs(samples)
+    calibration = calibration_of(model)
+    return log_probs if calibration is None else calibration.calibrated(log_probs, sampled)
 
 
 def predict_classes(model: nn.Module, inputs: dict[str, Any], sampling: Sampling) -> ClassPrediction:
@@ -148,10 +161,11 @@ def own_predictive(model: Any) -> OwnPredictive | None:
     """What predicts the classes of the active adapter in the place of sampled networks, if anything does."""
     while hasattr(model, "module"):  # DDP, DeepSpeed
         model = model.module
-    return next((one for one in _companions(model) if isinstance(one, OwnPredictive)), None)
+    return next((one for one in companions_of(model) if isinstance(one, OwnPredictive)), None)
 
 
-def _companions(model: Any) -> list[Companion]:
+def companions_of(model: Any) -> list[Companion]:
+    """The companions of a model's active adapter, none of any other model."""
     return list(model.companions.get(str(model.active_adapter), {}).values()) if isinstance(model, BlobModel) else []
 
 

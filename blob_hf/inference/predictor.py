@@ -1,5 +1,6 @@
 """From texts to answers: `BlobModel.predict`, over everything that predicts and generates on this floor."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -11,13 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from blob_hf.inference.answers import Prediction, TextPrediction
 from blob_hf.inference.choices import ChoiceRows, ChoiceScoring, choice_rows, is_questions
+from blob_hf.inference.decisions import class_rule, text_rule
 from blob_hf.inference.evaluating import evaluating
 from blob_hf.inference.inputs import Rows, find_tokenizer, in_batches, rows_of
-from blob_hf.inference.predict import calibration_of, own_predictive, predict_classes, sample_log_probs
+from blob_hf.inference.predict import class_log_probs, own_predictive, predict_classes, sample_log_probs
 from blob_hf.inference.settling import settle
 from blob_hf.inference.texts import Inputs
 from blob_hf.inference.writing import DECODINGS, DEFAULT_NEW_TOKENS, write_texts
-from blob_hf.metrics.uncertainty import expected_entropy, mutual_information, predictive_log_probs
+from blob_hf.metrics.uncertainty import expected_entropy, mutual_information
 from blob_hf.tuner.base_model import is_sequence_classifier
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import sampling_of
@@ -86,12 +88,20 @@ def predict(
     drawn = drawn.for_texts()
     tokenizer = tokenizer or find_tokenizer(model)
     room = 0 if base.config.is_encoder_decoder else options.get("max_new_tokens", DEFAULT_NEW_TOKENS)
-    rows = rows_of(model, inputs, tokenizer, text_columns, options.pop("prompt", None), max_length, room)
+    prompt = options.pop("prompt", None)
+    rows = rows_of(model, inputs, tokenizer, text_columns, prompt, max_length, room)
     with evaluating(model):
-        return write_texts(model, rows, tokenizer, drawn, batch_size, **options)
+        found = write_texts(model, rows, tokenizer, drawn, batch_size, **options)
+    rule = text_rule(model)
+    if rule is None:
+        return found
+    written = {"prompt": prompt, **WRITING, **{name: options[name] for name in WRITING if name in options}}
+    return dataclasses.replace(found, abstain=rule.abstains(model, found.uncertainty, drawn, written))
 
 
 VERBS.predict = predict
+# how a text is written unless it is asked for otherwise: what a rule that was fitted to texts depends on
+WRITING = {"decoding": DECODINGS[0], "num_beams": 1, "max_new_tokens": DEFAULT_NEW_TOKENS}
 
 
 def _writes(base: Any) -> bool:
@@ -128,12 +138,10 @@ def _classify(model: BlobModel, rows: Rows | ChoiceRows, sampling: Sampling, bat
     names = [str(config.id2label[index]) for index in range(config.num_labels)]
     # float32 log-probabilities sum to 1 only nearly
     samples = log_softmax(drawn.astype(np.float64), axis=-1)
-    log_probs = predictive_log_probs(samples)
-    calibration = calibration_of(model)
-    if calibration is not None:
-        log_probs = calibration.calibrated(log_probs, sampled=sampling.num_samples > 0)
-    probabilities = np.exp(log_probs)
+    probabilities = np.exp(class_log_probs(model, samples, sampled=sampling.num_samples > 0))
+    rule = class_rule(model)
+    decided = None if rule is None else rule.decide(model, probabilities, sampling)
     return Prediction(
         names, probabilities, np.exp(samples), entr(probabilities).sum(axis=-1), expected_entropy(samples),
-        mutual_information(samples), networks,
+        mutual_information(samples), networks, decided,
     )  # fmt: skip

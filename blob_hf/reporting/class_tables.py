@@ -21,7 +21,7 @@ def class_section(title: str, table: pd.DataFrame, confusion: NDArray[np.integer
         table: precision, recall, f1 and support by class (see `metrics.classification.ClassReport`).
         confusion: Counts `(classes, classes)`: true class by predicted class.
     """
-    names = [_cell(name) for name in table.index]
+    names = [class_cell(name) for name in table.index]
     if len(names) <= MANY:
         matrix = [[name, *row] for name, row in zip(names, confusion.tolist(), strict=True)]
         parts = [
@@ -40,7 +40,7 @@ def class_section(title: str, table: pd.DataFrame, confusion: NDArray[np.integer
 
 def _class_table(table: pd.DataFrame) -> str:
     rows = [
-        [_cell(name), *(f"{row[column]:.4f}" for column in ("precision", "recall", "f1")), int(row["support"])]
+        [class_cell(name), *(f"{row[column]:.4f}" for column in ("precision", "recall", "f1")), int(row["support"])]
         for name, row in table.iterrows()
     ]
     return markdown_table(["class", "precision", "recall", "F1", "support"], rows, "lrrrr")
@@ -58,6 +58,6 @@ def _confused(confusion: NDArray[np.integer], names: Sequence[str]) -> list[list
     ]
 
 
-def _cell(name: object) -> str:
+def class_cell(name: object) -> str:
     """A name in a Markdown table."""
     return " ".join(str(name).replace("|", "\\|").split())

@@ -159,7 +159,11 @@ def plot_nll_curve(curve: NLLCurve, mean_nll: float, path: str | PathLike[str], 
 
 
 def plot_shift(
-    inside: Mapping[str, ArrayLike], outside: Mapping[str, ArrayLike], names: tuple[str, str], path: str | PathLike[str]
+    inside: Mapping[str, ArrayLike],
+    outside: Mapping[str, ArrayLike],
+    names: tuple[str, str],
+    path: str | PathLike[str],
+    label: str = "entropy of the predictive [nats]",
 ) -> Figure:
     """Histograms of an uncertainty in nats, of in- and of out-of-distribution inputs.
 
@@ -167,6 +171,7 @@ def plot_shift(
         inside, outside: Entropies `(n,)` and `(m,)` by title.
         names: What the two sets are called.
         path: PNG to write.
+        label: What the uncertainty is.
     """
     with plot_style():
         figure = Figure(figsize=(max(5.0, 4 * len(inside)), 3.8), layout="constrained", facecolor="white")
@@ -178,7 +183,7 @@ def plot_shift(
                 weights = np.full(len(one), 1 / len(one))
                 axis.hist(one, bins=edges, weights=weights, color=colour, alpha=0.55, label=f"{name} ({len(one)})")
             axis.set_title(textwrap.fill(title, 40))
-            axis.set_xlabel("entropy of the predictive [nats]")
+            axis.set_xlabel(label)
             sns.despine(ax=axis)
         axes[0].set_ylabel("share of the inputs")
         legend_below(figure, axes[0], 2)

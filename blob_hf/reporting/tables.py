@@ -48,9 +48,13 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], align:
 
 
 def results_markdown(table: pd.DataFrame) -> str:
-    """A `results_table` as GitHub Markdown."""
-    cells = [["-" if pd.isna(value) else f"{value:.4f}" for value in values] for values in table.to_numpy()]
-    rows = [[name, *values] for name, values in zip(table.index, cells, strict=True)]
+    """A `results_table` as GitHub Markdown; counts (columns of whole numbers) as they are."""
+    counts = {column for column in table.columns if pd.api.types.is_integer_dtype(table[column])}
+    columns = [
+        [str(value) if column in counts else "-" if pd.isna(value) else f"{value:.4f}" for value in table[column]]
+        for column in table.columns
+    ]
+    rows = [[name, *values] for name, *values in zip(table.index, *columns, strict=True)]
     return markdown_table(["", *table.columns], rows, "l" + "r" * len(table.columns))
 
 

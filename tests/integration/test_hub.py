@@ -331,3 +331,34 @@ if model.method == "ensemble":
     again = alice.run('fresh().push_to_hub("alice/ensemble")')
     assert again["code"] == 0, again["stderr"]
     assert alice.run(load)["method"] == "blob"
+
+
+@pytest.mark.slow
+def test_decisions_go_through_the_hub_with_the_adapter(hub, alice):
+    rules = """
+from blob_hf.baselines.conformal import ClassThresholds, PredictionSets
+from blob_hf.baselines.conformal_texts import TextAbstention, TextThreshold
+rules = [
+    PredictionSets(0.1, 0.2, "aps", 40, ClassThresholds(0.3, None), ClassThresholds(0.4, 0.5), {"num_samples": 3}),
+    TextAbstention(0.2, 0.7, "token_nll", 50, TextThreshold(1.25), TextThreshold(None), {"decoding": "mbr"}),
+]
+"""
+    pushed = alice.run(
+        rules
+        + """
+model = fresh()
+for rule in rules:
+    model.set_companion(rule)
+model.push_to_hub("alice/decided")
+"""
+    )
+    assert pushed["code"] == 0, pushed["stderr"]
+    assert {"conformal.json", "conformal_texts.json"} <= set(hub.history("alice/decided")[-1].files)
+    found = alice.run(
+        rules
+        + """
+model = BlobModel.from_pretrained("alice/decided", model=base())
+print("same:", [model.companion(rule.slot) == rule for rule in rules], sep="")
+"""
+    )
+    assert found["same"] == "[True, True]", found["stderr"]

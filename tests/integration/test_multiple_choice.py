@@ -1,11 +1,12 @@
 """run_multiple_choice_blob.py as a user runs it, on a tiny Llama and own files."""
 
+import importlib.util
 import json
 import random
 
 import pytest
 import torch
-from helpers.running import run_experiment, run_script
+from helpers.running import predict, run_experiment, run_script
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -87,6 +88,32 @@ def test_a_run_and_its_evaluation_again(world, scoring, monkeypatch, tmp_path, c
     found = read(tmp_path / "again" / "eval_results.json")
     assert found["eval_nll"] == pytest.approx(results["eval_nll"], rel=1e-5)
     assert BlobModel.from_pretrained(tmp_path / "run").companion("choices").scoring == scoring
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("mapie") is None, reason="MAPIE is not installed")
+def test_decisions_on_choices_are_those_of_predict_and_of_the_command(world, monkeypatch, tmp_path):
+    flags_ = flags(world, "--scoring", "text", "--conformal_alpha", "0.3", "--calibration_samples", "20")
+    assert run_script(monkeypatch, SCRIPT, *flags_, "--output_dir", tmp_path / "run") == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "validation_predictions.jsonl").read_text().splitlines()]
+    results = read(tmp_path / "run" / "eval_conformal_results.json")
+    assert results["eval_coverage"] == sum(row["label_name"] in row["prediction_set"] for row in rows) / len(rows)
+    assert all(set(row["prediction_set"]) <= set("ABCDE"[: len(row["choices"])]) for row in rows)
+    questions = [json.loads(line) for line in (world / "validation.jsonl").read_text().splitlines()]
+    found = BlobModel.from_pretrained(tmp_path / "run").predict(
+        [{name: row[name] for name in ("question", "choices")} for row in questions], sampling=2
+    )
+    assert found.prediction_sets == [row["prediction_set"] for row in rows]
+    for name in ("p.jsonl", "p.csv"):
+        where = ["--input", world / "validation.jsonl", "--output", tmp_path / name, "--num_samples", "2"]
+        assert predict(tmp_path / "run", *where) == 0
+    written = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in written] == [row["id"] for row in questions]
+    assert [(row["prediction_set"], row["abstain"]) for row in written] == [
+        (row["prediction_set"], row["abstain"]) for row in rows
+    ]
+    assert [row["label"] for row in written] == found.labels
+    assert predict(tmp_path / "run", *where[:2], "--output", tmp_path / "q.jsonl", "--num_beams", "2") == 2
 
 
 @pytest.mark.slow
