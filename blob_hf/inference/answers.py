@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blob_hf.inference.uncertainty import TokenUncertainty
+from blob_hf.inference.uncertainty import TokenUncertainty, TopTokens
 
 Floats = NDArray[np.float64]
 
@@ -96,6 +96,7 @@ class TextPrediction:
             `(inputs, samples)`.
         sample_sets: The set of one meaning that each sample belongs to, `(inputs, samples)`; none where that was not
             asked.
+        top_tokens: The likeliest tokens at each place of `texts`, where they were asked for.
     """
 
     texts: list[str]
@@ -105,6 +106,7 @@ class TextPrediction:
     uncertainty: dict[str, Floats]
     sample_log_probs: Floats
     sample_sets: list[list[int]]
+    top_tokens: TopTokens | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
