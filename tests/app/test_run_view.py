@@ -28,7 +28,7 @@ def entropy(row):
 
 
 @pytest.fixture
-def classifier_run(tmp_path):
+def small_run(tmp_path):
     folder = tmp_path / "run"
     (folder / "plots").mkdir(parents=True)
     (folder / "plots" / "kl.png").write_bytes(PIXEL)
@@ -46,8 +46,8 @@ def classifier_run(tmp_path):
     return folder
 
 
-def test_rows_of_a_classifier_in_every_order(classifier_run):
-    view = run_view(classifier_run)
+def test_rows_of_a_classifier_in_every_order(small_run):
+    view = run_view(small_run)
     (saved,) = view.predictions
     assert saved.split == "validation" and [row.name for row in saved.rows] == ["10", "11", "12", "13"]
     doubts = [entropy(p) for p in PROBABILITIES]
@@ -67,31 +67,31 @@ def test_rows_of_a_classifier_in_every_order(classifier_run):
         saved.ordered("backwards")
 
 
-def test_the_report_has_no_dead_images_and_the_plots_are_in_the_page(classifier_run):
-    view = run_view(classifier_run)
+def test_the_report_has_no_dead_images_and_the_plots_are_in_the_page(small_run):
+    view = run_view(small_run)
     assert "It went well." in view.report and "plots/kl.png" not in view.report
     assert 'alt="kl" src="data:image/png;base64,' in plots_html(view.plots)
 
 
-def test_the_evaluation_is_that_of_the_saved_rows_with_the_temperature(classifier_run):
+def test_the_evaluation_is_that_of_the_saved_rows_with_the_temperature(small_run):
     model = get_blob_model(tiny_bert(2), BlobConfig(target_modules=TARGETS["bert"]))
-    found = saved_evaluation(classifier_run, model)
+    found = saved_evaluation(small_run, model)
     assert found.split == "validation" and found.num_samples == 7 and len(found) == 4
     np.testing.assert_allclose(found.entropy, [entropy(p) for p in PROBABILITIES])
     at = found.at(entropy(PROBABILITIES[2]))
     assert (at.answered, at.risk) == (2, 0.5)  # those of 0.9 and 0.8, of which the second is wrong
     model.set_companion(Temperatures(2.0, 3.0))
     scaled = [np.sqrt(p) / np.sqrt(p).sum() for p in PROBABILITIES]
-    np.testing.assert_allclose(saved_evaluation(classifier_run, model).entropy, [entropy(p) for p in scaled])
+    np.testing.assert_allclose(saved_evaluation(small_run, model).entropy, [entropy(p) for p in scaled])
     other = get_blob_model(tiny_bert(3), BlobConfig(target_modules=TARGETS["bert"]))
     with pytest.raises(BlobError, match="not of the 3 classes"):
-        saved_evaluation(classifier_run, other)
-    (classifier_run / "validation_predictions.jsonl").unlink()
-    assert saved_evaluation(classifier_run, model) is None
+        saved_evaluation(small_run, other)
+    (small_run / "validation_predictions.jsonl").unlink()
+    assert saved_evaluation(small_run, model) is None
 
 
-def test_examples_are_texts_of_the_evaluation_set(classifier_run):
-    assert set(saved_examples(classifier_run)) == {(f"first <{i}>", f"second {i}") for i in range(4)}
+def test_examples_are_texts_of_the_evaluation_set(small_run):
+    assert set(saved_examples(small_run)) == {(f"first <{i}>", f"second {i}") for i in range(4)}
 
 
 def test_rows_of_a_summarizer_with_their_dialogues(tmp_path):

@@ -1,5 +1,6 @@
 """Small adapters for the page, and a server of it in a process of its own."""
 
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from blob_hf import BlobConfig, get_blob_model
 from blob_hf.data.demo import BACKBONE_DIR
 from helpers.models import TARGETS, randomize_b, tiny_bert, tiny_tokenizer
 
+PROMPT = "{dialogue}"
 NAMES = {0: "no", 1: "perhaps", 2: "yes"}
 
 
@@ -31,25 +33,26 @@ def save_classifier(folder):
 
 
 def save_summarizer(folder):
-    """The demo's backbone with an adapter whose networks disagree."""
+    """The demo's backbone with an adapter whose networks disagree, of a run with the prompt `PROMPT`."""
     from transformers import AutoModelForSeq2SeqLM
 
     torch.manual_seed(0)
     base = AutoModelForSeq2SeqLM.from_pretrained(BACKBONE_DIR, dtype=torch.float32)
     model = get_blob_model(
-        base, BlobConfig(target_modules=["q_proj", "v_proj"], init_eps=0.3, task_type="SEQ_2_SEQ_LM")
+        base, BlobConfig(target_modules=["q_proj", "v_proj"], init_eps=0.9, task_type="SEQ_2_SEQ_LM")
     )
     randomize_b(model, 0.05)
     model.save_pretrained(folder / "adapter")
+    (folder / "adapter" / "run_settings.json").write_text(json.dumps({"prompt": PROMPT}))
     return folder / "adapter"
 
 
 @contextmanager
-def served(*arguments, program=("-m", "blob_hf", "app"), log, **environment):
+def served(*arguments, program=("-m", "blob_hf", "app"), log, folder=None, **environment):
     """The address of a server that runs meanwhile; what it prints goes into the file `log`."""
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            [sys.executable, *program, *map(str, arguments)], stdout=file, stderr=subprocess.STDOUT,
+            [sys.executable, *program, *map(str, arguments)], stdout=file, stderr=subprocess.STDOUT, cwd=folder,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
         )  # fmt: skip
     try:
