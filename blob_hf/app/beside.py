@@ -146,7 +146,8 @@ def saved_examples(folder: Path) -> list[tuple[str, ...]]:
             chosen = np.unique(np.linspace(0, len(rows) - 1, min(EXAMPLES, len(rows))).astype(int))
             by_doubt = sorted(rows, key=lambda row: float(row.get("probability", 1.0)))
             return [tuple(texts_in(by_doubt[index]).values()) for index in chosen]
-    return [(text,) for text in dict.fromkeys(source_texts(folder).values())][:EXAMPLES]
+    texts: list[tuple[str, ...]] = [(text,) for text in dict.fromkeys(source_texts(folder).values())]
+    return texts[:EXAMPLES]
 
 
 def source_texts(folder: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ def classes_html(view: ClassView) -> str:
 
 def _probabilities(view: ClassView) -> str:
     sampled = view.num_samples > 0
-    header = ["class", "probability", *(["spread (std)"] if sampled else []), "N=0"]
+    header = ["class", "probability", *(["std"] if sampled else []), "N=0"]
     rows = [
         [
             escape(row.name), _bar(row) + percent(row.probability), *([f"± {percent(row.std)}"] if sampled else []),
@@ -23,7 +23,7 @@ def _probabilities(view: ClassView) -> str:
     ]  # fmt: skip
     more = f" {view.other_count} other classes have {percent(view.others)} together." if view.other_count else ""
     said = (
-        f"The bar is the average over {view.num_samples} sampled networks; each tick is one of them."
+        f"The bar is the average over {view.num_samples} sampled networks, each tick one of them, std their spread."
         if sampled
         else "Of the posterior mean alone: no samples were drawn."
     )
@@ -67,8 +67,8 @@ def _posterior_mean(view: ClassView) -> str:
             ("posterior mean (N=0)", view.mean_label, view.mean_confidence, view.mean_entropy),
         )
     ]
-    note = f"The posterior mean is a plain LoRA adapter: {same}."
-    header = ["", "answer", "probability", "entropy, nats"]
+    note = f"The posterior mean is a plain LoRA adapter: {same}. Entropies in nats."
+    header = ["", "answer", "probability", "entropy"]
     return card("Beside LoRA's answer", table("Answers of samples and mean", header, rows), note=note)
 
 

@@ -65,10 +65,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_gradio()
         setup_logging(is_main=True, quiet_libraries=True)
         if args.space is not None:
-            if not args.adapter or args.run or args.demo:
-                raise BlobError("--space needs an adapter, and neither --run nor --demo")
-            write_space(args.adapter, Path(args.space), args.prompt)
+            if not args.adapter or args.run or args.demo or args.examples:
+                raise BlobError("--space needs an adapter, and neither --run, --examples nor --demo")
+            texts = write_space(args.adapter, Path(args.space), args.prompt)
             print(f"{args.space} is a Space: python {args.space}/app.py starts it here, and its files are what to push")
+            if texts:
+                print(f"the texts in {', '.join(texts)} go with it; delete these files if they are not for others")
             return
         if args.port is not None and not 0 < args.port < 65536:
             raise BlobError(f"--port must be between 1 and 65535, got {args.port}")

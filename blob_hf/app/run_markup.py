@@ -40,7 +40,9 @@ def rows_html(saved: SavedPredictions, rows: Sequence[SavedRow], caption: str) -
 
 def _row(saved: SavedPredictions, row: SavedRow, with_text: bool, with_mean: bool) -> list[str]:
     answer = escape(row.answer)
-    answer = f'<span class="blob-wrong" title="not the truth">✗ {answer}</span>' if row.is_wrong else answer
+    if saved.kind == CLASSES:
+        kind, mark = ("blob-class blob-wrong", "✗ ") if row.is_wrong else ("blob-class", "")
+        answer = f'<span class="{kind}">{mark}{answer}</span>'
     texts = [_shortened(row.asked)] if with_text else []
     means = [_shortened(row.mean_answer)] if with_mean else []
     return [

@@ -102,7 +102,7 @@ def blocks(parts: list[Part], title: str) -> Any:
     require_gradio()
     import gradio as gr
 
-    with gr.Blocks(title=title, analytics_enabled=False) as page:
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(f"# {title}")
         if len(parts) == 1:
             gr.Markdown(parts[0].about)

@@ -54,13 +54,16 @@ $about Shown by [blob_hf](https://arxiv.org/abs/2406.11675), whose source is in 
 """)
 
 
-def write_space(adapter: str, folder: Path, prompt: str | None = None) -> None:
+def write_space(adapter: str, folder: Path, prompt: str | None = None) -> list[str]:
     """Write app.py, requirements.txt, README.md and what they need into a folder.
 
     Args:
         adapter: Folder or Hub repo; a folder's adapter is copied.
         folder: New or empty.
         prompt: Of a summarizer.
+
+    Returns:
+        Files in it that hold texts of the evaluation set.
 
     Raises:
         BlobError: The folder has files, the adapter cannot be found, or its base model is neither here nor on the Hub.
@@ -87,13 +90,21 @@ def write_space(adapter: str, folder: Path, prompt: str | None = None) -> None:
     files.write_text(folder / "app.py", app)
     files.write_text(folder / "requirements.txt", "\n".join(requirements()) + "\n")
     files.write_text(folder / "README.md", _readme(title, adapter, base, local))
+    return [str(path.relative_to(folder)) for path in sorted(folder.glob("adapter/*_predictions.jsonl"))]
 
 
 def requirements() -> list[str]:
-    """What the page needs: the package's own requirements at the versions that are installed here."""
+    """What the page needs: the package's own requirements at the versions that are installed here.
+
+    Raises:
+        BlobError: The package is not installed.
+    """
     import gradio
 
-    declared = [Requirement(line) for line in metadata.requires("blob_hf") or []]
+    try:
+        declared = [Requirement(line) for line in metadata.requires("blob_hf") or []]
+    except metadata.PackageNotFoundError as error:
+        raise BlobError("what blob_hf needs is not known, because it is not installed: pip install .") from error
     names = [one.name for one in declared if one.marker is None]
     return [f"gradio=={gradio.__version__}", *(f"{name}=={_public(metadata.version(name))}" for name in names)]
 

@@ -139,12 +139,12 @@ def _scores(view: TextView) -> str:
     )
 
 
-def progress_html(progress: Progress, num_samples: int, decoding: str) -> str:
+def progress_html(progress: Progress, num_samples: int) -> str:
     """How far an answer is, and what is written so far."""
     if progress.stage < 0:
         return message("Waiting for another visitor's answer to end.", "busy")
     sampling = progress.stage == 0 and num_samples > 0
-    what = f"{num_samples} networks write" if sampling else "The averaged networks write"
+    what = f"{len(progress.texts)} networks write" if sampling else "The averaged networks write"
     what = "The posterior mean writes" if num_samples == 0 else what
     lines = "".join(f"<li>{escape(text)}</li>" for text in progress.texts)
     said = message(f"{what}: {progress.tokens} tokens", "busy")

@@ -61,7 +61,7 @@ def test_a_point_shows_no_spread():
     mean = model.predict(words(1), tiny_tokenizer(), 0)
     view = class_view(mean, mean, 0)
     assert view.num_samples == 0 and not any(row.samples for row in view.rows)
-    assert "spread" not in classes_html(view)
+    assert "std" not in classes_html(view)
 
 
 def test_the_decision_and_what_it_does_to_the_evaluation_set():

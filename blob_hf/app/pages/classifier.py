@@ -95,7 +95,7 @@ class ClassifierPage:
         with gr.Row():
             count = samples_slider(self.engine.is_point)
             threshold = gr.Slider(
-                0, round(self.highest, 2), value=round(self.highest / 2, 2), step=0.01,
+                0, round(self.highest, 2), value=round(self.highest / 2, 2), step=0.01, min_width=260,
                 label="Abstain above this entropy (nats)",
                 info=f"Of {len(self.engine.class_names)} equally likely classes it would be {self.highest:.2f}.",
             )  # fmt: skip

@@ -91,5 +91,12 @@ def samples_slider(is_point: bool, value: int = 10) -> gr.Slider:
         else "Networks drawn; 0 is the posterior mean."
     )
     return gr.Slider(
-        0, MOST_SAMPLES, value=0 if is_point else value, step=1, label="Samples N", info=info, interactive=not is_point
+        0,
+        MOST_SAMPLES,
+        value=0 if is_point else value,
+        step=1,
+        label="Samples N",
+        info=info,
+        interactive=not is_point,
+        min_width=260,
     )

@@ -80,7 +80,7 @@ class WriterPage:
                 work = _Work(self.engine, asked, how, watch)
                 count = 0 if self.engine.is_point else how.num_samples
                 for progress in work.progress():
-                    yield progress_html(progress, count, how.decoding), "", before, turns_html(before)
+                    yield progress_html(progress, count), "", before, turns_html(before)
                 found = work.result()
             view = text_view(found.prediction, self.engine.tokenizer)
             title = _TITLES[how.decoding] if count else "The posterior mean's text (N=0)"
@@ -119,7 +119,7 @@ class WriterPage:
         with gr.Row():
             count = samples_slider(self.engine.is_point)
             temperature = gr.Slider(
-                0, 2, value=0, step=0.05, label="Temperature of the samples",
+                0, 2, value=0, step=0.05, label="Temperature of the samples", min_width=260,
                 info="0: each network writes its likeliest text; above it draws its tokens.",
             )  # fmt: skip
         decoding = gr.Radio(_CHOICES, value="predictive", label="Decoding: which text is shown with its tokens")
