@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 WANTED = (
+    "blob_hf/app/style.css",
     "blob_hf/data/demo/backbone/model.safetensors",
     "blob_hf/lm_eval/blob_choices.yaml",
     "blob_hf/py.typed",

@@ -27,7 +27,7 @@ def _script(name: str, argv: Sequence[str]) -> None:
     import runpy
 
     sys.argv = [f"{name}.py", *argv]
-    runpy.run_module(name, run_name="__main__")
+    runpy.run_module(name, run_name="__main__", alter_sys=True)  # Trainer pickles arguments by the name of their module
 
 
 def _predict(argv: Sequence[str]) -> None:
@@ -66,6 +66,12 @@ def _lm_eval(argv: Sequence[str]) -> None:
     main(argv)
 
 
+def _app(argv: Sequence[str]) -> None:
+    from blob_hf.app.command import main
+
+    main(argv)
+
+
 def _experiments(argv: Sequence[str]) -> None:
     from blob_hf.experiments.__main__ import main
 
@@ -83,6 +89,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "convert": ("turn a checkpoint of the BLoB authors' code into an adapter", _convert),
     "tfb": ("give a trained LoRA adapter a posterior without training", _tfb),
     "lm-eval": ("lm-evaluation-harness, with the model blob", _lm_eval),
+    "app": ("a page to look at an adapter or a run in the browser", _app),
     "experiments": ("run an experiment: study, active, glue, sensitivity, mean, sampling", _experiments),
 }
 

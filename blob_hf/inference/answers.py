@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blob_hf.inference.decisions import Bools, ClassDecisions, Floats
-from blob_hf.inference.uncertainty import TokenUncertainty
+from blob_hf.inference.uncertainty import TokenUncertainty, TopTokens
 
 
 def set_names(sets: Bools, probabilities: Floats, names: Sequence[str]) -> list[list[str]]:
@@ -118,6 +118,7 @@ class TextPrediction:
         sample_sets: The set of one meaning that each sample belongs to, `(inputs, samples)`; none where that was not
             asked.
         abstain: Whether the text is better withheld, `(inputs,)`; None where the adapter has no rule for that.
+        top_tokens: The likeliest tokens at each place of `texts`, where they were asked for.
     """
 
     texts: list[str]
@@ -128,6 +129,7 @@ class TextPrediction:
     sample_log_probs: Floats
     sample_sets: list[list[int]]
     abstain: Bools | None = None
+    top_tokens: TopTokens | None = None
 
     def __len__(self) -> int:
         return len(self.texts)

@@ -190,7 +190,7 @@ def pad_to(tokens: Tensor, length: int, pad_token_id: int) -> Tensor:
 
 @torch.no_grad()
 def generate_predictive(
-    model: BlobModel, inputs: dict[str, Any], sampling: Sampling | int, **gen_kwargs: Any
+    model: BlobModel, inputs: dict[str, Any], sampling: Sampling | int, *, top_tokens: int = 0, **gen_kwargs: Any
 ) -> PredictiveText:
     """Decode one text per input from p(y_t | y_<t, x) = 1/S sum_s p(y_t | y_<t, x, A_s), greedily or with beams.
 
@@ -199,6 +199,7 @@ def generate_predictive(
 
     Args:
         sampling: S >= 1 samples; the S networks decode in one batch.
+        top_tokens: How many of the likeliest tokens to keep at each place.
         gen_kwargs: For `generate`; `stop_strings` need `tokenizer`.
 
     Raises:
@@ -211,7 +212,8 @@ def generate_predictive(
         raise BlobError("predictive decoding gives one text per input, greedily or with beams; leave out do_sample")
     gen_kwargs = with_stop_strings(gen_kwargs, prompt_length(model, inputs))
     beams, candidates = candidates_of(model, gen_kwargs)
-    processor = PredictiveProcessor(drawn.num_samples, normalized=beams > 1, candidates=candidates)
+    kept = max(candidates, top_tokens)
+    processor = PredictiveProcessor(drawn.num_samples, normalized=beams > 1, candidates=kept)
     own = gen_kwargs.pop("logits_processor", None) or []
     gen_kwargs |= {"logits_processor": LogitsProcessorList([*own, processor]), "return_dict_in_generate": True}
     batch = batch_size_of(inputs)
@@ -219,7 +221,9 @@ def generate_predictive(
         output: Any = model.generate(**repeat_rows(inputs, drawn.num_samples), **gen_kwargs)
     sequences = output.sequences[:batch]
     tokens = generated_tokens(model, inputs, sequences, gen_kwargs)
-    return PredictiveText(sequences, tokens, processor.uncertainty(tokens, chosen_rows(output, tokens)))
+    rows = chosen_rows(output, tokens)
+    top = processor.top_tokens(tokens, rows, top_tokens) if top_tokens else None
+    return PredictiveText(sequences, tokens, processor.uncertainty(tokens, rows), top)
 
 
 def candidates_of(model: Any, gen_kwargs: dict[str, Any]) -> tuple[int, int]:

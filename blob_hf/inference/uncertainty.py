@@ -36,6 +36,19 @@ class TokenUncertainty:
     epistemic: Tensor
 
 
+@dataclass(frozen=True)
+class TopTokens:
+    """The likeliest next tokens of the predictive at each place of given texts, the likeliest first.
+
+    Attributes:
+        tokens: Their ids, `(batch, length, count)`.
+        log_probs: log mean_s p(token | y_<t, x, A_s), nats, of the same shape.
+    """
+
+    tokens: Tensor
+    log_probs: Tensor
+
+
 class PredictiveProcessor(LogitsProcessor):
     """Gives every block the predictive log mean_s p(y_t | y_<t, x, A_s), so that all blocks choose the same token.
 
@@ -63,6 +76,14 @@ class PredictiveProcessor(LogitsProcessor):
         top, token = likeliest(predictive, self.candidates)
         self._steps.append((torch.special.entr(mean).sum(-1), aleatoric, top, token))
         return predictive.repeat(self.num_samples, 1)
+
+    def top_tokens(self, tokens: Tensor, rows: Tensor, count: int) -> TopTokens:
+        """The likeliest at each place, as many of `candidates` as asked; arguments as of `uncertainty`."""
+        rows = rows.masked_fill(tokens == IGNORED_LABEL, 0)
+        steps = self._steps[: tokens.shape[1]]
+        likely = [(step[3][rows[:, t], :count], step[2][rows[:, t], :count]) for t, step in enumerate(steps)]
+        ids, log_probs = zip(*likely, strict=True)
+        return TopTokens(torch.stack(ids, dim=1), torch.stack(log_probs, dim=1))
 
     def uncertainty(self, tokens: Tensor, rows: Tensor) -> TokenUncertainty:
         """Of the tokens that were chosen.
@@ -110,11 +131,13 @@ class PredictiveText:
         sequences: `(batch, length)` token ids as `generate` returns them.
         tokens: `(batch, new tokens)`: the generated ones, -100 behind the end.
         uncertainty: Of each generated token, nats.
+        top: The likeliest tokens at each place, where they were asked for.
     """
 
     sequences: Tensor
     tokens: Tensor
     uncertainty: TokenUncertainty
+    top: TopTokens | None = None
 
     @property
     def scores(self) -> Tensor:
@@ -126,9 +149,14 @@ class PredictiveText:
 
 
 @torch.no_grad()
-def token_uncertainty(
-    model: BlobModel, inputs: dict[str, Any], sequences: Tensor, tokens: Tensor, sampling: Sampling
-) -> TokenUncertainty:
+def read_back(
+    model: BlobModel,
+    inputs: dict[str, Any],
+    sequences: Tensor,
+    tokens: Tensor,
+    sampling: Sampling,
+    top_tokens: int = 0,
+) -> PredictiveText:
     """How sure the predictive is of each token of texts that something else chose, read back by all networks.
 
     (Of the networks themselves: what `generate` ruled out, or forced, plays no part.)
@@ -138,8 +166,9 @@ def token_uncertainty(
         sequences: `(batch, length)` token ids as `generate` returns them.
         tokens: The new ones among them, `(batch, new tokens)`, -100 behind the end.
         sampling: 0 samples: how sure the posterior mean is, which has no epistemic part.
+        top_tokens: How many of the likeliest tokens to keep at each place.
     """
-    forward, new = _read_back(model, inputs, sequences), tokens.shape[1]
+    forward, new = _forward_inputs(model, inputs, sequences), tokens.shape[1]
     kept = tokens != IGNORED_LABEL
     total, aleatoric, count = None, torch.zeros(tokens.shape, device=tokens.device), 0
     for logits in _next_logits(model, forward, sampling):
@@ -153,10 +182,13 @@ def token_uncertainty(
     own = predictive.gather(-1, tokens.masked_fill(~kept, 0).unsqueeze(-1)).squeeze(-1)
     entropy = torch.special.entr(predictive.exp()).sum(-1)
     parts = (own, entropy, aleatoric, (entropy - aleatoric).clamp(min=0.0))
-    return TokenUncertainty(*(value.masked_fill(~kept, 0.0) for value in parts))
+    unsure = TokenUncertainty(*(value.masked_fill(~kept, 0.0) for value in parts))
+    likely = predictive.topk(min(top_tokens, predictive.shape[-1]), dim=-1) if top_tokens else None
+    top = None if likely is None else TopTokens(likely.indices, likely.values)
+    return PredictiveText(sequences, tokens, unsure, top)
 
 
-def _read_back(model: Any, inputs: dict[str, Any], sequences: Tensor) -> dict[str, Any]:
+def _forward_inputs(model: Any, inputs: dict[str, Any], sequences: Tensor) -> dict[str, Any]:
     """Inputs of a forward whose last logits are those that the new tokens were chosen from."""
     if model.config.is_encoder_decoder:
         return {**inputs, "decoder_input_ids": sequences[:, :-1]}

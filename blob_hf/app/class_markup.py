@@ -1,0 +1,110 @@
+"""A classifier's answer as HTML."""
+
+import math
+
+from blob_hf.app.class_view import ClassRow, ClassView, Decision
+from blob_hf.app.markup import card, escape, message, nats, percent, table
+
+
+def classes_html(view: ClassView) -> str:
+    """Probabilities with their spread, the split of the entropy, and the posterior mean's answer beside."""
+    return f'<div class="blob-cards">{_probabilities(view)}{_entropies(view)}{_posterior_mean(view)}</div>'
+
+
+def _probabilities(view: ClassView) -> str:
+    sampled = view.num_samples > 0
+    header = ["class", "probability", *(["std"] if sampled else []), "N=0"]
+    rows = [
+        [
+            escape(row.name), _bar(row) + percent(row.probability), *([f"± {percent(row.std)}"] if sampled else []),
+            percent(row.mean),
+        ]
+        for row in view.rows
+    ]  # fmt: skip
+    more = f" {view.other_count} other classes have {percent(view.others)} together." if view.other_count else ""
+    said = (
+        f"The bar is the average over {view.num_samples} sampled networks, each tick one of them, std their spread."
+        if sampled
+        else "Of the posterior mean alone: no samples were drawn."
+    )
+    return card(
+        "Class probabilities", table("Probability of each class", header, rows, "blob-classes"), note=said + more
+    )
+
+
+def _bar(row: ClassRow) -> str:
+    ticks = "".join(f'<i style="left:{100 * value:.2f}%"></i>' for value in row.samples)
+    return f'<span class="blob-bar" aria-hidden="true"><b style="width:{100 * row.probability:.2f}%"></b>{ticks}</span>'
+
+
+def _entropies(view: ClassView) -> str:
+    parts = (
+        ("entropy (total)", view.entropy, "of the averaged probabilities"),
+        ("aleatoric", view.aleatoric, "what every network is unsure of"),
+        ("epistemic", view.epistemic, "what the networks disagree about"),
+    )
+    rows = [[escape(name), nats(value), escape(meaning)] for name, value, meaning in parts]
+    whole = max(view.aleatoric + view.epistemic, 1e-9)
+    split = (
+        '<div class="blob-split" aria-hidden="true">'
+        f'<b class="blob-aleatoric" style="width:{100 * view.aleatoric / whole:.2f}%"></b>'
+        f'<b class="blob-epistemic" style="width:{100 * view.epistemic / whole:.2f}%"></b></div>'
+    )
+    note = (
+        "A temperature was fitted to the averaged probabilities: the total is after it, its parts are before."
+        if view.is_calibrated
+        else "The total is the sum of the other two."
+    )
+    return card("How unsure, in nats", split, table("Entropies", ["", "nats", "what it is"], rows), note=note)
+
+
+def _posterior_mean(view: ClassView) -> str:
+    same = "the same answer" if view.mean_label == view.label else "another answer"
+    rows = [
+        [escape(name), escape(label), percent(confidence), nats(entropy)]
+        for name, label, confidence, entropy in (
+            (_of_samples(view), view.label, view.confidence, view.entropy),
+            ("posterior mean (N=0)", view.mean_label, view.mean_confidence, view.mean_entropy),
+        )
+    ]
+    note = f"The posterior mean is a plain LoRA adapter: {same}. Entropies in nats."
+    header = ["", "answer", "probability", "entropy"]
+    return card("Beside LoRA's answer", table("Answers of samples and mean", header, rows), note=note)
+
+
+def _of_samples(view: ClassView) -> str:
+    return f"{view.num_samples} samples" if view.num_samples else "this answer"
+
+
+def decision_html(decision: Decision, view: ClassView | None) -> str:
+    """Answer or abstain, and what the threshold does on the evaluation set."""
+    return f"{_verdict(decision, view)}{message(threshold_sentence(decision))}"
+
+
+def _verdict(decision: Decision, view: ClassView | None) -> str:
+    if view is None or decision.answers is None:
+        return ""
+    limit = f"entropy {nats(view.entropy)} nats, threshold {nats(decision.threshold)}"
+    if decision.answers:
+        said = f"<strong>Answers: {escape(view.label)}</strong> ({percent(view.confidence)})"
+        return f'<p class="blob-verdict blob-answers" role="status">{said}<br><small>{limit}</small></p>'
+    said = f"<strong>Abstains</strong> (it would be {escape(view.label)}, {percent(view.confidence)})"
+    return f'<p class="blob-verdict blob-abstains" role="status">{said}<br><small>{limit}</small></p>'
+
+
+def threshold_sentence(decision: Decision) -> str:
+    """What the threshold does to the rows whose truth is known."""
+    if not decision.rows:
+        return (
+            "No predictions with labels are saved beside this adapter, so it is not known what a threshold does to "
+            "accuracy and coverage: a run that evaluates leaves them."
+        )
+    of = f"{decision.rows} {decision.split} rows"
+    drawn = "" if decision.num_samples is None else f" (measured with N={decision.num_samples})"
+    if math.isnan(decision.accuracy):
+        of_all = percent(decision.accuracy_of_all)
+        return f"At this threshold none of the {of} is answered; of all {of_all} are right{drawn}."
+    return (
+        f"At this threshold {percent(decision.coverage)} of the {of} are answered, and {percent(decision.accuracy)} of "
+        f"these are right; of all {percent(decision.accuracy_of_all)}{drawn}."
+    )

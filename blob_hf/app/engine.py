@@ -1,0 +1,239 @@
+"""A model that answers one visitor at a time, tells how far it is, and stops when it is told to."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
+
+from blob_hf.data.conversations import Conversation
+from blob_hf.data.summarization import DEFAULT_PROMPT
+from blob_hf.inference.answers import Prediction, TextPrediction
+from blob_hf.inference.choices import ChoiceScoring
+from blob_hf.inference.inputs import find_tokenizer, is_decoder, longest_input
+from blob_hf.inference.texts import Text, encode
+from blob_hf.tuner.adapter_files import resolve
+from blob_hf.tuner.base_model import is_sequence_classifier
+from blob_hf.tuner.model import BlobModel
+from blob_hf.tuner.posterior import sampling_of
+from blob_hf.tuner.sampling import Sampling
+from blob_hf.utils.errors import BlobError
+
+CLASSIFIER, SUMMARIZER, CHAT = "classifier", "summarizer", "chat"
+RUNNERS_UP = 5  # likeliest tokens that are kept at each place
+_POLL = 0.1  # seconds
+_UNCUT = 1_000_000  # tokens
+
+
+class Stopped(Exception):
+    """A visitor has stopped the answer."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an answer is.
+
+    Attributes:
+        stage: 0 for the first texts that are written, 1 for the next ...; -1 while it waits for its turn.
+        texts: What is written so far, of each network, or the one text of all.
+    """
+
+    stage: int
+    tokens: int = 0
+    texts: tuple[str, ...] = ()
+
+
+class Watch:
+    """What a visitor's page and the running answer tell one another."""
+
+    def __init__(self) -> None:
+        self._progress: SimpleQueue[Progress] = SimpleQueue()
+        self._stop = threading.Event()
+
+    def stop(self) -> None:
+        """End the answer at its next token."""
+        self._stop.set()
+
+    def check(self) -> None:
+        """Raises Stopped if it was stopped."""
+        if self._stop.is_set():
+            raise Stopped
+
+    def report(self, progress: Progress) -> None:
+        self._progress.put(progress)
+
+    def newest(self, timeout: float) -> Progress | None:
+        """The newest report, waiting at most so many seconds for one."""
+        found = None
+        try:
+            found = self._progress.get(timeout=timeout)
+            while True:
+                found = self._progress.get_nowait()
+        except Empty:
+            return found
+
+
+class _Follow(StoppingCriteria):
+    """Tells a watch what `generate` has written, and ends it when told to; it rules nothing out."""
+
+    def __init__(self, watch: Watch, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+        self.watch, self.tokenizer, self.rows = watch, tokenizer, rows
+        self._stage, self._length, self._start = -1, 0, 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        self.watch.check()
+        length = input_ids.shape[1]
+        if self._stage < 0 or length <= self._length:
+            self._stage, self._start = self._stage + 1, length - 1
+        self._length = length
+        each = max(1, len(input_ids) // self.rows)  # beams
+        rows = input_ids[::each, self._start :]
+        texts = self.tokenizer.batch_decode(rows if self._stage == 0 else rows[:1], skip_special_tokens=True)
+        self.watch.report(Progress(self._stage, length - self._start, tuple(texts)))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a text is written: as of `blob_hf.inference.writing.write_texts`."""
+
+    num_samples: int = 10
+    seed: int = 0
+    decoding: str = "predictive"
+    temperature: float = 0.0
+    max_new_tokens: int = 128
+
+
+@dataclass(frozen=True)
+class ClassAnswer:
+    """The predictive's classes, those of the posterior mean, and what a visitor has to know besides."""
+
+    prediction: Prediction
+    mean: Prediction
+    note: str
+
+
+@dataclass(frozen=True)
+class TextAnswer:
+    """A text with what is known of it, and what a visitor has to know besides."""
+
+    prediction: TextPrediction
+    note: str
+
+
+class Engine:
+    """An adapter that answers; requests of several visitors take turns, so that none sees another's samples.
+
+    Args:
+        adapter: Folder or Hub repo.
+        prompt: Of a summarizer, with {dialogue}; default that of its script.
+        device: Default a GPU if there is one.
+
+    Raises:
+        BlobError: It cannot be loaded, or is for something that has no page.
+    """
+
+    def __init__(self, adapter: str | Path, prompt: str | None = None, device: str | None = None) -> None:
+        self.name, self.folder = str(adapter), resolve(adapter)
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = BlobModel.from_pretrained(self.folder).eval().to(where)
+        self.tokenizer = find_tokenizer(self.model)
+        self._turn = threading.Lock()
+        base: Any = self.model.get_base_model()
+        if isinstance(self.model.companion(ChoiceScoring.slot), ChoiceScoring):
+            raise BlobError(f"{adapter} answers multiple choice, for which there is no page: use blob predict")
+        if is_sequence_classifier(base):
+            self.kind = CLASSIFIER
+        elif base.config.is_encoder_decoder:
+            self.kind = SUMMARIZER
+        elif is_decoder(self.model):
+            self.kind = CHAT
+        else:
+            raise BlobError(f"a page is for classifiers and models that write, not for {type(base).__name__}")
+        if prompt is not None and self.kind != SUMMARIZER:
+            raise BlobError(f"a prompt is for summarizers; {adapter} is a {self.kind}")
+        self.prompt = (prompt or DEFAULT_PROMPT) if self.kind == SUMMARIZER else None
+        self.most_samples = sampling_of(self.model, Sampling(1)).num_samples  # 0 of a point
+        if self.kind == CLASSIFIER:
+            self.classify(("a",), 0)  # what cannot be predicted is refused before there is a page
+
+    @property
+    def class_names(self) -> list[str]:
+        """Of a classifier, in the order of their ids."""
+        config: Any = self.model.get_base_model().config
+        return [str(config.id2label[index]) for index in range(config.num_labels)]
+
+    @property
+    def is_point(self) -> bool:
+        """Whether there are no samples to draw."""
+        return self.most_samples == 0
+
+    @property
+    def has_template(self) -> bool:
+        """Whether its tokenizer can render conversations."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def classify(
+        self, texts: tuple[str, ...], num_samples: int, seed: int = 0, watch: Watch | None = None
+    ) -> ClassAnswer:
+        """The classes of a text, or of a pair.
+
+        Raises:
+            BlobError: The text does not fit the model.
+            Stopped: The watch was stopped before it was this request's turn.
+        """
+        with self._own_turn(watch or Watch()):
+            found = self.model.predict([texts], self.tokenizer, Sampling(num_samples, seed=seed))
+            mean = self.model.predict([texts], self.tokenizer, 0)
+            note = self._cut(texts, 0)
+        assert isinstance(found, Prediction) and isinstance(mean, Prediction)
+        return ClassAnswer(found, mean, note)
+
+    def write(self, asked: str | Conversation, how: Writing, watch: Watch | None = None) -> TextAnswer:
+        """The answer to a text or a conversation.
+
+        Raises:
+            BlobError: As `BlobModel.predict`.
+            Stopped: The watch was stopped.
+        """
+        watch = watch or Watch()
+        follow = _Follow(watch, self.tokenizer, max(1, 0 if self.is_point else how.num_samples))
+        text: Text = (asked,) if isinstance(asked, str) else asked
+        room = how.max_new_tokens if self.kind == CHAT else 0
+        with self._own_turn(watch):
+            found = self.model.predict(
+                [asked], self.tokenizer, Sampling(how.num_samples, seed=how.seed), prompt=self.prompt,
+                decoding=how.decoding, temperature=how.temperature, max_new_tokens=how.max_new_tokens,
+                top_tokens=RUNNERS_UP, stopping_criteria=[follow],
+            )  # fmt: skip
+            note = self._cut(text, room)
+        assert isinstance(found, TextPrediction)
+        return TextAnswer(found, note)
+
+    @contextmanager
+    def _own_turn(self, watch: Watch) -> Iterator[None]:
+        """The model alone: tokens are drawn from torch's one random state, and memory is for one request."""
+        if not self._turn.acquire(blocking=False):
+            watch.report(Progress(-1))
+            while not self._turn.acquire(timeout=_POLL):
+                watch.check()
+        try:
+            watch.check()
+            yield
+        finally:
+            self._turn.release()
+
+    def _cut(self, text: Text, room: int) -> str:
+        """What is said of a text that is longer than the model reads; "" of others."""
+        limit = longest_input(self.model, self.tokenizer) - room
+        ids: Sequence[int] = encode([text], self.tokenizer, self.prompt, _UNCUT, is_decoder(self.model))["input_ids"][0]
+        if len(ids) <= limit:
+            return ""
+        part = "beginning" if is_decoder(self.model) else "end"
+        return f"The text has {len(ids):,} tokens and the model reads {limit:,}: its {part} was left out."

@@ -1,0 +1,1 @@
+"""The pages, in Gradio: where things stand and what calls what."""

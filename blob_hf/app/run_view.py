@@ -1,0 +1,168 @@
+"""What the page shows of a run's folder: report, plots, and its saved predictions in any order; without HTML."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blob_hf.app.beside import read_rows, source_texts, texts_in
+from blob_hf.cli.artifacts import EVALUATION
+from blob_hf.cli.row_files import Row
+from blob_hf.metrics.uncertainty import predictive_entropy
+from blob_hf.reporting.report import REPORT
+from blob_hf.utils.errors import BlobError
+
+CLASSES, SUMMARIES = "classes", "summaries"
+LEAST_CERTAIN, WORST = "least certain first", "worst first"
+MOST_CERTAIN, AS_SAVED = "most certain first", "as saved"
+_IMAGE = re.compile(r"^!\[.*\]\(plots/.*\)\s*$", re.MULTILINE)
+_TEXT_FILES = {"eval_generated_predictions.jsonl": "validation", "generated_predictions.jsonl": "test"}
+
+
+@dataclass(frozen=True)
+class SavedRow:
+    """A saved prediction.
+
+    Attributes:
+        name: Its id.
+        asked: The input, as far as it is known.
+        answer, mean_answer, truth: What was predicted, what the posterior mean says, and what is right ("" unknown).
+        uncertainty: By name, higher is less certain.
+        risk: How bad the answer is: the negative log-probability of the true class in nats, or 1 - ROUGE-L; NaN where
+            the truth is unknown.
+        is_wrong: Of classes, whether the answer is not the truth.
+    """
+
+    name: str
+    asked: str
+    answer: str
+    mean_answer: str
+    truth: str
+    uncertainty: dict[str, float]
+    risk: float
+    is_wrong: bool
+
+
+@dataclass(frozen=True)
+class SavedPredictions:
+    """The saved predictions of a split.
+
+    Attributes:
+        kind: `CLASSES` or `SUMMARIES`.
+        scores: Names of the uncertainties, the first is what "least certain" means.
+    """
+
+    split: str
+    kind: str
+    rows: tuple[SavedRow, ...]
+    scores: tuple[str, ...]
+
+    def ordered(self, order: str, score: str | None = None) -> list[SavedRow]:
+        """The rows in an order; those that it says nothing of come last.
+
+        Args:
+            order: `LEAST_CERTAIN`, `MOST_CERTAIN`, `WORST` or `AS_SAVED`.
+            score: By which uncertainty, default the first.
+
+        Raises:
+            BlobError: There is no such order or score.
+        """
+        if order == AS_SAVED:
+            return list(self.rows)
+        if order == WORST:
+            return _by(self.rows, [row.risk for row in self.rows], down=True)
+        name = score or next(iter(self.scores), "")
+        if order not in (LEAST_CERTAIN, MOST_CERTAIN) or name not in self.scores:
+            raise BlobError(f"there is no order {order!r} by {name!r}")
+        values = [row.uncertainty.get(name, math.nan) for row in self.rows]
+        return _by(self.rows, values, down=order == LEAST_CERTAIN)
+
+
+def _by(rows: Sequence[SavedRow], values: Sequence[float], down: bool) -> list[SavedRow]:
+    known = [index for index, value in enumerate(values) if not math.isnan(value)]
+    known.sort(key=lambda index: -values[index] if down else values[index])
+    return [rows[index] for index in [*known, *(i for i, value in enumerate(values) if math.isnan(value))]]
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run's folder.
+
+    Attributes:
+        report: Markdown, without its plots.
+        plots: PNG files, by what they are called.
+        predictions: Of each split that has any.
+    """
+
+    name: str
+    report: str
+    plots: dict[str, Path]
+    predictions: tuple[SavedPredictions, ...]
+
+
+def run_view(folder: Path) -> RunView:
+    """What a run has left.
+
+    Raises:
+        BlobError: It is no run's folder, or a file is damaged.
+    """
+    if not folder.is_dir():
+        raise BlobError(f"there is no folder {folder}; give the output folder of a run")
+    reports = [folder / name for name in (REPORT, EVALUATION) if (folder / name).is_file()]
+    plots = {path.stem.replace("_", " "): path for path in sorted(folder.glob("plots/*.png"))}
+    predictions = tuple(_predictions(folder))
+    if not reports and not predictions:
+        raise BlobError(f"{folder} has neither report.md nor predictions: give the output folder of a run")
+    text = "\n\n".join(path.read_text(encoding="utf-8") for path in reports)
+    return RunView(folder.resolve().name, _IMAGE.sub("", text).replace("## Plots", ""), plots, predictions)
+
+
+def _predictions(folder: Path) -> Iterable[SavedPredictions]:
+    for path in sorted(folder.glob("*_predictions.jsonl"), key=lambda path: (not path.name.startswith("val"), path)):
+        if "generated" in path.name:
+            continue
+        saved = read_rows(path)
+        if saved and "log_probs" in saved[0]:
+            split = path.name.removesuffix("_predictions.jsonl")
+            yield SavedPredictions(split, CLASSES, tuple(map(_of_class, saved, _entropies(path, saved))), ("entropy",))
+    texts: dict[str, str] | None = None
+    for name, split in _TEXT_FILES.items():
+        saved = read_rows(folder / name) if (folder / name).is_file() else []
+        if saved:
+            texts = source_texts(folder) if texts is None else texts
+            rows = tuple(_of_summary(row, texts) for row in saved)
+            scores = tuple(dict.fromkeys(name for row in rows for name in row.uncertainty))
+            yield SavedPredictions(split, SUMMARIES, rows, scores)
+
+
+def _entropies(path: Path, saved: Sequence[Row]) -> list[float]:
+    try:
+        return [float(one) for one in predictive_entropy(np.array([row["log_probs"] for row in saved])[:, None])]
+    except (KeyError, ValueError, TypeError) as error:
+        raise BlobError(f"{path} has rows without log_probs; evaluate again") from error
+
+
+def _of_class(row: Row, entropy: float) -> SavedRow:
+    label = row.get("label")
+    truth = "" if label is None else str(row.get("label_name", label))
+    risk = math.nan if label is None else -float(row["log_probs"][int(label)])
+    wrong = bool(truth) and truth != str(row["prediction"])
+    answer = f"{row['prediction']} ({100 * float(row['probability']):.1f}\N{NO-BREAK SPACE}%)"
+    asked = "\n".join(texts_in(row).values())
+    name = str(next((row[key] for key in ("id", "idx", "index") if key in row), ""))
+    return SavedRow(name, asked, answer, "", truth, {"entropy": entropy}, risk, wrong)
+
+
+def _of_summary(row: Row, texts: dict[str, str]) -> SavedRow:
+    doubts: dict[str, Any] = row.get("uncertainty") or {}
+    scores = row.get("summary_scores") or row.get("mean_scores") or {}
+    risk = 1 - float(scores["rougeL"]) if "rougeL" in scores else math.nan
+    name = str(row.get("id", ""))
+    return SavedRow(
+        name, texts.get(name, ""), str(row.get("summary", "")), str(row.get("mean_summary", "")),
+        "\n".join(row.get("references") or []), {key: float(value) for key, value in doubts.items()}, risk, False,
+    )  # fmt: skip

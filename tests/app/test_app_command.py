@@ -1,0 +1,31 @@
+"""`blob app` with what cannot be, without a server."""
+
+import pytest
+from helpers.running import run_blob
+
+from blob_hf.app import require_gradio
+from blob_hf.utils.errors import BlobError
+
+
+def test_without_gradio_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+    with pytest.raises(BlobError, match=r"pip install 'blob_hf\[app\]'"):
+        require_gradio()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "name an adapter, or give --run FOLDER or --demo"),
+        (["somewhere", "--demo"], "--demo has its own adapters"),
+        (["--space", "x"], "--space needs an adapter"),
+        (["--run", "x", "--prompt", "{dialogue}"], "--examples and --prompt are for the page of an adapter"),
+        (["--run", "/no/such/folder"], "there is no folder"),
+        (["somewhere", "--port", "70000"], "--port must be between 1 and 65535"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, said, capsys):
+    pytest.importorskip("gradio", reason="the page needs gradio")
+    assert run_blob("app", *arguments) == 2
+    printed = capsys.readouterr().err
+    assert said in printed and printed.count("\n") == 1

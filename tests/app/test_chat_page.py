@@ -1,0 +1,78 @@
+"""The page of a chat: the conversation goes on, and what is shown is `model.predict`'s answer to all of it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.models import randomize_b, words
+from helpers.sft import llama, tokenizer
+from transformers import LlamaForCausalLM
+
+from blob_hf import BlobConfig, BlobModel, Sampling, get_blob_model
+from blob_hf.app.engine import Engine
+
+SETTINGS = (3, 0.0, "predictive", 6, 0)  # samples, temperature, decoding, longest answer, seed
+VISITOR = SimpleNamespace(session_hash="visitor")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    pytest.importorskip("gradio", reason="the page needs gradio")
+    from blob_hf.app.pages.writer import WriterPage
+
+    folder = tmp_path_factory.mktemp("chat")
+    base = llama()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.5)
+    base.save_pretrained(folder / "base")
+    tokenizer().save_pretrained(folder / "base")
+    config = BlobConfig(target_modules=["q_proj", "v_proj"], init_eps=0.9, task_type="CAUSAL_LM")
+    model = get_blob_model(LlamaForCausalLM.from_pretrained(folder / "base"), config)
+    randomize_b(model)
+    model.save_pretrained(folder / "adapter")
+    return WriterPage(Engine(folder / "adapter"), [])
+
+
+def said(turns):
+    return [(one["role"], one["content"]) for one in turns]
+
+
+def test_a_conversation_goes_on(page):
+    assert page.talks
+    model = BlobModel.from_pretrained(page.engine.folder).eval()
+    first, second = words(2, seed=8)
+    turns = []
+    for message in (first, second):
+        *_, (note, shown, turns, talk) = page.answer(message, turns, *SETTINGS, VISITOR)
+        asked = turns[:-1]
+        expected = model.predict([asked], sampling=Sampling(3), max_new_tokens=6)
+        assert said(turns)[-2:] == [("user", message), ("assistant", expected.texts[0])] and not note
+        for at in range(int((expected.tokens[0] != -100).sum())):
+            assert f"<td>{float(expected.token_uncertainty.epistemic[0, at]):.3f}</td>" in shown
+        assert all(sample in shown for sample in expected.samples[0])
+        assert ">You</b>" in talk and ">Model</b>" in talk and "meaning" in shown
+    assert [role for role, _ in said(turns)] == ["user", "assistant"] * 2
+
+
+def test_a_mistake_leaves_the_conversation_as_it_was(page):
+    turns = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
+    for message, settings, sentence in (
+        ("", SETTINGS, "The message is empty"),
+        ("w7", (3, 0.0, "predictive", 600, 0), "600 new tokens leave no room for a text: the model takes 64"),
+        ("w7", (3, 9.0, "predictive", 6, 0), "The temperature must be a number between 0 and 2."),
+        ("w7", (3, 0.0, "random", 6, 0), "decoding must be one of predictive, mbr"),
+    ):
+        *_, (note, shown, after, _) = page.answer(message, turns, *settings, VISITOR)
+        assert sentence in note and 'role="alert"' in note and not shown and after == turns
+
+
+def test_an_error_inside_is_a_sentence_and_the_log_does_not_repeat_the_text(page, monkeypatch, caplog):
+    def broken(*_):
+        raise RuntimeError("w55 w44 is in my message")
+
+    monkeypatch.setattr(page.engine, "write", broken)
+    *_, (note, _, _, _) = page.answer("w55 w44", [], *SETTINGS, VISITOR)
+    assert "Something went wrong inside (RuntimeError)" in note
+    assert "RuntimeError at " in caplog.text and "w55" not in caplog.text + note

@@ -1,0 +1,68 @@
+"""Small adapters for the page, and a server of it in a process of its own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import torch
+
+from blob_hf import BlobConfig, get_blob_model
+from blob_hf.data.demo import BACKBONE_DIR
+from helpers.models import TARGETS, randomize_b, tiny_bert, tiny_tokenizer
+
+PROMPT = "{dialogue}"
+NAMES = {0: "no", 1: "perhaps", 2: "yes"}
+
+
+def save_classifier(folder):
+    """A classifier of three classes whose networks disagree, with its base and tokenizer."""
+    torch.manual_seed(0)
+    base = tiny_bert()
+    base.config.id2label = NAMES
+    base.save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    base = type(base).from_pretrained(folder / "base")
+    model = get_blob_model(base, BlobConfig(target_modules=TARGETS["bert"], init_eps=0.9, task_type="SEQ_CLS"))
+    randomize_b(model)
+    model.save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+def save_summarizer(folder):
+    """The demo's backbone with an adapter whose networks disagree, of a run with the prompt `PROMPT`."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    torch.manual_seed(0)
+    base = AutoModelForSeq2SeqLM.from_pretrained(BACKBONE_DIR, dtype=torch.float32)
+    model = get_blob_model(
+        base, BlobConfig(target_modules=["q_proj", "v_proj"], init_eps=0.9, task_type="SEQ_2_SEQ_LM")
+    )
+    randomize_b(model, 0.05)
+    model.save_pretrained(folder / "adapter")
+    (folder / "adapter" / "run_settings.json").write_text(json.dumps({"prompt": PROMPT}))
+    return folder / "adapter"
+
+
+@contextmanager
+def served(*arguments, program=("-m", "blob_hf", "app"), log, folder=None, **environment):
+    """The address of a server that runs meanwhile; what it prints goes into the file `log`."""
+    with open(log, "w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            [sys.executable, *program, *map(str, arguments)], stdout=file, stderr=subprocess.STDOUT, cwd=folder,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+        )  # fmt: skip
+    try:
+        for _ in range(1200):
+            found = re.search(r"The page is at (http\S+)", log.read_text(encoding="utf-8"))
+            if found or process.poll() is not None:
+                break
+            time.sleep(0.25)
+        assert found, log.read_text(encoding="utf-8")
+        yield found[1]
+    finally:
+        process.terminate()
+        process.wait(30)
