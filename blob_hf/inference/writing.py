@@ -210,7 +210,7 @@ def _together(
             named |= {name: np.array([of_row[name] for of_row, _ in found]) for name in found[0][0]}
             sets = [own for _, own in found]
     log_probs = torch.stack([one.log_probs for one in answers]).double().numpy()
-    return TextPrediction(texts, samples, tokens.numpy(), unsure, named, log_probs, sets, top)
+    return TextPrediction(texts, samples, tokens.numpy(), unsure, named, log_probs, sets, top_tokens=top)
 
 
 def _top_tokens(parts: Sequence[TopTokens | None], length: int) -> TopTokens | None:
