@@ -16,24 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from blob_hf.baselines.base import METHOD_FILE, MethodState, register_method
-from blob_hf.inference.predict import ClassPrediction, log_mean_exp, predict_classes
+from blob_hf.baselines.linearized import Factors, LaplaceLinear, Linearized, laplace_layers, linearized_prediction
+from blob_hf.inference.predict import ClassPrediction, predict_classes
 from blob_hf.reporting.run_summary import MethodCard
 from blob_hf.tuner.adapter_files import read_beside, write_beside
 from blob_hf.tuner.base_model import in_head
-from blob_hf.tuner.draws import standard_normal
-from blob_hf.tuner.in_flight import Frozen, Later, fixed
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import lora_layers, posterior_mean, sampled_layers
-from blob_hf.tuner.sampled import SampledLinear, layer_name
+from blob_hf.tuner.sampled import layer_name
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
-from blob_hf.utils.sharding import full_tensor, gathered, is_sharded
+from blob_hf.utils.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -42,51 +40,7 @@ PRIORS = ("marglik", "validation")
 PREDICTIVES = ("linearized", "sampled")
 PRECISION_GRID = np.logspace(-2, 4, 13)  # for the choice by validation
 FACTORS_FILE = "laplace.safetensors"
-
-
-@dataclass(frozen=True)
-class Factors:
-    """Eigenvalues and eigenvectors of the two Kronecker factors of one weight `(out, in)`."""
-
-    l_out: Tensor
-    l_in: Tensor
-    u_out: Tensor
-    u_in: Tensor
-
-    def scale(self, prior_precision: float) -> Tensor:
-        """Stds in the coordinates of the eigenvectors, `(out, in)`."""
-        return (torch.outer(self.l_out, self.l_in) + prior_precision).rsqrt()
-
-
-class LaplaceLinear(SampledLinear):
-    """LoRA's A or B with a Gaussian from the curvature of the loss."""
-
-    def __init__(self, linear: nn.Linear, layer: str, part: str, factors: Factors, prior_precision: float) -> None:
-        super().__init__(linear, layer, part)
-        self.prior_precision = prior_precision
-        for name, tensor in vars(factors).items():  # buffers follow the model; their file is written by `save`
-            self.register_buffer(name, tensor.to(linear.weight.device), persistent=False)
-
-    @property
-    def factors(self) -> Factors:
-        """The fitted curvature."""
-        return Factors(self.l_out, self.l_in, self.u_out, self.u_in)  # type: ignore[arg-type]
-
-    @torch.no_grad()
-    def draw(self, sampling: Sampling) -> Tensor:
-        noise = standard_normal(self.name, sampling, (self.out_features, self.in_features))
-        factors = self.factors
-        scaled = noise.to(self.weight.device) * factors.scale(self.prior_precision)
-        with gathered([self.weight]):
-            return full_tensor(self.weight) + (factors.u_out @ scaled @ factors.u_in.T).to(self.weight.dtype)
-
-    def covariance(self, gradients: Tensor) -> Tensor:
-        """Covariance of outputs with these gradients `(rows, outputs, out, in)`: `(rows, outputs, outputs)`."""
-        factors = self.factors
-        scale = self.noise_scale * factors.scale(self.prior_precision)
-        rotated = factors.u_out.T @ gradients.float() @ factors.u_in * scale
-        flat = rotated.flatten(2)
-        return flat @ flat.transpose(1, 2)
+LOGIT_DRAWS = 200  # of the linearised predictive, as they cost nothing; few of a wide Gaussian have another argmax
 
 
 @dataclass(frozen=True)
@@ -137,7 +91,7 @@ class LaplaceState(MethodState):
             "A trained LoRA adapter with a Laplace approximation over its weights (Laplace-LoRA): "
             "`laplace.safetensors` holds the Kronecker factors of the curvature. `adapter_model.safetensors` is the "
             "trained adapter, unchanged. N=0 is that adapter; N=S averages the probabilities of S draws, of the "
-            "linearised network (`blob_hf.baselines.laplace.linearized_prediction`) or of the sampled one "
+            "linearised network (`blob_hf.baselines.linearized.linearized_prediction`) or of the sampled one "
             "(`posterior_samples`)."
         ),
         limits="A Gaussian at one mode of the loss, with A and B and all layers independent of one another.",
@@ -163,7 +117,7 @@ class LaplaceState(MethodState):
         super().save(model, folder)
         tensors = {
             f"{layer.weight_name}.{key}": value.detach().cpu().contiguous().clone()
-            for layer in _laplace_layers(model)
+            for layer in laplace_layers(model)
             for key, value in vars(layer.factors).items()
         }
         if tensors:
@@ -191,7 +145,7 @@ def fit_laplace(
         model: With a plain LoRA adapter.
         loader: Batches of the training data with "labels", each row once.
         held_out: Other batches, for the prior `"validation"`.
-        sampling: Of the predictive there, default 10 samples.
+        sampling: Of the predictive there, default `LOGIT_DRAWS` samples.
 
     Returns:
         What was chosen; the model has it as its companion.
@@ -216,7 +170,10 @@ def fit_laplace(
     state = LaplaceState(precision, config.prior, config.subset, rows, config.predictive)
     model.set_companion(state)
     if held_out is not None and config.prior == "validation":
-        state = replace(state, prior_precision=_choose_precision(model, held_out, sampling or Sampling()))
+        state = replace(
+            state,
+            prior_precision=_choose_precision(model, held_out, config.predictive, sampling or Sampling(LOGIT_DRAWS)),
+        )
         model.set_companion(state)
     logger.info(
         "Laplace: prior precision %.4g over %d weights", state.prior_precision, sum(w.numel() for w in weights.values())
@@ -327,69 +284,22 @@ def attach_factors(model: BlobModel, factors: Mapping[str, Factors], prior_preci
                 weights[adapter] = LaplaceLinear(weights[adapter], layer_name(path), part, found, prior_precision)
 
 
-def _choose_precision(model: BlobModel, held_out: DataLoader, sampling: Sampling) -> float:
+def _choose_precision(model: BlobModel, held_out: DataLoader, predictive: str, sampling: Sampling) -> float:
     """The precision of the grid under which the predictive of held-out rows has the smallest NLL; set in the model."""
-    layers = _laplace_layers(model)
-
-    def nll(precision: float) -> float:
-        for layer in layers:
-            layer.prior_precision = precision
-        total, count = 0.0, 0
-        for batch in held_out:
-            labels = batch["labels"].to(model.device)
-            log_probs = predict_classes(model, _inputs(model, batch), sampling).log_probs
-            total += F.nll_loss(log_probs, labels, reduction="sum").item()
-            count += len(labels)
-        return total / count
-
-    best = min((float(precision) for precision in PRECISION_GRID), key=nll)
-    for layer in layers:
-        layer.prior_precision = best
+    layers = laplace_layers(model)
+    totals = np.zeros(len(PRECISION_GRID))
+    for batch in held_out:
+        labels, inputs = batch["labels"].to(model.device), _inputs(model, batch)
+        linear = Linearized.of(model, inputs) if predictive == "linearized" else None  # the same for all precisions
+        for index, precision in enumerate(PRECISION_GRID):
+            _set_precision(layers, float(precision))
+            found = predict_classes(model, inputs, sampling) if linear is None else linear.predict(sampling)
+            totals[index] += F.nll_loss(found.log_probs, labels, reduction="sum").item()
+    best = float(PRECISION_GRID[totals.argmin()])
+    _set_precision(layers, best)
     return best
 
 
-def _laplace_layers(model: nn.Module) -> list[LaplaceLinear]:
-    return [layer for layer in sampled_layers(model) if isinstance(layer, LaplaceLinear)]
-
-
-# ----- predicting -------------------------------------------------------------------------------------------------
-
-
-def linearized_prediction(model: nn.Module, inputs: dict[str, Any], sampling: Sampling) -> ClassPrediction:
-    """Classes under the network linearised in its weights at the mean: logits ~ N(f, J Sigma J^T), S draws of them.
-
-    Sample s has the same standard normal draw for every row, so that it does not depend on the batch.
-    """
-    with torch.no_grad(), posterior_mean(model):
-        mean = model(**inputs).logits.float()
-    covariance = logit_covariance(model, inputs, mean.shape[-1])
-    values, vectors = torch.linalg.eigh(covariance)
-    root = vectors * values.clamp(min=0).sqrt().unsqueeze(1)
-    noise = standard_normal("logits", sampling, mean.shape[-1:])
-    draws = mean.unsqueeze(1) + noise.to(mean.device) @ root.transpose(1, 2)
-    samples = F.log_softmax(draws, dim=-1)
-    return ClassPrediction(log_mean_exp(samples, dim=1), samples, F.log_softmax(mean, dim=-1))
-
-
-def logit_covariance(model: nn.Module, inputs: dict[str, Any], num_classes: int) -> Tensor:
-    """J Sigma J^T of each row, `(rows, classes, classes)`, float32.
-
-    Each row gets a copy of the weights of its own, like a sample, so that one backward pass a class gives the
-    gradients of all rows.
-    """
-    layers = _laplace_layers(model)
-    rows = len(next(value for value in inputs.values() if isinstance(value, Tensor) and value.dim()))
-    copies = [layer.weight.detach().expand(rows, -1, -1).clone().requires_grad_() for layer in layers]
-    frozen: dict[SampledLinear, Frozen | Later] = {
-        layer: Frozen(copy) for layer, copy in zip(layers, copies, strict=True)
-    }
-    with torch.enable_grad(), posterior_mean(model), fixed(frozen):
-        logits = model(**inputs).logits.float()
-        per_class = [
-            torch.autograd.grad(logits[:, c].sum(), copies, retain_graph=c < num_classes - 1)
-            for c in range(num_classes)
-        ]
-    with torch.no_grad():
-        gradients = [torch.stack(of_layer, dim=1) for of_layer in zip(*per_class, strict=True)]
-        parts = [layer.covariance(gradient) for layer, gradient in zip(layers, gradients, strict=True)]
-        return torch.stack(parts).sum(0)
+def _set_precision(layers: list[LaplaceLinear], precision: float) -> None:
+    for layer in layers:
+        layer.prior_precision = precision

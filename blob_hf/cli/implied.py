@@ -6,6 +6,7 @@ A default, published or of --demo, must not undo what was typed: who asks for on
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from blob_hf.baselines.laplace import LOGIT_DRAWS
 from blob_hf.tuner.adapter_files import read_config, resolve
 from blob_hf.utils.errors import BlobError
 
@@ -41,6 +42,8 @@ def implied(given: Collection[str], values: Mapping[str, Any]) -> dict[str, Any]
         default("model_name_or_path", base or values["model_name_or_path"], "adapter_name_or_path")
     if not values.get("do_train"):
         default("do_eval", True, "do_train")
+    if values.get("method") == "laplace" and values.get("laplace_predictive") == "linearized":
+        default("eval_samples", LOGIT_DRAWS, "method")
     default("prompt", f"{values.get('source_prefix')}{{dialogue}}", "source_prefix")
     if values.get("load_best_model_at_end"):
         found.update(_matching_strategies(given, values))

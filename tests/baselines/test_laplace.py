@@ -17,16 +17,13 @@ from torch.utils.data import DataLoader
 from blob_hf import BlobError, BlobModel, BlobTrainer
 from blob_hf.baselines.laplace import (
     PRECISION_GRID,
-    Factors,
-    LaplaceLinear,
     attach_factors,
     fit_kron,
     fit_laplace,
     library_is_there,
-    linearized_prediction,
-    logit_covariance,
     lora_weights,
 )
+from blob_hf.baselines.linearized import Factors, LaplaceLinear, Linearized, linearized_prediction
 from blob_hf.inference.predict import sampled_prediction
 from blob_hf.tuner.build import get_lora_model
 from blob_hf.tuner.posterior import sampled_layers
@@ -131,7 +128,7 @@ def test_the_covariance_of_the_logits_is_that_of_finite_differences():
     factors = random_factors(model)
     attach_factors(model, factors, 2.0)
     ids = random_ids(3, 9)
-    found = logit_covariance(model, {"input_ids": ids}, 3)
+    found = Linearized.of(model, {"input_ids": ids}).covariance()
     expected = torch.zeros(3, 3, 3, dtype=torch.float64)
     layers = {layer.weight_name: layer for layer in sampled_layers(model)}
     for name, one in factors.items():

@@ -53,7 +53,7 @@ def test_samples_lie_so_many_times_as_far_from_the_mean(make):
 def test_the_covariance_of_a_linearised_laplace_grows_with_its_square(tmp_path):
     if not library_is_there():
         pytest.skip("laplace-torch is not installed")
-    from blob_hf.baselines.laplace import logit_covariance
+    from blob_hf.baselines.linearized import Linearized
 
     def make():
         torch.manual_seed(0)
@@ -63,9 +63,9 @@ def test_the_covariance_of_a_linearised_laplace_grows_with_its_square(tmp_path):
 
     fitted, _ = fit(tmp_path, "laplace", make, rows(24), laplace_prior="marglik")
     model, inputs = fitted.blob_model.eval(), bert_inputs()
-    before = logit_covariance(model, inputs, 3)
+    before = Linearized.of(model, inputs).covariance()
     scale_posterior(model, 3.0)
-    torch.testing.assert_close(logit_covariance(model, inputs, 3), 9 * before, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(Linearized.of(model, inputs).covariance(), 9 * before, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("optimum", [0.3, 0.9, 1.0, 2.7, 9.0])

@@ -11,7 +11,8 @@ from helpers.models import TARGETS, randomize_b, tiny_bert, tiny_gpt2, tiny_toke
 from peft import LoraConfig
 
 from blob_hf import BlobConfig, BlobModel, Sampling, attach_mc_dropout, get_blob_model, get_lora_model, join_members
-from blob_hf.baselines.laplace import Factors, LaplaceState, attach_factors, linearized_prediction, lora_weights
+from blob_hf.baselines.laplace import LaplaceState, attach_factors, lora_weights
+from blob_hf.baselines.linearized import Factors, linearized_prediction
 from blob_hf.baselines.temperature import Temperatures
 from blob_hf.metrics.similarity import minimum_bayes_risk, pairwise, rouge_utility
 from blob_hf.tuner.posterior import sampled_layers
