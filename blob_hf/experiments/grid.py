@@ -169,7 +169,12 @@ def _fork(argv: Sequence[str], log: Path) -> int:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["blob_hf", Path(argv[0]).stem])
     process = context.Process(target=_run_script, args=(list(argv), str(log)))
-    process.start()
+    try:
+        process.start()
+    except (EOFError, OSError) as error:
+        raise BlobError(
+            "the process that runs are forked from was ended; the same command goes on from the runs that are complete"
+        ) from error
     process.join()
     return process.exitcode or 0
 

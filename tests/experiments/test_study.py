@@ -1,6 +1,7 @@
 """The study: the rows it draws, the grid it runs, what is chosen by what, and its report on runs of known numbers."""
 
 import json
+import multiprocessing
 from dataclasses import replace
 
 import numpy as np
@@ -245,6 +246,17 @@ def test_the_fork_launcher_runs_scripts_like_any_other(tmp_path, monkeypatch):
     assert [run.name for run in failed] == ["two"]
     assert "hello from one" in (tmp_path / "one" / "run.log").read_text()
     assert "error: as asked" in (tmp_path / "two" / "run.log").read_text()
+
+
+def test_a_fork_server_that_somebody_ended_is_one_line(tmp_path, monkeypatch):
+    def gone(self):
+        raise EOFError("unexpected EOF")
+
+    monkeypatch.setattr(multiprocessing.get_context("forkserver").Process, "start", gone)
+    (tmp_path / "own_script.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(BlobError, match="was ended; the same command goes on"):
+        complete_runs([GridRun("one", tmp_path / "one", ())], "own_script", GridArguments(launcher="fork"))
 
 
 # ----- the report -------------------------------------------------------------------------------------------------
