@@ -231,6 +231,8 @@ def test_a_run_of_a_summarizer_and_predict(monkeypatch, tmp_path):
     found = lines(tmp_path / "p.jsonl")
     assert [row["generated_text"] for row in found] == [row["answer"] for row in rows]
     assert [row["abstain"] for row in found] == [row["abstain"] for row in rows]
+    below = json.loads((tmp_path / "run" / "conformal_texts.json").read_text())["predictive"]["below"]
+    assert [row["abstain"] for row in rows] == [row["uncertainty"]["token_entropy"] >= below for row in found]
     detected = json.loads((tmp_path / "run" / "ood_news_results.json").read_text())
     other = lines(tmp_path / "run" / "ood_news_predictions.jsonl")
     inside = [row["uncertainty"]["token_entropy"] for row in found]
