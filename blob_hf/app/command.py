@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from blob_hf.app import require_gradio
@@ -39,7 +40,8 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
     if args.demo:
         if args.adapter or args.run or args.examples or args.prompt:
             raise BlobError("--demo has its own adapters, examples and run: leave out the rest")
-        classifier, summarizer = demo_run("classifier"), demo_run("summarizer")
+        with ThreadPoolExecutor() as pool:
+            classifier, summarizer = pool.map(demo_run, ("classifier", "summarizer"))
         return [
             adapter_part(classifier, api_name="classify"), adapter_part(summarizer, api_name="write"),
             run_part(classifier),

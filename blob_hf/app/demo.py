@@ -11,7 +11,10 @@ from blob_hf.data.demo import BACKBONE_DIR, CLASSIFICATION_FILES, SUMMARIZATION_
 from blob_hf.utils.errors import BlobError
 from blob_hf.version import __version__
 
-_COMMANDS = {"classifier": ("classify", "--compare_lora", "false"), "summarizer": ("summarize",)}
+_COMMANDS = {
+    "classifier": ("classify", "--compare_lora", "false"),
+    "summarizer": ("summarize", "--compare_base", "false", "--do_predict", "false"),
+}
 
 
 def demo_cache() -> Path:
@@ -43,7 +46,8 @@ def demo_run(kind: str, cache: Path | None = None) -> Path:
     log = training.with_name(f"{training.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
-        ended = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+        own = {"OMP_NUM_THREADS": "1", **os.environ}  # tiny models: more threads are slower, and two train at once
+        ended = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False, env=own)
     if ended.returncode:
         raise BlobError(f"the demo's {kind} could not be trained; {log} says why")
     try:

@@ -8,7 +8,7 @@ from typing import Any
 from blob_hf.app import require_gradio
 from blob_hf.app.beside import examples_of_file, run_settings, saved_evaluation, saved_examples
 from blob_hf.app.engine import CHAT, CLASSIFIER, Engine
-from blob_hf.app.run_view import RunView, run_view
+from blob_hf.app.run_view import run_view
 from blob_hf.utils.errors import BlobError
 
 LOCALHOST = "127.0.0.1"
@@ -90,10 +90,10 @@ def run_part(folder: Path) -> Part:
     Raises:
         BlobError: As `run_view`.
     """
+    view = run_view(folder)
     require_gradio()
     from blob_hf.app.pages.run import RunPage
 
-    view: RunView = run_view(folder)
     return Part("Run", f"What the run {view.name} has left.", RunPage(view).build)
 
 

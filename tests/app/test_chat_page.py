@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 from blob_hf import BlobConfig, BlobModel, Sampling, get_blob_model
 from blob_hf.app.engine import Engine
 
+pytestmark = pytest.mark.slow  # Gradio takes seconds to import
 SETTINGS = (3, 0.0, "predictive", 6, 0)  # samples, temperature, decoding, longest answer, seed
 VISITOR = SimpleNamespace(session_hash="visitor")
 

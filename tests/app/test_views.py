@@ -132,7 +132,7 @@ def test_the_pieces_of_a_text_are_the_text():
     [
         ("", "The text is empty"), ("  \n", "The text is empty"), (None, "The text is empty"),
         (7, "must be text, not int"), (["a"], "must be text, not list"), ("a\0b", "does not look like text"),
-        ("\x01\x02\x03 hm", "does not look like text"), ("half \ud83d", "does not look like text"),
+        ("\x01\x02\x03 hm", "does not look like text"), ("half of a pair \ud83d in a text", "does not look like text"),
         ("a" * (LONGEST + 1), "has 100,001 characters, and at most 100,000"),
     ],
 )  # fmt: skip
