@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
+from blob_hf.cli.adapters import load_networks
 from blob_hf.data.conversations import Conversation
 from blob_hf.data.summarization import DEFAULT_PROMPT
 from blob_hf.inference.answers import Prediction, TextPrediction
@@ -20,7 +21,6 @@ from blob_hf.inference.inputs import find_tokenizer, is_decoder, longest_input
 from blob_hf.inference.texts import Text, encode
 from blob_hf.tuner.adapter_files import resolve
 from blob_hf.tuner.base_model import is_sequence_classifier
-from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import sampling_of
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
@@ -142,7 +142,7 @@ class Engine:
     def __init__(self, adapter: str | Path, prompt: str | None = None, device: str | None = None) -> None:
         self.name, self.folder = str(adapter), resolve(adapter)
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = BlobModel.from_pretrained(self.folder).eval().to(where)
+        self.model = load_networks(self.folder).to(where)
         self.tokenizer = find_tokenizer(self.model)
         self._turn = threading.Lock()
         base: Any = self.model.get_base_model()

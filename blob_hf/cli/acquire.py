@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from blob_hf.cli.adapters import saved_method
+from blob_hf.cli.adapters import load_networks
 from blob_hf.cli.arguments import OneLineParser
 from blob_hf.cli.limits import check_numbers
 from blob_hf.cli.pool import Pool
@@ -32,9 +32,7 @@ from blob_hf.metrics.acquisition import (
     highest,
     random_rows,
 )
-from blob_hf.tuner.adapter_files import read_config, resolve
-from blob_hf.tuner.base_model import load_base_model
-from blob_hf.tuner.build import load_lora
+from blob_hf.tuner.adapter_files import resolve
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import sampling_of
 from blob_hf.tuner.sampling import Sampling
@@ -131,13 +129,6 @@ def acquire_rows(
     chosen = _together(kept, count, drawn) if joint else highest(kept.scores, count)
     facts = kept.facts[chosen.rows][:, : 2 if drawn.num_samples > 1 else 1]
     return _with_facts(pool, Acquired(kept.rows[chosen.rows], chosen.scores), facts)
-
-
-def load_networks(folder: Path) -> BlobModel:
-    """An adapter of any method; plain LoRA as the one network that it is, without an untrained posterior."""
-    if saved_method(folder) == "lora":
-        return load_lora(load_base_model(folder, read_config(folder), None, {}), folder).eval()
-    return BlobModel.from_pretrained(folder).eval()
 
 
 def rows_by_chance(pool: Pool, count: int, seed: int) -> list[Row]:

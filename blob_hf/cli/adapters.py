@@ -16,7 +16,7 @@ from blob_hf.baselines.temperature import Temperatures
 from blob_hf.cli.loading import LoadingArguments
 from blob_hf.trainer.training_args import BlobTrainingArguments
 from blob_hf.tuner.adapter_files import read_config, resolve
-from blob_hf.tuner.base_model import saved_class_names
+from blob_hf.tuner.base_model import load_base_model, saved_class_names
 from blob_hf.tuner.build import bayesianize, load_lora
 from blob_hf.tuner.config import NOISES, STD_PARAMETERIZATIONS, BlobConfig
 from blob_hf.tuner.model import BlobModel
@@ -121,6 +121,13 @@ def adapter_to_evaluate(adapter_args: AdapterArguments, args: BlobTrainingArgume
             f"nothing to evaluate: {folder} holds no adapter; train first (--do_train) or give --adapter_name_or_path"
         )
     return folder
+
+
+def load_networks(folder: Path) -> BlobModel:
+    """An adapter of any method; plain LoRA as the one network that it is, without an untrained posterior."""
+    if saved_method(folder) == "lora":
+        return load_lora(load_base_model(folder, read_config(folder), None, {}), folder).eval()
+    return BlobModel.from_pretrained(folder).eval()
 
 
 def saved_method(folder: Path) -> str:

@@ -21,6 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from peft import TaskType
 from tqdm.auto import tqdm
 
+from blob_hf.cli.adapters import load_networks
 from blob_hf.cli.arguments import OneLineParser
 from blob_hf.cli.limits import check_numbers
 from blob_hf.cli.question_files import CHOICES, QuestionFile, is_of_questions
@@ -35,7 +36,6 @@ from blob_hf.inference.predictor import DECODINGS
 from blob_hf.metrics.entailment import EntailmentEquivalence
 from blob_hf.tuner.adapter_files import CHAT_TEMPLATES, NAMES, TOKENIZER_FILES, read_config, resolve
 from blob_hf.tuner.base_model import is_sequence_classifier
-from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.registry import companion_files
 from blob_hf.tuner.sampling import AUTO, AUTO_TOLERANCE, DRAWS, Sampling, as_sampling
 from blob_hf.utils import files
@@ -57,7 +57,7 @@ class Predictor:
     def __init__(self, args: argparse.Namespace, folder: Path, device: torch.device) -> None:
         self.args, self.folder = args, folder
         self.sampling = _sampling(args)
-        self.model = BlobModel.from_pretrained(folder).eval().to(device)
+        self.model = load_networks(folder).to(device)
         base: Any = self.model.get_base_model()
         self.options: dict[str, Any] = {"max_length": args.max_length, "batch_size": args.batch_size}
         if not is_sequence_classifier(base):

@@ -17,7 +17,8 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from blob_hf import cli
-from blob_hf.cli.acquire import CANDIDATES, acquire_rows, load_networks, rows_by_chance
+from blob_hf.cli.acquire import CANDIDATES, acquire_rows, rows_by_chance
+from blob_hf.cli.adapters import load_networks
 from blob_hf.cli.pool import Pool
 from blob_hf.cli.route import FittedRoute
 from blob_hf.cli.routes import ROUTES

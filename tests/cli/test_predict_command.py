@@ -14,10 +14,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers.adapters import trained
-from helpers.models import tiny_tokenizer, words
+from helpers.models import randomize_b, tiny_tokenizer, words
 from helpers.running import GLUE, ROOT, SUMMARIZATION, lines, predict, run_script
+from peft import AutoPeftModelForSequenceClassification, LoraConfig
+from transformers import AutoModelForSequenceClassification
 
-from blob_hf import BlobModel, Sampling
+from blob_hf import BlobModel, Sampling, get_lora_model
 from blob_hf.cli.row_files import RowFile, TextFile
 from blob_hf.data import demo
 from blob_hf.utils.errors import BlobError
@@ -124,6 +126,23 @@ def tiny(tmp_path_factory):
 def run_tiny(tiny, output, *more, adapter="adapter", source="new.csv"):
     paths = [tiny / adapter, "--input", tiny / source, "--output", output]
     return predict(*paths, "--text_columns", "text", *SMALL, *more)
+
+
+def test_plain_lora_is_the_one_network_that_it_is(tiny, tmp_path):
+    base = AutoModelForSequenceClassification.from_pretrained(tiny / "base")
+    lora = get_lora_model(base, LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"]))
+    randomize_b(lora)
+    lora.save_pretrained(tmp_path / "plain")
+    plain = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "plain", num_labels=3).eval()
+    tiny_tokenizer().save_pretrained(tmp_path / "plain")
+    assert run_tiny(tiny, tmp_path / "p.jsonl", adapter=tmp_path / "plain") == 0
+    rows = lines(tmp_path / "p.jsonl")
+    texts = pd.read_csv(tiny / "new.csv")["text"].tolist()
+    for row, text in zip(rows, texts, strict=True):
+        inputs = tiny_tokenizer()(text, return_tensors="pt")
+        expected = plain(input_ids=inputs["input_ids"]).logits.softmax(-1)[0].tolist()
+        assert list(row["probabilities"].values()) == pytest.approx(expected, abs=1e-5)
+        assert row["epistemic"] == pytest.approx(0, abs=1e-6)
 
 
 def test_rows_are_the_librarys_answers(tiny, tmp_path):
