@@ -57,6 +57,16 @@ def test_a_conversation_goes_on(page):
     assert [role for role, _ in said(turns)] == ["user", "assistant"] * 2
 
 
+def test_only_an_answered_message_leaves_the_box(page):
+    from blob_hf.app.pages.writer import unsent
+    from blob_hf.app.serving import Part, blocks
+
+    turns = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
+    assert (unsent("w5", turns), unsent("w7", turns), unsent("w7", [])) == ("", "w7", "w7")
+    built = blocks([Part("Chat", "", page.build)], "Chat")
+    assert sum("stop" in str(one.get_config().get("elem_id")) for one in built.blocks.values()) == 1
+
+
 def test_a_mistake_leaves_the_conversation_as_it_was(page):
     turns = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
     for message, settings, sentence in (

@@ -134,7 +134,9 @@ class WriterPage:
         said = gr.HTML(padding=False, elem_id="writer-message")
         shown = gr.HTML(padding=False, elem_id="written")
         inputs, outputs = [text, turns, count, temperature, decoding, tokens, seed], [said, shown, turns, talk]
-        run.click(self.answer, inputs, outputs, **FREE, **HIDDEN)
+        answered = run.click(self.answer, inputs, outputs, **FREE, **HIDDEN)
+        if self.talks:
+            answered.then(unsent, [text, turns], text, queue=False, **HIDDEN)
         stop.click(self.stop, None, None, queue=False, **HIDDEN)
         clear.click(lambda: ("", "", [], ""), None, outputs, queue=False, **HIDDEN)
         gr.api(self.predict, api_name=self.api_name, concurrency_limit=None)
@@ -170,6 +172,11 @@ class _Work:
             raise self._error
         assert self._found is not None
         return self._found
+
+
+def unsent(text: str, turns: Conversation) -> str:
+    """What stays in the box: nothing of a message that was answered, all of one that was refused or stopped."""
+    return "" if len(turns) > 1 and turns[-2]["content"] == text else text
 
 
 def turns_html(turns: Conversation) -> str:
