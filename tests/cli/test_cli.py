@@ -224,3 +224,13 @@ def test_all_of_it_runs_by_default_and_folders_are_named_after_settings(tmp_path
     assert (args.do_train, args.do_eval, args.do_predict) == (False, True, False)
     _, args = parsed("--eval_strategy", "steps")  # transformers then sets do_eval, which nobody asked for
     assert (args.do_train, args.do_eval, args.do_predict) == (True, True, True)
+
+
+@pytest.mark.parametrize(
+    ("typed", "count"),
+    [([], 200), (["--eval_samples", "5"], 5), (["--laplace_predictive", "sampled"], 10)],
+)
+def test_draws_of_logits_cost_nothing_so_there_are_many(tmp_path, typed, count):
+    argv = ["--method", "laplace", "--output_dir", str(tmp_path), *typed]
+    _, _, args = cli.parse_arguments((Data, cli.MethodArguments, TrainingArguments), DEMO, "test", argv)
+    assert args.eval_samples == count
