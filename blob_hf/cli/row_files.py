@@ -171,14 +171,15 @@ class RowFile:
         Raises:
             BlobError: It cannot be written.
         """
-        files.write_text(self.path, self._text(rows, header=True))
+        files.write_text(self.path, self._text(rows, header=True, ragged=True))
 
-    def _text(self, rows: Sequence[Row], header: bool) -> str:
+    def _text(self, rows: Sequence[Row], header: bool, ragged: bool = False) -> str:
         if self._delimiter is None:
             return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         flat = [flattened(row) for row in rows]
         text = io.StringIO()
-        names = list(dict.fromkeys(name for row in flat for name in row))  # of lists of several lengths, too
+        # lists of several lengths, where these are all rows; what is appended must fit the header that is there
+        names = list(dict.fromkeys(name for row in flat for name in row)) if ragged else list(flat[0])
         writer = csv.DictWriter(text, names, delimiter=self._delimiter, lineterminator="\n")
         if header:
             writer.writeheader()
