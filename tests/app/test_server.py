@@ -116,6 +116,7 @@ def test_a_space_that_could_not_start_is_refused(classifier_run, tmp_path, capsy
         assert said in printed and printed.count("\n") == 1
 
 
+@pytest.mark.thorough
 def test_the_demo_is_trained_once(tmp_path, monkeypatch):
     quick = ("classify", "--compare_lora", "false", "--max_steps", "2", "--max_eval_samples", "8")
     monkeypatch.setitem(demo._COMMANDS, "classifier", quick)
