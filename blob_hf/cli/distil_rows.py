@@ -11,12 +11,12 @@ from jinja2.exceptions import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from blob_hf.cli.question_files import questions_of
 from blob_hf.cli.row_files import LABELS
 from blob_hf.data.columns import check_texts, find_text_columns
 from blob_hf.data.conversations import ANSWERED, check_columns, conversation, is_conversation, prompt_column
 from blob_hf.data.labels import encode, read_names
 from blob_hf.data.loading import load_files, require_columns
-from blob_hf.data.multiple_choice import questions
 from blob_hf.data.summarization import DEFAULT_PROMPT
 from blob_hf.distillation import ClassRows, Context, Layout, TextRows
 from blob_hf.inference.choices import ChoiceScoring, choice_rows, padding_token
@@ -29,12 +29,6 @@ from blob_hf.utils.errors import BlobError
 ANSWERS = ("auto", "data", "teacher", "text")
 _CONVERSATION, _PAIR = "messages", ("prompt", "completion")
 _SUMMARIES = ("dialogue", "summary")  # of the summarization script
-_CHOICES = (
-    {"question", "choices"},
-    {"choices", "answerKey"},
-    {"sentence", "option1", "option2"},
-    {"question", "passage"},
-)
 
 
 @dataclass(frozen=True)
@@ -113,20 +107,6 @@ def _of_choices(
     tokenized = choice_rows(Dataset.from_list(asked), scoring, find_tokenizer(model), args.max_length)
     rows = ClassRows(asked, tokenized, args.max_length)
     return Given(rows, labels=np.array(labels) if labelled else None)
-
-
-def questions_of(file: Dataset, path: str) -> Dataset:
-    """The questions of a file for an adapter that answers multiple choice.
-
-    Raises:
-        BlobError: It has none, or one cannot be read.
-    """
-    if not any(form <= set(file.column_names) for form in _CHOICES):
-        raise BlobError(
-            f"{path} has no questions: the adapter answers multiple choice, which needs the columns question and "
-            f"choices, but it has {', '.join(file.column_names)}"
-        )
-    return questions(file)
 
 
 # ----- texts -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from peft import TaskType
 
-from blob_hf.cli.distil_rows import questions_of
+from blob_hf.cli.question_files import questions_of
 from blob_hf.cli.row_files import LABELS, Row
 from blob_hf.data.columns import IDS, check_texts, find_text_columns
 from blob_hf.data.loading import load_files

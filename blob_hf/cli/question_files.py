@@ -1,17 +1,33 @@
-"""Files of questions with choices, for `blob predict` with an adapter that answers such."""
+"""Files of questions with choices, for commands with an adapter that answers such."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from datasets import Dataset
+
 from blob_hf.cli.row_files import Row, TextFile, digest, load_rows
 from blob_hf.data.columns import IDS
-from blob_hf.data.multiple_choice import questions
+from blob_hf.data.multiple_choice import holds_questions, questions
 from blob_hf.inference.choices import ChoiceScoring
+from blob_hf.utils.errors import BlobError
 
 CHOICES = "choices"  # the column by which rows are told to be questions
 _COLUMNS = ("question", CHOICES, "passage")
-_MARKS = ({CHOICES}, {"sentence", "option1", "option2"}, {"question", "passage"})  # of the forms that are read
+
+
+def questions_of(rows: Dataset, path: str) -> Dataset:
+    """The questions of a file for an adapter that answers multiple choice.
+
+    Raises:
+        BlobError: It has none, or one cannot be read.
+    """
+    if not holds_questions(rows.column_names):
+        raise BlobError(
+            f"{path} has no questions: the adapter answers multiple choice, which needs the columns question and "
+            f"choices, but it has {', '.join(rows.column_names)}"
+        )
+    return questions(rows)
 
 
 @dataclass(frozen=True)
@@ -26,7 +42,7 @@ class QuestionFile(TextFile):
             BlobError: No such file, or a row that is no question.
         """
         rows = load_rows(path, delimiter, split)
-        asked = questions(rows)
+        asked = questions_of(rows, path)
         columns = tuple(name for name in _COLUMNS if name in asked.column_names)
         id_column = next((name for name in IDS if name in rows.column_names), None)
         return cls(path, delimiter, split, columns, id_column, len(rows), digest(Path(path)))
@@ -43,5 +59,5 @@ def is_of_questions(path: str, delimiter: str | None, split: str, folder: Path) 
     """Whether an adapter answers questions with choices, and a file has them."""
     if ChoiceScoring.load(folder) is None:
         return False
-    found = set(load_rows(path, delimiter, split).column_names)
-    return any(marks <= found for marks in _MARKS)
+    found = load_rows(path, delimiter, split).column_names
+    return CHOICES in found or holds_questions(found)

@@ -5,7 +5,7 @@ All become rows of `question`, `choices` (a list), `label` (an index) and, where
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
@@ -162,6 +162,19 @@ def questions(rows: Dataset) -> Dataset:
         BlobError: As `load_choices`.
     """
     return _rows("inputs", rows, _reader(DatasetDict(inputs=rows), None))
+
+
+_FORMS = (
+    {"question", "choices"},
+    {"choices", "answerKey"},
+    {"sentence", "option1", "option2"},
+    {"question", "passage"},
+)
+
+
+def holds_questions(columns: Collection[str]) -> bool:
+    """Whether a table with these columns is in one of the forms that `load_choices` reads by themselves."""
+    return any(form <= set(columns) for form in _FORMS)
 
 
 def _reader(data: DatasetDict, task: ChoiceTask | None) -> Callable[[Row], dict[str, Any]]:

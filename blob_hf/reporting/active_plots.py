@@ -8,7 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from blob_hf.reporting.plots import legend_below, plot_style
+from blob_hf.reporting.plots import metric_panels
 
 _LINES = ("-", "--", ":", "-.")  # of methods
 _MARKERS = ("o", "s", "^", "D")
@@ -28,33 +28,23 @@ def plot_learning(points: pd.DataFrame, metrics: Mapping[str, tuple[str, float]]
     strategies = list(dict.fromkeys(arm.rpartition("-")[2] for arm in arms))
     methods = list(dict.fromkeys(arm.rpartition("-")[0] for arm in arms))
     colours = dict(zip(strategies, sns.color_palette("colorblind", len(strategies)), strict=True))
-    with plot_style():
-        size = (3.1 * len(settings) + 0.9, 2.6 * len(metrics) + 0.8)
-        figure = Figure(figsize=size, layout="constrained", facecolor="white")
-        axes = figure.subplots(len(metrics), len(settings), squeeze=False, sharex="col")
-        for row, (metric, (label, factor)) in zip(axes, metrics.items(), strict=True):
-            for axis, setting in zip(row, settings, strict=True):
-                for arm in arms:
-                    chosen = (points["setting"] == setting) & (points["arm"] == arm) & (points["metric"] == metric)
-                    part = points[chosen].sort_values("labelled")
-                    method, _, strategy = arm.rpartition("-")
-                    style = methods.index(method) % len(_LINES)
-                    axis.plot(
-                        part["labelled"], factor * part["value"], _LINES[style], color=colours[strategy], label=arm,
-                        marker=_MARKERS[style], markersize=3.5,
-                    )  # fmt: skip
-                    sure = part[np.isfinite(part["low"])]
-                    band = (factor * sure["low"], factor * sure["high"])
-                    axis.fill_between(sure["labelled"], *band, color=colours[strategy], alpha=0.08, linewidth=0)
-                means = factor * points[(points["setting"] == setting) & (points["metric"] == metric)]["value"]
-                margin = 0.25 * (means.max() - means.min()) or 0.1
-                axis.set_ylim(means.min() - margin, means.max() + margin)
-                sns.despine(ax=axis)
-            row[0].set_ylabel(label)
-        for axis, setting in zip(axes[0], settings, strict=True):
-            axis.set_title(setting)
-        for axis in axes[-1]:
-            axis.set_xlabel("labelled rows")
-        legend_below(figure, axes[0, 0], 3)
-        figure.savefig(path, dpi=150, format="png")
+    labels = {metric: label for metric, (label, _) in metrics.items()}
+    with metric_panels(settings, labels, (3.1, 2.6), (0.9, 0.8), "labelled rows", path) as (figure, panels):
+        for (metric, setting), axis in panels.items():
+            factor = metrics[metric][1]
+            here = points[(points["setting"] == setting) & (points["metric"] == metric)]
+            for arm in arms:
+                part = here[here["arm"] == arm].sort_values("labelled")
+                method, _, strategy = arm.rpartition("-")
+                style = methods.index(method) % len(_LINES)
+                axis.plot(
+                    part["labelled"], factor * part["value"], _LINES[style], color=colours[strategy], label=arm,
+                    marker=_MARKERS[style], markersize=3.5,
+                )  # fmt: skip
+                sure = part[np.isfinite(part["low"])]
+                band = (factor * sure["low"], factor * sure["high"])
+                axis.fill_between(sure["labelled"], *band, color=colours[strategy], alpha=0.08, linewidth=0)
+            means = factor * here["value"]
+            margin = 0.25 * (means.max() - means.min()) or 0.1
+            axis.set_ylim(means.min() - margin, means.max() + margin)
     return figure

@@ -1,7 +1,8 @@
 """The look of all plots: legible in print and on a dark page."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os import PathLike
 
 import matplotlib as mpl
 import seaborn as sns
@@ -37,3 +38,37 @@ def plot_style() -> Iterator[None]:
         mpl.rcdefaults()
         with sns.axes_style("white"), mpl.rc_context(_STYLE):  # type: ignore[arg-type]
             yield
+
+
+@contextmanager
+def metric_panels(
+    settings: Sequence[str],
+    metrics: Mapping[str, str],
+    panel: tuple[float, float],
+    room: tuple[float, float],
+    x_label: str,
+    path: str | PathLike[str],
+) -> Iterator[tuple[Figure, dict[tuple[str, str], Axes]]]:
+    """A row of panels for each metric and a column for each setting; saved, with one legend, at the block's end.
+
+    Args:
+        metrics: Label by metric.
+        panel: Width and height of one, inches.
+        room: Width and height beside all of them, inches.
+        path: PNG to write.
+    """
+    with plot_style():
+        size = (panel[0] * len(settings) + room[0], panel[1] * len(metrics) + room[1])
+        figure = Figure(figsize=size, layout="constrained", facecolor="white")
+        axes = figure.subplots(len(metrics), len(settings), squeeze=False, sharex="col")
+        yield figure, {(name, one): axes[i, j] for i, name in enumerate(metrics) for j, one in enumerate(settings)}
+        for row, label in zip(axes, metrics.values(), strict=True):
+            row[0].set_ylabel(label)
+        for axis, setting in zip(axes[0], settings, strict=True):
+            axis.set_title(setting)
+        for axis in axes[-1]:
+            axis.set_xlabel(x_label)
+        for axis in axes.flat:
+            sns.despine(ax=axis)
+        legend_below(figure, axes[0, 0], 3)
+        figure.savefig(path, dpi=150, format="png")

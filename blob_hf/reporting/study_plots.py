@@ -10,7 +10,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from blob_hf.reporting.plots import BLUE, GREY, ORANGE, legend_below, plot_style
+from blob_hf.reporting.plots import BLUE, GREY, ORANGE, metric_panels, plot_style
 
 _LOOKS = {"lora": (ORANGE, "-"), "blob, N=0": (BLUE, "--"), "blob": (BLUE, "-")}
 
@@ -36,28 +36,16 @@ def plot_curves(
         path: PNG to write.
     """
     settings = list(passes_per_step)
-    with plot_style():
-        size = (2.3 * len(settings) + 0.8, 2.2 * len(metrics) + 0.6)
-        figure = Figure(figsize=size, layout="constrained", facecolor="white")
-        axes = figure.subplots(len(metrics), len(settings), squeeze=False, sharex="col")
-        for row, (metric, label) in zip(axes, metrics.items(), strict=True):
-            for axis, setting in zip(row, settings, strict=True):
-                for method, (colour, line) in _LOOKS.items():
-                    part = curves[(curves["setting"] == setting) & (curves["method"] == method)]
-                    if len(part):
-                        groups = part.groupby("step")[metric]
-                        x = np.array(list(groups.groups)) * passes_per_step[setting]
-                        axis.plot(x, groups.mean(), line, color=colour, label=method)
-                        axis.fill_between(x, groups.min(), groups.max(), color=colour, alpha=0.15, linewidth=0)
-                axis.set_ylim(bottom=0)
-                sns.despine(ax=axis)
-            row[0].set_ylabel(label)
-        for axis, setting in zip(axes[0], settings, strict=True):
-            axis.set_title(setting)
-        for axis in axes[-1]:
-            axis.set_xlabel("passes")
-        legend_below(figure, axes[0, 0], 3)
-        figure.savefig(path, dpi=150, format="png")
+    with metric_panels(settings, metrics, (2.3, 2.2), (0.8, 0.6), "passes", path) as (figure, panels):
+        for (metric, setting), axis in panels.items():
+            for method, (colour, line) in _LOOKS.items():
+                part = curves[(curves["setting"] == setting) & (curves["method"] == method)]
+                if len(part):
+                    groups = part.groupby("step")[metric]
+                    x = np.array(list(groups.groups)) * passes_per_step[setting]
+                    axis.plot(x, groups.mean(), line, color=colour, label=method)
+                    axis.fill_between(x, groups.min(), groups.max(), color=colour, alpha=0.15, linewidth=0)
+            axis.set_ylim(bottom=0)
     return figure
 
 

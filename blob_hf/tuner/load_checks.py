@@ -1,5 +1,6 @@
 """What of an adapter is refused before the model that loads it is touched."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from blob_hf.tuner import adapter_files, adapter_names
 from blob_hf.tuner.adapter_files import SavedAdapter
 from blob_hf.tuner.base_model import head_parameters
-from blob_hf.tuner.config import changes_base
+from blob_hf.tuner.config import BlobConfig, changes_base
 from blob_hf.tuner.loading import is_beside
 from blob_hf.tuner.registry import Companion
 from blob_hf.utils.errors import BlobError
@@ -46,6 +47,30 @@ def check_name(adapter: str) -> None:
     """
     if not adapter or "." in adapter or hasattr(nn.ModuleDict(), adapter):
         raise BlobError(f"an adapter cannot be called {adapter!r} (PyTorch has no submodule of that name); rename it")
+
+
+def checked_arguments(
+    source: Any, model: Any, config: Any, base_keywords: Mapping[str, Any]
+) -> tuple[str | os.PathLike[str], nn.Module | None]:
+    """Source and base model; what `from_pretrained` cannot load from, or onto, is refused.
+
+    Args:
+        source: Where the adapter is.
+        base_keywords: For the base model's own loading.
+
+    Raises:
+        BlobError: Not a folder or repo; a model with adapters; settings of another method; or keywords for a base
+            model that is there already.
+    """
+    if not isinstance(source, (str, os.PathLike)) or isinstance(model, (str, os.PathLike)):
+        raise BlobError(f"from_pretrained needs the folder or Hub repo of an adapter, got {source!r}")
+    if isinstance(model, PeftModel):
+        raise BlobError("model= has adapters already: give its base model, or call its load_adapter(path, name)")
+    if config is not None and not isinstance(config, BlobConfig):
+        raise BlobError(f"config= is for the posterior's settings, a BlobConfig; got {type(config).__name__}")
+    if model is not None:
+        refuse_unknown("from_pretrained", base_keywords, "with model= there is no base model to load by it")
+    return source, model
 
 
 def check_companions(saved: SavedAdapter) -> None:

@@ -324,31 +324,23 @@ class SavedModel(PeftModel):
 
         if isinstance(path_or_repo, nn.Module):
             path_or_repo, model = model, path_or_repo  # type: ignore[assignment]
-        if not isinstance(path_or_repo, (str, os.PathLike)) or isinstance(model, (str, os.PathLike)):
-            raise BlobError(f"from_pretrained needs the folder or Hub repo of an adapter, got {path_or_repo!r}")
-        if isinstance(model, PeftModel):
-            raise BlobError("model= has adapters already: give its base model, or call its load_adapter(path, name)")
-        if config is not None and not isinstance(config, BlobConfig):
-            raise BlobError(f"config= is for the posterior's settings, a BlobConfig; got {type(config).__name__}")
+        source, model = load_checks.checked_arguments(path_or_repo, model, config, base_kwargs)
         load_checks.check_name(adapter_name)
         load_checks.refuse_unknown("from_pretrained", {"ephemeral_gpu_offload": ephemeral_gpu_offload})
-        if model is not None:
-            load_checks.refuse_unknown(
-                "from_pretrained", base_kwargs, "with model= there is no base model to load by it"
-            )
-        saved = adapter_files.read(adapter_files.resolve(path_or_repo, revision, subfolder, token, cache_dir))
+        saved = adapter_files.read(adapter_files.resolve(source, revision, subfolder, token, cache_dir))
         own = saved.config
         if not isinstance(own, BlobConfig) and not saved.companions:
             own = BlobConfig.from_lora(own, config)
         own.inference_mode = not is_trainable
         load_checks.check_memory(own, low_cpu_mem_usage)
+        given = model is not None
         if model is None:
             model = load_base_model(saved.folder, own, token, base_kwargs)
-            saved = loading.with_key_mapping(saved, key_mapping or getattr(model, _KEY_MAPPING, None))
-            loading.resize_vocabulary(model, saved)
-        else:
-            saved = loading.with_key_mapping(saved, key_mapping or getattr(model, _KEY_MAPPING, None))
+        saved = loading.with_key_mapping(saved, key_mapping or getattr(model, _KEY_MAPPING, None))
+        if given:
             load_checks.check_vocabulary(model, saved)
+        else:
+            loading.resize_vocabulary(model, saved)
         memory = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
         blob_model = get_lora_model(model, own, adapter_name, **memory)  # type: ignore[arg-type]
         if isinstance(own, BlobConfig):
