@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from blob_hf import BlobTrainer, BlobTrainingArguments, cli
 from blob_hf.cli.classifier_run import CLASSIFICATION_METRICS, ClassifierRun
 from blob_hf.cli.evaluation import classification_metrics
-from blob_hf.data.loading import FORMATS, first_rows, hold_out
+from blob_hf.data.loading import FORMATS, first_rows, hold_out, named_file
 from blob_hf.data.multiple_choice import PUBLISHED, TASKS, find_task, load_choices, tokenize_choices
 from blob_hf.inference.choices import (
     NORMALIZATIONS,
@@ -129,8 +129,7 @@ def main() -> None:
     cli.hold_out_decisions(splits, route, method_args)
     shifted = {}
     for name in [*(data_args.ood_tasks or []), *(data_args.ood_file or [])]:
-        title, _, path = name.rpartition("=")
-        title = title or Path(path).stem
+        title, path = named_file(name)
         other = load_choices(path) if path in TASKS else load_choices(None, {"validation": path})
         shifted[title] = first_rows(other["validation"], data_args.max_eval_samples)
 

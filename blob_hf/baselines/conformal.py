@@ -7,110 +7,24 @@ et al., 2021): with probability 1 - delta over the draw of the held-out rows, at
 answered are answered wrongly.
 """
 
-import json
-import logging
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blob_hf.baselines.posterior_scale import PosteriorScale
-from blob_hf.baselines.temperature import Temperatures
+from blob_hf.baselines.fitted_rules import FittedRule, check_finite, check_level, fitted_to, still_holds
 from blob_hf.inference.decisions import Bools, ClassDecisions, Floats
 from blob_hf.tuner.model import BlobModel
-from blob_hf.tuner.registry import Companion, register_companion
+from blob_hf.tuner.registry import register_companion
 from blob_hf.tuner.sampling import Sampling
-from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
-
-logger = logging.getLogger(__name__)
 
 CONFORMAL_FILE = "conformal.json"
 SCORES = ("lac", "aps")
 DEFAULT_DELTA = 0.1
 _EPSILON = 1e-8  # by which two probabilities are equal, as MAPIE has it
-
-
-def check_level(name: str, value: float) -> None:
-    """Refuse a share that is none.
-
-    Args:
-        name: What it is called.
-
-    Raises:
-        BlobError: Not between 0 and 1.
-    """
-    if not 0 < value < 1:
-        raise BlobError(f"{name} must be > 0 and < 1, got {value:g}")
-
-
-def least_rows(alpha: float) -> int:
-    """The fewest held-out rows that can promise anything: with fewer every class is in every set."""
-    return max(1, math.ceil(1 / alpha - 1e-9) - 1)
-
-
-def check_rows(count: int, alpha: float) -> None:
-    """Refuse too few held-out rows.
-
-    Raises:
-        BlobError: There are fewer than `least_rows`.
-    """
-    if count < least_rows(alpha):
-        raise BlobError(
-            f"conformal_alpha {alpha:g} needs at least {least_rows(alpha)} held-out rows that nothing else is fitted "
-            f"to, got {count}: hold out more (calibration_samples, calibration_file), or take a larger alpha"
-        )
-
-
-# ----- what a rule was fitted to --------------------------------------------------------------------------------
-
-
-def fitted_to(model: BlobModel, sampling: Sampling) -> dict[str, object]:
-    """What the probabilities of a model depend on beside its weights; a rule holds for these alone."""
-    temperatures, scale = (model.companion(kind.slot) for kind in (Temperatures, PosteriorScale))
-    return {
-        **{name: getattr(sampling, name) for name in ("num_samples", "seed", "draw", "layers", "tolerance")},
-        "temperatures": list(asdict(temperatures).values()) if isinstance(temperatures, Temperatures) else None,
-        "posterior_scale": scale.scale if isinstance(scale, PosteriorScale) else None,
-    }
-
-
-def still_holds(then: Mapping[str, object], now: Mapping[str, object]) -> None:
-    """Compare what a rule was fitted to with what it is asked about; other samples or another decoding are warned of.
-
-    Raises:
-        BlobError: The adapter has another temperature or scale by now, so that the rule says nothing.
-    """
-    sampled = bool(now["num_samples"])
-    for name in ("temperatures", *(["posterior_scale"] if sampled else [])):
-        if then.get(name) != now[name]:
-            raise BlobError(
-                f"the adapter's decisions were fitted with {name.replace('_', ' ')} {then.get(name)}, but it has "
-                f"{now[name]} now: fit them again, or delete their file"
-            )
-    relevant = [name for name in now if sampled or name not in _OF_SAMPLES]  # the mean has no samples to be others
-    changed = {name: now[name] for name in relevant if then.get(name) != now[name]}
-    if changed:
-        own = ", ".join(f"{name} {then.get(name)!r}" for name in changed)
-        other = ", ".join(f"{name} {value!r}" for name, value in changed.items())
-        warn_once(f"the adapter's decisions were fitted with {own}; with {other} their guarantee does not hold")
-
-
-_OF_SAMPLES = ("num_samples", "seed", "draw", "layers", "tolerance", "posterior_scale")
-
-
-@lru_cache
-def warn_once(message: str) -> None:
-    """Log a warning the first time: a file is predicted in many pieces."""
-    logger.warning("%s", message)
-
-
-# ----- classes --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -127,14 +41,12 @@ class ClassThresholds:
     confidence: float | None
 
     def __post_init__(self) -> None:
-        numbers = [self.quantile, *([] if self.confidence is None else [self.confidence])]
-        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in numbers):
-            raise ValueError("not numbers")
+        check_finite(self.quantile, *([] if self.confidence is None else [self.confidence]))
 
 
 @register_companion
 @dataclass(frozen=True)
-class PredictionSets(Companion):
+class PredictionSets(FittedRule):
     """Prediction sets and abstention of a classifier's adapter, and what they were fitted to.
 
     Attributes:
@@ -158,32 +70,14 @@ class PredictionSets(Companion):
     slot = "conformal"
     name = "prediction sets"
     files = (CONFORMAL_FILE,)
+    thresholds = ClassThresholds
+    what = "thresholds of prediction sets"
 
     def __post_init__(self) -> None:
         check_level("alpha", self.alpha)
         check_level("delta", self.delta)
         if self.score not in SCORES:
             raise BlobError(f"the conformity score must be one of {', '.join(SCORES)}, got {self.score!r}")
-
-    @classmethod
-    def load(cls, folder: Path) -> "PredictionSets | None":
-        file = folder / CONFORMAL_FILE
-        if not file.is_file():
-            return None
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            found |= {
-                name: None if found[name] is None else ClassThresholds(**found[name]) for name in ("mean", "predictive")
-            }
-            found["fitted_to"] = dict(found["fitted_to"])
-            if found["mean"] is None:
-                raise TypeError
-            return cls(**found)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BlobError(f"{file} is damaged: it has no thresholds of prediction sets; get it again") from error
-
-    def save(self, model: BlobModel, folder: Path) -> None:
-        files.write_text(folder / CONFORMAL_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     def settings(self) -> dict[str, object]:
         return {"prediction sets": f"{self.score}, alpha {self.alpha:g}, fitted to {self.rows} held-out rows"}
@@ -194,9 +88,8 @@ class PredictionSets(Companion):
 
     def decided(self, probabilities: Floats, sampled: bool) -> ClassDecisions | None:
         """Decisions on probabilities `(inputs, classes)` of the samples' predictive, or of the posterior mean."""
-        own = self.predictive if sampled else self.mean
+        own = self.of(sampled)
         if own is None:
-            warn_once("the adapter's prediction sets were fitted to its posterior mean: there are none for samples")
             return None
         sets = conformal_sets(probabilities, own.quantile, self.score)
         sure = probabilities.max(axis=1)

@@ -11,7 +11,8 @@ from scipy.special import expit
 from scipy.stats import binom
 from sklearn.base import BaseEstimator, ClassifierMixin
 
-from blob_hf.baselines.conformal import SCORES, ClassThresholds, check_level, check_rows
+from blob_hf.baselines.conformal import SCORES, ClassThresholds
+from blob_hf.baselines.fitted_rules import check_level, check_rows
 from blob_hf.inference.decisions import Floats
 from blob_hf.utils.errors import BlobError
 

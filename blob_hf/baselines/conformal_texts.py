@@ -6,22 +6,19 @@ the largest t for which (sum of the losses of the n held-out rows + 1) / (n + 1)
 next input, exchangeable with them, gets a bad text at most alpha.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blob_hf.baselines.conformal import check_level, check_rows, fitted_to, still_holds, warn_once
+from blob_hf.baselines.fitted_rules import FittedRule, check_finite, check_level, check_rows, fitted_to, still_holds
 from blob_hf.inference.decisions import Bools, Floats
 from blob_hf.metrics.summarization import rouge_per_example
 from blob_hf.tuner.model import BlobModel
-from blob_hf.tuner.registry import Companion, register_companion
+from blob_hf.tuner.registry import register_companion
 from blob_hf.tuner.sampling import Sampling
-from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
 
 TEXTS_FILE = "conformal_texts.json"
@@ -39,13 +36,13 @@ class TextThreshold:
     below: float | None
 
     def __post_init__(self) -> None:
-        if self.below is not None and not (isinstance(self.below, (int, float)) and math.isfinite(self.below)):
-            raise ValueError("not a number")
+        if self.below is not None:
+            check_finite(self.below)
 
 
 @register_companion
 @dataclass(frozen=True)
-class TextAbstention(Companion):
+class TextAbstention(FittedRule):
     """When an adapter that writes abstains, and what that was fitted to.
 
     Attributes:
@@ -68,30 +65,14 @@ class TextAbstention(Companion):
     slot = "conformal_texts"
     name = "abstention"
     files = (TEXTS_FILE,)
+    thresholds = TextThreshold
+    what = "threshold to abstain by"
 
     def __post_init__(self) -> None:
         check_level("alpha", self.alpha)
         check_level("max_loss", self.max_loss)
-
-    @classmethod
-    def load(cls, folder: Path) -> "TextAbstention | None":
-        file = folder / TEXTS_FILE
-        if not file.is_file():
-            return None
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            found |= {
-                name: None if found[name] is None else TextThreshold(**found[name]) for name in ("mean", "predictive")
-            }
-            found["fitted_to"] = dict(found["fitted_to"])
-            if found["mean"] is None or not isinstance(found["score"], str):
-                raise TypeError
-            return cls(**found)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BlobError(f"{file} is damaged: it has no threshold to abstain by; get it again") from error
-
-    def save(self, model: BlobModel, folder: Path) -> None:
-        files.write_text(folder / TEXTS_FILE, json.dumps(asdict(self), indent=2) + "\n")
+        if not isinstance(self.score, str):
+            raise TypeError("no name of an uncertainty")
 
     def settings(self) -> dict[str, object]:
         return {
@@ -103,9 +84,8 @@ class TextAbstention(Companion):
         self, model: BlobModel, uncertainty: Mapping[str, Floats], sampling: Sampling, decoding: Mapping[str, object]
     ) -> Bools | None:
         still_holds(self.fitted_to, {**fitted_to(model, sampling), **decoding})
-        own = self.predictive if sampling.num_samples else self.mean
+        own = self.of(sampled=sampling.num_samples > 0)
         if own is None:
-            warn_once("the adapter's abstention was fitted to its posterior mean: there is none for samples")
             return None
         scores = uncertainty[self.score]
         return np.zeros(len(scores), dtype=bool) if own.below is None else scores >= own.below

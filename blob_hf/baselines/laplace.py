@@ -245,14 +245,14 @@ def fit_kron(
     Returns:
         Factors by name, and the prior precision.
     """
-    from laplace import Laplace as fit_laplace
+    from laplace import Laplace
 
     required = {parameter: parameter.requires_grad for parameter in network.parameters()}
     chosen = {id(weight) for weight in weights.values()}
     for parameter in network.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
     try:
-        approximation: Any = fit_laplace(
+        approximation: Any = Laplace(
             network, likelihood, subset_of_weights="all", hessian_structure="kron", prior_precision=1.0
         )
         approximation.fit(loader)

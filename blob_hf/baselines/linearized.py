@@ -113,7 +113,8 @@ class Linearized:
         Sample s has the same standard normal draw for every row, so that it does not depend on the batch.
         """
         values, vectors = torch.linalg.eigh(self.covariance())
-        root = vectors * values.clamp(min=0).sqrt().unsqueeze(1)
+        # the symmetric root: eigenvectors have a sign that rounding may turn
+        root = (vectors * values.clamp(min=0).sqrt().unsqueeze(1)) @ vectors.transpose(1, 2)
         noise = standard_normal("logits", sampling, self.mean.shape[-1:])
         draws = self.mean.unsqueeze(1) + noise.to(self.mean.device) @ root.transpose(1, 2)
         samples = F.log_softmax(draws, dim=-1)

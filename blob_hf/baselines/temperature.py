@@ -54,6 +54,7 @@ class Temperatures(Companion):
     mean: float
 
     slot = "temperature"
+    fitted = True
     name = "temperature"
     files = (TEMPERATURE_FILE,)
 

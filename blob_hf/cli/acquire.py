@@ -151,11 +151,11 @@ def _together(kept: Shortlist, count: int, drawn: Sampling) -> Acquired:
             "weighed against each of the chosen rows, not against all: more samples weigh more together",
             chosen.jointly, chosen.scores[: chosen.jointly].sum(), np.log(drawn.num_samples), drawn.num_samples,
         )  # fmt: skip
-    unsure = int((chosen.scores >= kept.best_left_out).sum())  # a row adds at most its own BALD score
-    if unsure < count:
+    unsure = np.flatnonzero(chosen.scores < kept.best_left_out)  # a row adds at most its own BALD score
+    if len(unsure):
         logger.info(
             "from row %d on, rows beyond the %d candidates might have added more; more candidates take longer",
-            unsure + 1, kept.most,
+            unsure[0] + 1, kept.most,
         )  # fmt: skip
     return chosen
 

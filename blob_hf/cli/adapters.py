@@ -10,9 +10,6 @@ import torch
 from transformers import PreTrainedModel
 
 from blob_hf.baselines.base import read_facts
-from blob_hf.baselines.conformal import PredictionSets
-from blob_hf.baselines.conformal_texts import TextAbstention
-from blob_hf.baselines.temperature import Temperatures
 from blob_hf.cli.loading import LoadingArguments
 from blob_hf.trainer.training_args import BlobTrainingArguments
 from blob_hf.tuner.adapter_files import read_config, resolve
@@ -21,7 +18,7 @@ from blob_hf.tuner.build import bayesianize, load_lora
 from blob_hf.tuner.config import NOISES, STD_PARAMETERIZATIONS, BlobConfig
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.posterior import gaussian_layers
-from blob_hf.tuner.registry import Companion
+from blob_hf.tuner.registry import Companion, load_companions
 from blob_hf.utils.errors import BlobError
 
 TRAIN_HEAD = ("auto", "true", "false")
@@ -138,8 +135,7 @@ def saved_method(folder: Path) -> str:
 
 def fitted_companions(folder: Path) -> list[Companion]:
     """What was fitted to a saved adapter after its training, of whatever method: a temperature, decisions."""
-    kinds: tuple[type[Companion], ...] = (Temperatures, PredictionSets, TextAbstention)
-    return [found for kind in kinds if (found := kind.load(folder)) is not None]
+    return [found for found in load_companions(folder) if found.fitted]
 
 
 def known_classes(adapter: str | None) -> list[str] | int | None:

@@ -11,10 +11,12 @@ from datasets import Dataset, DatasetDict
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-from blob_hf.baselines.conformal import PredictionSets, check_rows, fitted_to
+from blob_hf.baselines.conformal import PredictionSets
 from blob_hf.baselines.conformal_fit import check_score, fit_thresholds, require_mapie
+from blob_hf.baselines.fitted_rules import check_rows, fitted_to
 from blob_hf.cli.method_arguments import MethodArguments
 from blob_hf.cli.route import Route
+from blob_hf.data.summarization import group_dialogues
 from blob_hf.inference.answers import set_names
 from blob_hf.inference.decisions import ClassDecisions, Floats
 from blob_hf.inference.predict import class_log_probs
@@ -50,14 +52,29 @@ def hold_out_decisions(splits: DatasetDict, route: Route, method_args: MethodArg
     if classes:
         require_mapie()
     held_out: Dataset = splits.pop("calibration")
-    if route.holds_out(replace(method_args, conformal_alpha=None)) and len(held_out) > 1:
-        parts = held_out.train_test_split(test_size=0.5, seed=0)
-        splits["calibration"], held_out = parts["train"], parts["test"]
+    inputs = None if classes else list(held_out["dialogue"])
+    if route.holds_out(replace(method_args, conformal_alpha=None)) and len(set(inputs or range(len(held_out)))) > 1:
+        splits["calibration"], held_out = _halves(held_out, inputs)
         logger.info("of the held-out rows %d are for decisions alone", len(held_out))
-    check_rows(len(held_out), alpha)
+    check_rows(len(held_out) if classes else len(group_dialogues(held_out)), alpha)
     if classes:
         check_score(held_out["label"], method_args.conformal_score)
     splits[ROWS] = held_out
+
+
+def _halves(rows: Dataset, inputs: Sequence[str] | None) -> tuple[Dataset, Dataset]:
+    """Two halves by chance.
+
+    Args:
+        inputs: Of rows that may be references of one input: these stay together.
+    """
+    if inputs is None:
+        parts = rows.train_test_split(test_size=0.5, seed=0)
+        return parts["train"], parts["test"]
+    distinct = list(dict.fromkeys(inputs))
+    second = {distinct[index] for index in np.random.default_rng(0).permutation(len(distinct))[len(distinct) // 2 :]}
+    chosen = [text in second for text in inputs]
+    return rows.select(np.flatnonzero(~np.array(chosen))), rows.select(np.flatnonzero(chosen))
 
 
 def drop_decisions(model: BlobModel, slot: str, folder: Path | None) -> None:

@@ -100,7 +100,7 @@ def _of_choices(
 ) -> Given:  # fmt: skip
     asked: list[dict[str, Any]] = []
     for file, path in zip(files, paths, strict=True):
-        asked += questions_of(file, path).to_list()
+        asked += questions_of(file, path, labelled).to_list()
     labels = [row.pop("label", None) for row in asked]
     if labelled and None in labels:
         raise BlobError(f"question {labels.index(None) + 1} of {paths[0]} has no label")

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from blob_hf.baselines import IVONConfig, LaplaceConfig, TFBConfig
-from blob_hf.baselines.conformal import DEFAULT_DELTA, SCORES, check_level
+from blob_hf.baselines.conformal import DEFAULT_DELTA, SCORES
+from blob_hf.baselines.fitted_rules import check_level
 from blob_hf.baselines.laplace import PREDICTIVES, PRIORS, SUBSETS
 from blob_hf.utils.errors import BlobError
 from blob_hf.utils.numbers import NumberOrWord

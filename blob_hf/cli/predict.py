@@ -24,13 +24,14 @@ from tqdm.auto import tqdm
 from blob_hf.cli.adapters import load_networks
 from blob_hf.cli.arguments import OneLineParser
 from blob_hf.cli.limits import check_numbers
-from blob_hf.cli.question_files import CHOICES, QuestionFile, is_of_questions
+from blob_hf.cli.question_files import CHOICES, QuestionFile
 from blob_hf.cli.row_files import Row, RowFile, TextFile
 from blob_hf.cli.terminal import setup_logging, user_errors
 from blob_hf.data.conversations import is_conversation, prompt_column
 from blob_hf.data.loading import FORMATS
 from blob_hf.data.summarization import DEFAULT_PROMPT
 from blob_hf.inference.answers import Prediction, TextPrediction
+from blob_hf.inference.choices import ChoiceScoring
 from blob_hf.inference.inputs import is_decoder
 from blob_hf.inference.predictor import DECODINGS
 from blob_hf.metrics.entailment import EntailmentEquivalence
@@ -162,8 +163,11 @@ def _prepare(args: argparse.Namespace) -> tuple[Path, TextFile, int]:
 
 
 def _survey(args: argparse.Namespace, folder: Path, path: str, prompts: bool, split: str = "input") -> TextFile:
-    """A file, looked through: of texts, or of questions with choices where the adapter answers such."""
-    if prompts and args.text_columns is None and is_of_questions(path, args.delimiter, split, folder):
+    """A file, looked through: of texts, or of questions with choices where the adapter answers such.
+
+    (With --text_columns even that adapter's model writes on.)
+    """
+    if args.text_columns is None and ChoiceScoring.load(folder) is not None:
         refuse_of_writers(args, parser(), _OF_WRITERS)
         return QuestionFile.of(path, args.delimiter, split)
     return TextFile.survey(path, args.text_columns, args.delimiter, split, prompts)

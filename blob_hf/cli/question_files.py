@@ -9,15 +9,17 @@ from datasets import Dataset
 from blob_hf.cli.row_files import Row, TextFile, digest, load_rows
 from blob_hf.data.columns import IDS
 from blob_hf.data.multiple_choice import holds_questions, questions
-from blob_hf.inference.choices import ChoiceScoring
 from blob_hf.utils.errors import BlobError
 
-CHOICES = "choices"  # the column by which rows are told to be questions
+CHOICES = "choices"
 _COLUMNS = ("question", CHOICES, "passage")
 
 
-def questions_of(rows: Dataset, path: str) -> Dataset:
+def questions_of(rows: Dataset, path: str, labelled: bool = False) -> Dataset:
     """The questions of a file for an adapter that answers multiple choice.
+
+    Args:
+        labelled: Whether labels are read.
 
     Raises:
         BlobError: It has none, or one cannot be read.
@@ -27,7 +29,7 @@ def questions_of(rows: Dataset, path: str) -> Dataset:
             f"{path} has no questions: the adapter answers multiple choice, which needs the columns question and "
             f"choices, but it has {', '.join(rows.column_names)}"
         )
-    return questions(rows)
+    return questions(rows, labelled)
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,7 @@ class QuestionFile(TextFile):
 
     def rows(self, start: int = 0) -> Iterator[Row]:
         rows = load_rows(self.path, self.delimiter, self.split)
-        asked = questions(rows)
+        asked = questions(rows, labelled=False)
         for index in range(start, self.count):
             name = index if self.id_column is None else rows[index][self.id_column]
             yield {"id": name, **{column: asked[index][column] for column in self.columns}}
-
-
-def is_of_questions(path: str, delimiter: str | None, split: str, folder: Path) -> bool:
-    """Whether an adapter answers questions with choices, and a file has them."""
-    if ChoiceScoring.load(folder) is None:
-        return False
-    found = load_rows(path, delimiter, split).column_names
-    return CHOICES in found or holds_questions(found)

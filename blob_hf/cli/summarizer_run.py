@@ -11,7 +11,7 @@ from blob_hf.cli.answering import Answering, Answers
 from blob_hf.cli.language_run import LanguageRun
 from blob_hf.cli.sentences import agreement_sentence, samples_sentence
 from blob_hf.cli.summary_decisions import METRICS as ABSTENTION_METRICS
-from blob_hf.cli.summary_decisions import abstention_metrics, abstention_sentence, abstentions, settle_abstention
+from blob_hf.cli.summary_decisions import abstention_metrics, settle_abstention, withheld, withheld_sentence
 from blob_hf.data.summarization import Dialogue
 from blob_hf.metrics.agreement import closest_call, marked
 from blob_hf.metrics.detection import DETECTION_METRICS, detection_metrics
@@ -54,7 +54,7 @@ class SummarizerRun(LanguageRun):
         rule = self.abstention
         if rule is None:
             return
-        decided, references = abstentions(rule, answering, found), [one.references for one in group]
+        decided, references = withheld(rule, answering, found), [one.references for one in group]
         metrics = {
             f"{prefix}_{kind}{name}": value
             for kind, abstain in decided.items()
@@ -70,7 +70,7 @@ class SummarizerRun(LanguageRun):
             row |= {"answer": text, "abstain": bool(abstain)}
         if any(references):
             own = {name.removeprefix(f"{prefix}_{kind}"): value for name, value in metrics.items()}
-            said = abstention_sentence(rule, own, len(group))
+            said = withheld_sentence(rule, own, len(group))
             if split in self.sentences:
                 self.sentences[split] += f" {said}"
             else:

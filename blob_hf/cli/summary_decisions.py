@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from blob_hf.baselines.conformal import fitted_to
 from blob_hf.baselines.conformal_texts import SCORE, TextAbstention, fit_text_threshold, is_bad
+from blob_hf.baselines.fitted_rules import fitted_to
 from blob_hf.cli.answering import Answering, Answers
 from blob_hf.cli.decisions import require_saved
 from blob_hf.cli.method_arguments import MethodArguments
@@ -49,7 +49,7 @@ def settle_abstention(
     return saved
 
 
-def abstentions(rule: TextAbstention, answering: Answering, found: Mapping[str, Answers]) -> dict[str, Bools]:
+def withheld(rule: TextAbstention, answering: Answering, found: Mapping[str, Answers]) -> dict[str, Bools]:
     """Which of the answers are withheld, by kind."""
     model, samplings = answering.trainer.blob_model, answering.samplings
     decided = {
@@ -83,7 +83,7 @@ def abstention_metrics(
     }
 
 
-def abstention_sentence(rule: TextAbstention, metrics: Mapping[str, float], count: int) -> str:
+def withheld_sentence(rule: TextAbstention, metrics: Mapping[str, float], count: int) -> str:
     """What abstaining came to on rows with references, in plain words."""
     low, _ = coverage_interval(count, rule.rows, rule.alpha)
     return (

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blob_hf.data import labels
 from blob_hf.data.columns import IDS, check_texts, find_text_columns
-from blob_hf.data.loading import load_files, load_hub, require_columns
+from blob_hf.data.loading import load_files, load_hub, named_file, require_columns
 from blob_hf.data.tasks import TASKS, Task, find_task
 from blob_hf.utils.errors import BlobError
 
@@ -252,14 +252,14 @@ def load_one_shifted(
     Raises:
         BlobError: As `load_classification`.
     """
-    name, _, path = specification.partition("=") if "=" in specification else ("", "", specification)
-    if not name and specification in TASKS:
+    given, path = "=" in specification, named_file(specification)[1]
+    if not given and specification in TASKS:
         other = load_classification(specification)
         rows = other.splits["validation"]
         return specification, _without_labels(other, rows)
-    if not name and "." not in Path(path).name and not Path(path).is_dir():
+    if not given and "." not in Path(path).name and not Path(path).is_dir():
         raise BlobError(f"--ood_tasks must be among {', '.join(TASKS)}, got {path!r}; for own data use --ood_file")
-    name = name or Path(path).name.split(".")[0]
+    name = named_file(specification)[0]
     splits = DatasetDict(shifted=load_files({"ood": path})["ood"])
     if name in TASKS:
         task = TASKS[name]

@@ -152,6 +152,12 @@ def _trimmed(rows: Dataset, path: str) -> Dataset:
     return rows.rename_columns(changed) if changed else rows
 
 
+def named_file(specification: str) -> tuple[str, str]:
+    """Name and path of `name=path`, or of a path, whose name is its file's up to the first dot."""
+    name, given, path = specification.partition("=")
+    return (name, path) if given else (Path(specification).name.split(".")[0], specification)
+
+
 def with_validation(splits: DatasetDict) -> DatasetDict:
     """Splits in which the one to evaluate on is called validation, if there is just one that can be meant."""
     others = [name for name in _VALIDATION if name in splits]

@@ -85,7 +85,10 @@ class ChoiceTask:
 def _read_arc(row: Row) -> dict[str, Any]:
     labels = [str(label) for label in row["choices"]["label"]]
     question = row.get("question") or row.get("question_stem")
-    return {"question": question, "choices": row["choices"]["text"], "label": labels.index(str(row["answerKey"]))}
+    answer = str(row.get("answerKey") or "")
+    return {
+        "question": question, "choices": row["choices"]["text"], "label": labels.index(answer) if answer else None,
+    }  # fmt: skip
 
 
 def _read_winogrande(row: Row) -> dict[str, Any]:
@@ -98,7 +101,7 @@ def _read_boolq(row: Row) -> dict[str, Any]:
     answer = row.get("answer", row.get("label"))
     return {
         "question": row["question"], "passage": row["passage"][:MAX_PASSAGE], "choices": ["false", "true"],
-        "label": int(answer),
+        "label": None if answer in (None, "") else int(answer),
     }  # fmt: skip
 
 
@@ -155,41 +158,37 @@ def load_choices(
     return DatasetDict({split: _rows(split, rows, read) for split, rows in data.items()})
 
 
-def questions(rows: Dataset) -> Dataset:
+def questions(rows: Dataset, labelled: bool = True) -> Dataset:
     """Questions in any of the forms that `load_choices` reads.
+
+    Args:
+        labelled: Whether labels are read; else all may have one, none, or some.
 
     Raises:
         BlobError: As `load_choices`.
     """
-    return _rows("inputs", rows, _reader(DatasetDict(inputs=rows), None))
-
-
-_FORMS = (
-    {"question", "choices"},
-    {"choices", "answerKey"},
-    {"sentence", "option1", "option2"},
-    {"question", "passage"},
-)
+    return _rows("inputs", rows, _reader(DatasetDict(inputs=rows), None), labelled)
 
 
 def holds_questions(columns: Collection[str]) -> bool:
     """Whether a table with these columns is in one of the forms that `load_choices` reads by themselves."""
-    return any(form <= set(columns) for form in _FORMS)
+    return _form_of(columns) is not None
+
+
+def _form_of(columns: Collection[str]) -> Callable[[Row], dict[str, Any]] | None:
+    """The reader of the first form that has these columns."""
+    return next((read for form, read in _FORMS if form <= set(columns)), None)
 
 
 def _reader(data: DatasetDict, task: ChoiceTask | None) -> Callable[[Row], dict[str, Any]]:
-    """The reader of a named task for files in its own columns, else that of `question`, `choices` and `label`."""
-    columns = set(next(iter(data.values())).column_names)
-    if task is not None and not {"question", "choices", "label"} <= columns:
+    """The reader of a named task for files in its own columns, else that of the form that they have."""
+    columns = next(iter(data.values())).column_names
+    if task is not None and not {"question", "choices", "label"} <= set(columns):
         return task.read
-    if {"sentence", "option1", "option2"} <= columns:
-        return _read_winogrande
-    if {"choices", "answerKey"} <= columns:
-        return _read_arc
-    if {"question", "passage"} <= columns and "choices" not in columns:
-        return _read_boolq
-    require_columns(data, ("question", "choices"), "--train_file")
-    return _read_own
+    found = _form_of(columns)
+    if found is None:
+        require_columns(data, ("question", "choices"), "--train_file")
+    return found or _read_own
 
 
 def _read_own(row: Row) -> dict[str, Any]:
@@ -197,7 +196,15 @@ def _read_own(row: Row) -> dict[str, Any]:
     return found | ({"passage": row["passage"]} if row.get("passage") is not None else {})
 
 
-def _rows(split: str, rows: Dataset, read: Callable[[Row], dict[str, Any]]) -> Dataset:
+_FORMS: tuple[tuple[set[str], Callable[[Row], dict[str, Any]]], ...] = (  # the first that fits counts
+    ({"sentence", "option1", "option2"}, _read_winogrande),
+    ({"choices", "answerKey"}, _read_arc),
+    ({"question", "choices"}, _read_own),
+    ({"question", "passage"}, _read_boolq),
+)
+
+
+def _rows(split: str, rows: Dataset, read: Callable[[Row], dict[str, Any]], labelled: bool = True) -> Dataset:
     found = []
     for number, row in enumerate(rows, start=1):
         where = f"{split}, question {number}"
@@ -206,7 +213,7 @@ def _rows(split: str, rows: Dataset, read: Callable[[Row], dict[str, Any]]) -> D
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise BlobError(f"{where}: cannot be read as a question with choices ({error!r})") from error
         one["choices"] = _choices(one["choices"], where)
-        one["label"] = _label(one["label"], one["choices"], where)
+        one["label"] = _label(one["label"], one["choices"], where) if labelled else None
         if not isinstance(one["question"], str) or not one["question"].strip():
             raise BlobError(f"{where} is empty")
         found.append({**({"id": row["id"]} if "id" in row else {}), **one})

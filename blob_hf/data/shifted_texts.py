@@ -1,14 +1,16 @@
 """Texts of another kind than a summarizer was trained on, to see whether its uncertainty tells them apart."""
 
+import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 
 from blob_hf.data.columns import check_texts, find_text_columns
-from blob_hf.data.loading import load_files
+from blob_hf.data.loading import load_files, named_file
 from blob_hf.data.summarization import Dialogue, group_dialogues
 from blob_hf.utils.errors import BlobError
+
+logger = logging.getLogger(__name__)
 
 _SPLIT = "ood"
 
@@ -29,10 +31,9 @@ def load_shifted_texts(
     """
     found: dict[str, list[Dialogue]] = {}
     for specification in specifications:
-        name, _, path = specification.rpartition("=")
-        name = name or Path(path).name.split(".")[0]
+        name, path = named_file(specification)
         if name in found:
-            raise BlobError(f"two files of other texts are called {name!r}; name them: --ood_file {name}2=path")
+            raise BlobError(f"two files of other texts are called {name!r}; give one another name: {name}2=path")
         rows = load_files({_SPLIT: path})[_SPLIT]
         found[name] = group_dialogues(_as_dialogues(rows, text_column, summary_column), limit)
     return found
@@ -46,6 +47,9 @@ def _as_dialogues(rows: Dataset, text_column: str, summary_column: str) -> Datas
     texts = ["\n".join(parts) for parts in zip(*(rows[column] for column in columns), strict=True)]
     names = [str(value) for value in rows["id"]] if "id" in rows.column_names else list(map(str, range(len(rows))))
     summaries = list(rows[summary_column]) if summary_column in rows.column_names else [None] * len(rows)
-    if not all(isinstance(summary, str) and summary.strip() for summary in summaries):
+    missing = [not (isinstance(summary, str) and summary.strip()) for summary in summaries]
+    if any(missing):
+        if not all(missing):
+            logger.warning("row %d of the other texts has no summary: none of that file is scored", missing.index(True))
         summaries = [None] * len(rows)
     return Dataset.from_dict({"id": names, "dialogue": texts, "summary": summaries})

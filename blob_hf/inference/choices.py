@@ -304,7 +304,7 @@ def choice_rows(
     if not isinstance(inputs, Dataset):
         listed = [inputs] if isinstance(inputs, Mapping) else list(inputs)
         inputs = Dataset.from_list([dict(one) for one in listed])
-    asked = questions(inputs)
+    asked = questions(inputs, labelled=False)
     scoring.check_width(max(map(len, asked["choices"])))
     limit = max_length or scoring.max_length
     tokenized = tokenize_choices(asked, tokenizer, scoring.asking, scoring.scoring, limit, scoring.normalization)

@@ -19,7 +19,7 @@ def decision_metrics(sets: Bools, abstain: Bools, predicted: Labels, labels: Lab
         sets: Prediction sets, `(inputs, classes)`.
         abstain: Whether an input is not answered, `(inputs,)`.
         predicted: Likeliest classes, `(inputs,)`.
-        labels: Class ids `(inputs,)`; -100 where there is none. None: what needs labels is left out.
+        labels: Class ids `(inputs,)`. None: what needs labels is left out.
 
     Returns:
         set_size, the mean; empty_sets; answered; with labels coverage, the share whose class is in the set, and

@@ -24,12 +24,15 @@ class Companion:
         slot: What it is; an adapter has at most one companion in a slot.
         files: Names (or glob patterns) of its files in the adapter's folder.
         name: What it says of the adapter, for example the name of the method that made it.
+        fitted: Whether it was fitted to the finished adapter, of whatever method, and goes with it when that is
+            evaluated again.
         asked_by: The model input by which a batch asks for what `answer` gives; None: it answers nothing.
     """
 
     slot: ClassVar[str]
     files: ClassVar[tuple[str, ...]] = ()
     name: ClassVar[str]
+    fitted: ClassVar[bool] = False
     asked_by: ClassVar[str | None] = None
 
     def answer(self, model: "BlobModel", network: Callable[..., Any], inputs: Mapping[str, Any]) -> ModelOutput:

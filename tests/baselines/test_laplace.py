@@ -166,6 +166,22 @@ def test_narrow_posteriors_predict_alike_linearised_and_sampled():
     torch.testing.assert_close(again.sample_log_probs[0], linear.sample_log_probs[2])  # whatever batch it is in
 
 
+def test_draws_do_not_depend_on_the_signs_of_eigenvectors(monkeypatch):
+    model = lora_bert()
+    attach_factors(model, random_factors(model), 10.0)
+    inputs = {"input_ids": random_ids(3, 9)}
+    found = linearized_prediction(model, inputs, Sampling(5, seed=3)).sample_log_probs
+    eigh = torch.linalg.eigh
+
+    def turned(matrix):
+        values, vectors = eigh(matrix)
+        return values, vectors * torch.tensor([1.0, -1.0, 1.0])
+
+    monkeypatch.setattr(torch.linalg, "eigh", turned)
+    again = linearized_prediction(model, inputs, Sampling(5, seed=3)).sample_log_probs
+    torch.testing.assert_close(again, found)
+
+
 def test_the_last_layer_is_the_head_or_the_last_layer_with_lora():
     assert {name.split(".")[2] for name in lora_weights(lora_bert(), "last_layer")} == {"classifier"}
     trained_head = get_lora_model(tiny_bert(), LoraConfig(target_modules=["query", "value"], task_type="SEQ_CLS"))

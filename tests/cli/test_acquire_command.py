@@ -2,6 +2,7 @@
 
 import json
 from datetime import datetime
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,15 +11,17 @@ import torch
 from datasets import Dataset
 from helpers.adapters import saved_base
 from helpers.models import randomize_b, save_word_llama, tiny_tokenizer, words
-from helpers.running import lines, run_blob
+from helpers.running import lines, predict, run_blob
 
 from blob_hf import BlobConfig, BlobModel, Sampling, get_blob_model, get_lora_model
 from blob_hf.cli import acquire
+from blob_hf.cli import acquire as acquire_command
 from blob_hf.cli.acquire import Shortlist
 from blob_hf.cli.pool import Pool
 from blob_hf.inference.answers import Prediction
 from blob_hf.inference.choices import ChoiceScoring
 from blob_hf.metrics import acquisition
+from blob_hf.metrics.acquisition import Acquired
 from blob_hf.metrics.acquisition import acquire as acquire_from
 from blob_hf.utils.errors import BlobError
 
@@ -107,12 +110,21 @@ def test_of_few_candidates_the_log_says_from_where_on_others_might_have_been_bet
     among = acquire_from(truth.sample_probabilities[kept], 9, "batchbald", seed=5)
     assert texts(row["id"] for row in lines(tmp_path / "c.jsonl")) == texts(kept[among.rows])
     left_out = np.sort(truth.epistemic)[-10]
-    sure = int((among.scores >= left_out).sum())
-    assert sure < 9 and f"from row {sure + 1} on, rows beyond the 9 candidates might have added more" in caplog.text
+    sure = next(place for place, score in enumerate(among.scores) if score < left_out)
+    assert f"from row {sure + 1} on, rows beyond the 9 candidates might have added more" in caplog.text
     told = among.scores.cumsum()
     monkeypatch.setattr(acquisition, "TOLD", told[4] / np.log(4) - 1e-4)
     assert choose(tiny, tmp_path / "again.jsonl", "--candidates", 9, count=9) == 0
     assert f"the first 5 rows tell {told[4]:.2f} of the 1.39 nats that 4 networks" in caplog.text
+
+
+def test_the_log_names_the_first_row_that_adds_too_little(caplog, monkeypatch):
+    scores = np.array([0.8, 0.1, 0.4, 0.2])  # they rise again where rows are weighed against each of the chosen
+    monkeypatch.setattr(acquire_command, "batch_bald", lambda *_: Acquired(np.arange(4), scores, 2))
+    kept = SimpleNamespace(probabilities=np.ones((4, 4, 2)) / 2, best_left_out=0.15, most=4)
+    with caplog.at_level("INFO"):
+        acquire_command._together(kept, 4, SAMPLING)
+    assert "from row 2 on, rows beyond the 4 candidates might have added more" in caplog.text
 
 
 def test_random_rows_ask_nothing_of_the_model(tiny, tmp_path, monkeypatch):
@@ -163,6 +175,8 @@ def test_questions_of_multiple_choice(tmp_path):
     table = pd.read_csv(tmp_path / "batch.csv")
     assert sorted(table["acquired"]) == list(range(1, 15))
     assert all(json.loads(row["choices"]) == asked[int(row["id"][1:])]["choices"] for _, row in table.iterrows())
+    odd = jsonl(tmp_path / "odd.jsonl", [{"question": "w1", "options": ["w1", "w2"]}])
+    assert predict(tmp_path / "adapter", "--input", odd, "--output", tmp_path / "odd_predictions.jsonl") == 2
     with pytest.raises(BlobError, match="has no questions"):
         Pool.read(tmp_path / "adapter", str(jsonl(tmp_path / "texts.jsonl", [{"text": "w1"}])))
     with pytest.raises(BlobError, match="a question has 4 choices"):

@@ -15,6 +15,7 @@ from blob_hf.experiments import active, active_report
 from blob_hf.experiments.active import ActiveArguments, Chain, Rounds
 from blob_hf.experiments.active_settings import ACTIVE, ActiveSetting, write_pool
 from blob_hf.experiments.study_settings import Setting
+from blob_hf.reporting.active_plots import plot_learning
 
 CLASSES = ("c0", "c1", "c2")
 TASK = Setting(
@@ -268,6 +269,20 @@ def test_areas_are_those_of_trapezoids_and_differences_are_paired_and_corrected(
     rival = text.split("against lora-entropy")[1].split("##")[0]
     assert "| mrpc | blob-bald |" in rival and "| mrpc | lora-entropy |" not in rival
     assert (tmp_path / "plots" / "learning.png").stat().st_size > 10_000
+
+
+def test_a_learning_curve_is_the_means_and_its_band_the_interval(tmp_path):
+    points = pd.DataFrame(
+        {"setting": "mrpc", "arm": "blob-bald", "metric": "nll", "labelled": [20, 10], "value": [1.0, 2.0],
+         "low": [0.5, float("-inf")], "high": [1.5, float("inf")]}
+    )  # fmt: skip
+    figure = plot_learning(points, {"nll": ("NLL", 10.0)}, tmp_path / "curve.png")
+    (axis,) = figure.axes
+    (line,) = axis.get_lines()
+    assert line.get_xdata().tolist() == [10, 20] and line.get_ydata().tolist() == [20.0, 10.0]
+    (band,) = axis.collections
+    assert {tuple(point) for point in band.get_paths()[0].vertices.tolist()} == {(20.0, 5.0), (20.0, 15.0)}
+    assert axis.get_title() == "mrpc" and axis.get_ylabel() == "NLL"
 
 
 def test_sequences_that_lack_a_round_have_no_area_and_one_seed_no_interval(tmp_path):

@@ -20,7 +20,15 @@ from transformers import (
 )
 
 from blob_hf import BlobConfig, BlobModel, BlobTrainer, BlobTrainingArguments, Sampling, get_blob_model
-from blob_hf.data.multiple_choice import PUBLISHED, TASKS, continuations, letter_prompt, load_choices, tokenize_choices
+from blob_hf.data.multiple_choice import (
+    PUBLISHED,
+    TASKS,
+    continuations,
+    letter_prompt,
+    load_choices,
+    questions,
+    tokenize_choices,
+)
 from blob_hf.inference.choices import ChoiceCollator, ChoiceScoring, answer_tokens
 from blob_hf.inference.predict import predict_classes
 from blob_hf.utils.errors import BlobError
@@ -313,3 +321,25 @@ def test_no_batch_has_a_length_at_which_cudnn_loses_gradients(longest, width, sc
     batch = ChoiceCollator(0, scoring)(rows)
     assert batch["input_ids"].shape[-1] == batch["attention_mask"].shape[-1] == width
     assert batch["attention_mask"].sum(-1).max() == longest
+
+
+ARC = {"text": ["x", "y"], "label": ["A", "B"]}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"question": "q", "passage": "p"}, {"question": "r", "passage": "p"}],
+        [{"question": "q", "passage": "p", "answer": True}, {"question": "r", "passage": "p", "answer": None}],
+        [
+            {"question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": key}
+            for key in ("A", "")
+        ],
+        [{"question": "q", "choices": ["x", "y"], "label": label} for label in (1, None)],
+        [{"question": "q", "choices": ["x", "y"], "label": label} for label in (7, None)],
+        [{"sentence": "s _", "option1": "x", "option2": "y", "answer": answer} for answer in ("2", "")],
+    ],
+)
+def test_questions_that_are_asked_need_no_labels(rows):
+    asked = questions(Dataset.from_list(rows), labelled=False)
+    assert "label" not in asked.column_names and len(asked) == 2 and all(len(one) == 2 for one in asked["choices"])
