@@ -150,7 +150,7 @@ def test_a_point_has_an_entropy_but_no_mutual_information(tiny, tmp_path, capsys
     assert not (tmp_path / "none.jsonl").exists()
 
 
-def test_questions_of_multiple_choice(tmp_path):
+def test_questions_of_multiple_choice(tmp_path, capsys):
     letters = ["A", "B", "C"]
     save_word_llama(tmp_path, ["[PAD]", "[UNK]", "[END]", *letters, *(f"w{i}" for i in range(20))], 0.9)
     model = BlobModel.from_pretrained(tmp_path / "adapter")
@@ -177,6 +177,7 @@ def test_questions_of_multiple_choice(tmp_path):
     assert all(json.loads(row["choices"]) == asked[int(row["id"][1:])]["choices"] for _, row in table.iterrows())
     odd = jsonl(tmp_path / "odd.jsonl", [{"question": "w1", "options": ["w1", "w2"]}])
     assert predict(tmp_path / "adapter", "--input", odd, "--output", tmp_path / "odd_predictions.jsonl") == 2
+    assert "odd.jsonl has no questions: the adapter answers multiple choice" in capsys.readouterr().err
     with pytest.raises(BlobError, match="has no questions"):
         Pool.read(tmp_path / "adapter", str(jsonl(tmp_path / "texts.jsonl", [{"text": "w1"}])))
     with pytest.raises(BlobError, match="a question has 4 choices"):
