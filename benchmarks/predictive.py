@@ -32,6 +32,9 @@ def main() -> None:
         "--closed_form", action="store_true", help="also the linearised network: a backward pass a class"
     )
     parser.add_argument("--networks", type=int, default=100, help="drawn together by all ways, at least")
+    parser.add_argument(
+        "--trunks", type=int, nargs="+", help="in how many last layers samples differ; default: 1, 2, ... of all"
+    )
     parser.add_argument("--collect_only", action="store_true", help="no tables")
     parser.add_argument("--plot", help="file for the picture")
     parser.add_argument("--tiny", action="store_true", help="a model not worth measuring: to see that this runs")
@@ -47,9 +50,10 @@ def main() -> None:
     for name, *files in [["tiny"]] if args.tiny else args.case:
         case = Case(name, Path(cache, f"{name}-{len(settings[name]) + 1}.npz"))
         settings[name].append(case)
-        if f"trunk {int(case.kept.get('layers', 9)) - 1}" not in case.kept:
+        wanted = args.trunks or range(1, case.layers if case.kept else 2)
+        if not case.kept or set(wanted) - set(case.trunks):
             drawn = {draw: max(10, count * args.networks // 100) for draw, count in DRAWN.items()}
-            tiny(case) if args.tiny else collect(case, *load(*files), drawn, args.closed_form)
+            tiny(case, args.trunks) if args.tiny else collect(case, *load(*files), drawn, args.closed_form, args.trunks)
         if students and "student" not in case.kept:
             ask(case, students[sum(map(len, settings.values())) - 1], files[1:])
     if args.collect_only:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +55,11 @@ class Case:
         return int(self.kept["layers"])
 
     @property
+    def trunks(self) -> list[int]:
+        """In how many last layers the samples of each shared trunk differ."""
+        return sorted(int(name.split()[1]) for name in self.kept if name.startswith("trunk"))
+
+    @property
     def writes(self) -> bool:
         """Whether what is scored are the tokens of texts."""
         return bool(self.kept.get("writes", False))
@@ -62,13 +67,14 @@ class Case:
 
 def collect(
     case: Case, model: BlobModel, rows: Rows | ChoiceRows, labels: NDArray[np.int64], drawn: dict[str, int],
-    closed_form: bool = False,
+    closed_form: bool = False, trunks: Sequence[int] | None = None,
 ) -> None:  # fmt: skip
     """Have the networks of every way predict the rows, the labelled ones first.
 
     Args:
         drawn: How many samples, by the way they are drawn.
         closed_form: Also the linearised network.
+        trunks: In how many last layers samples differ that share what is below; default: in 1, 2, ..., all but one.
     """
     batches = in_order(model, rows)
 
@@ -84,7 +90,7 @@ def collect(
         case.keep(draw, lambda draw=draw, count=count: predicted(Sampling(count, 7, draw)))
     if closed_form:
         case.keep("linearized", lambda: linearized(model, batches, len(rows)))
-    for k in range(1, case.layers):
+    for k in trunks or range(1, case.layers):
         wanted = Sampling(TRUNK_SAMPLES, 7, "antithetic", layers=k)
         case.keep(f"trunk {k}", lambda wanted=wanted: predicted(wanted))
 
@@ -186,7 +192,7 @@ def ask(case: Case, student: str, files: list[str]) -> None:
     case.keep("student", lambda: predictions(model, in_order(model, rows), Sampling(0)))
 
 
-def tiny(case: Case) -> None:
+def tiny(case: Case, trunks: Sequence[int] | None = None) -> None:
     """Nothing worth measuring: to see that this runs."""
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -198,5 +204,5 @@ def tiny(case: Case) -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter.data, std=1.0)
     rows = Rows({"input_ids": list(torch.randint(1, 50, (20, 6)))}, {"input_ids": 0})
-    collect(case, model.requires_grad_(False), rows, np.arange(12) % 3, DRAWN, closed_form=True)
+    collect(case, model.requires_grad_(False), rows, np.arange(12) % 3, DRAWN, closed_form=True, trunks=trunks)
     case.keep("student", lambda: predictions(model, in_order(model, rows), Sampling(0)))  # the mean in its place

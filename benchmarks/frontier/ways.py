@@ -54,7 +54,7 @@ def ways(case: Case) -> Iterator[Way]:
             yield Way(f"{draw} N={count}", count, [averaged(one) for one in windows(kept[draw], count)])
     own = np.random.default_rng(1)
     yield Way("Student's t of N=4", 4, [student_t(pairs, own) for pairs in windows(kept["antithetic"], 4)])
-    for k in range(1, total):
+    for k in case.trunks:
         samples, share = kept[f"trunk {k}"], k / total
         for count in (4, 6, 10):
             trials = [averaged(one) for one in windows(samples, count)]
