@@ -61,6 +61,12 @@ def split_names(columns: Sequence[str] | None) -> list[str] | None:
     return [name for part in columns for name in (one.strip() for one in part.split(",")) if name]
 
 
+def require_split(splits: Mapping[str, Any], split: str) -> None:
+    """Raise a BlobError when a split that is needed is not there."""
+    if split not in splits:
+        raise BlobError(f"there is no {split} split, only {', '.join(splits)}; give --{split}_file")
+
+
 class FixedLengths:
     """A collator that pads every batch to the same lengths.
 

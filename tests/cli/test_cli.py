@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from blob_hf import cli
-from blob_hf.cli.adapters import PublishedDefaults
 from blob_hf.cli.folders import LOCK_FILE, SETTINGS_FILE, release_locks
+from blob_hf.cli.published import PublishedDefaults
 from blob_hf.cli.routes import ROUTES
 from blob_hf.trainer.checkpoints import seal
 from blob_hf.trainer.training_args import BlobTrainingArguments
