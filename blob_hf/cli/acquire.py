@@ -162,15 +162,15 @@ def _together(kept: Shortlist, count: int, drawn: Sampling) -> Acquired:
 def _with_facts(pool: Pool, chosen: Acquired, facts: NDArray[np.float64] | None) -> list[Row]:
     rows = []
     for place, (index, score) in enumerate(zip(chosen.rows, chosen.scores, strict=True)):
-        own: Row = {RANK: place + 1, SCORE: None if np.isnan(score) else _rounded(score)}
+        own: Row = {RANK: place + 1, SCORE: None if np.isnan(score) else _to_six_digits(score)}
         if facts is not None:
             named = zip((ENTROPY, EPISTEMIC), facts[place], strict=False)
-            own |= {name: _rounded(value) for name, value in named}
+            own |= {name: _to_six_digits(value) for name, value in named}
         rows.append({**pool.row(int(index)), **own})
     return rows
 
 
-def _rounded(value: float) -> float:
+def _to_six_digits(value: float) -> float:
     """To six digits: further ones are float32's noise; not to the sixth decimal, as small scores order rows, too."""
     return float(f"{value:.6g}")
 

@@ -217,16 +217,16 @@ def _write_rows(args: argparse.Namespace, state: PartialState, folder: Path, sou
 
 def _answered(block: Sequence[Row], source: TextFile, predictor: Predictor, threshold: float | None) -> list[Row]:
     found = predictor(block, source.columns)
-    rows = [{**row, **_rounded(record)} for row, record in zip(block, found.records(), strict=True)]
+    rows = [{**row, **_to_six_decimals(record)} for row, record in zip(block, found.records(), strict=True)]
     if threshold is not None:
         rows = [{**row, "abstain": bool(value > threshold)} for row, value in zip(rows, found.entropy, strict=True)]
     return rows
 
 
-def _rounded(value: Any) -> Any:
+def _to_six_decimals(value: Any) -> Any:
     """Numbers to the sixth decimal: further ones are float32's noise, and not the same on every machine."""
     if isinstance(value, dict):
-        return {name: _rounded(one) for name, one in value.items()}
+        return {name: _to_six_decimals(one) for name, one in value.items()}
     return round(value, 6) if isinstance(value, float) else value
 
 
