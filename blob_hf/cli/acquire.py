@@ -1,7 +1,7 @@
 """What to label next: `blob acquire ADAPTER --pool FILE --count 50 --output FILE` writes what would teach most.
 
-The pool is read as `blob predict` reads its input, and needs no labels. It may be long: only scores are kept of it, and
-for batchbald the probabilities of its best candidates. Label the rows, add them to the training file, train, ask again.
+The pool has texts, pairs or questions, and needs no labels. It may be long: only scores are kept of it, and for
+batchbald the probabilities of its best candidates. Label the rows, add them to the training file, train, ask again.
 """
 
 import argparse
