@@ -15,7 +15,7 @@ from blob_hf.cli.methods import check_texts, choose_route, make_model, starting_
 from blob_hf.cli.published import PublishedDefaults, with_kl_rate
 from blob_hf.cli.route import Job
 from blob_hf.cli.routes import find_route
-from blob_hf.cli.rows import FixedLengths, RowArguments, require_split, split_names
+from blob_hf.cli.rows import FixedLengths, RowArguments, asked_splits, require_split, split_names
 from blob_hf.cli.terminal import setup_logging, user_errors
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "PublishedDefaults",
     "RowArguments",
     "TextArguments",
+    "asked_splits",
     "check_best_metric",
     "check_texts",
     "choose_route",
