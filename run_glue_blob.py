@@ -228,22 +228,18 @@ def main() -> None:
     if method_args.temperature_scaling:
         run.calibrate()
     run.settle_decisions()
-    for prefix, split, wanted in (
-        ("eval", "validation", training_args.do_eval),
-        ("predict", "test", training_args.do_predict),
-    ):
-        if wanted and split in tokenized:
-            output = trainer.predict(tokenized[split], metric_key_prefix=prefix)
-            run.add_predictions(prefix, split, output, data.inputs(split))
-            for name, rows in shifted.items() if split == "validation" else ():
-                run.add_shift(name, output, trainer.predict(rows, metric_key_prefix=f"ood_{name}"))
-            if split == "validation" and data_args.compare_lora and cli.is_comparable(route, trainer):
-                set_seed(training_args.seed)
-                lora = cli.find_route("lora")
-                rival = make_trainer(adapted_model(lora), cli.rival_arguments(training_args), route=lora)
-                rival.train()
-                rival_output = rival.predict(tokenized[split], metric_key_prefix="lora")
-                run.add_comparison(output, rival_output, data.texts(split), data.label_names)
+    for prefix, split in cli.asked_splits(training_args, tokenized):
+        output = trainer.predict(tokenized[split], metric_key_prefix=prefix)
+        run.add_predictions(prefix, split, output, data.inputs(split))
+        for name, rows in shifted.items() if split == "validation" else ():
+            run.add_shift(name, output, trainer.predict(rows, metric_key_prefix=f"ood_{name}"))
+        if split == "validation" and data_args.compare_lora and cli.is_comparable(route, trainer):
+            set_seed(training_args.seed)
+            lora = cli.find_route("lora")
+            rival = make_trainer(adapted_model(lora), cli.rival_arguments(training_args), route=lora)
+            rival.train()
+            rival_output = rival.predict(tokenized[split], metric_key_prefix="lora")
+            run.add_comparison(output, rival_output, data.texts(split), data.label_names)
     run.finish()
 
 

@@ -156,13 +156,9 @@ def main() -> None:
         claim.settle()
         run.train()
     run.scale()
-    for prefix, split, wanted in (
-        ("eval", "validation", training_args.do_eval),
-        ("predict", "test", training_args.do_predict),
-    ):
-        if wanted and split in splits:
-            output = trainer.predict(splits[split], metric_key_prefix=prefix)
-            run.add_scores(prefix, output, split, len(splits[split]))
+    for prefix, split in cli.asked_splits(training_args, splits):
+        output = trainer.predict(splits[split], metric_key_prefix=prefix)
+        run.add_scores(prefix, output, split, len(splits[split]))
     run.finish()
 
 

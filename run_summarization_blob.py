@@ -8,7 +8,6 @@ M = int(100 * n**(pi/gamma) / global batch size): larger gamma, shorter cycle, m
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, set_seed
 
@@ -31,7 +30,6 @@ from blob_hf.data.summarization import (
 )
 from blob_hf.metrics.bertscore import PUBLISHED_MODEL, BertScorer
 from blob_hf.metrics.similarity import rouge_utility
-from blob_hf.reporting.run_summary import DataSource
 
 DEMO = {
     "model_name_or_path": str(demo.BACKBONE_DIR),
@@ -142,11 +140,8 @@ def main() -> None:
         data_args.summary_column,
         data_args.delimiter,
     )
-    if files:
-        source = DataSource(cli.name_of_files(files, DEMO, "demo dialogues"))
-    else:
-        name = data_args.dataset_name
-        source = DataSource(Path(name).name, None if Path(name).exists() else name, data_args.dataset_config_name)
+    name = cli.name_of_files(files, DEMO, "demo dialogues")
+    source = cli.data_source(name, files, None, (data_args.dataset_name, data_args.dataset_config_name))
     folder = route.folder_name(source.name.replace(" ", "-"), training_args)
     training_args = cli.with_output_dir(training_args, folder, model_args.adapter_name_or_path)
     adapter = cli.starting_adapter(route, model_args, method_args, training_args)
@@ -250,27 +245,13 @@ def main() -> None:
         run.train()
     run.scale()
     run.settle_decisions(answering, decided_on)
-    for prefix, split, wanted in (
-        ("eval", "validation", training_args.do_eval),
-        ("predict", "test", training_args.do_predict),
-    ):
-        if wanted and split in dialogues:
-            metrics, predictions = evaluate(split, prefix)
-            if split in scored:
-                run.add_results(prefix, metrics, split, f"{len(predictions)} dialogues")
-                run.add_selective(predictions, split)
-                run.add_samples(metrics[f"{prefix}_mean_nll"], split)
-                run.add_sentence(metrics, prefix, predictions, split)
-            else:
-                run.add_unreferenced(prefix, metrics, split, len(predictions))
-            if answering is not None:
-                answers = answering([dialogue.text for dialogue in dialogues[split]])
-                run.add_abstention(answering, answers, dialogues[split], prefix, split, predictions)
-                for name, others in shifted.items() if split == first_split else ():
-                    run.add_shift(answering, name, answers, others)
-            name = "generated_predictions.jsonl" if prefix == "predict" else "eval_generated_predictions.jsonl"
-            run.write_rows(name, predictions)
-            run.add_examples(predictions, [dialogue.text for dialogue in dialogues[split]], split)
+    for prefix, split in cli.asked_splits(training_args, dialogues):
+        metrics, predictions = evaluate(split, prefix)
+        run.add_summaries(prefix, split, metrics, predictions, scored=split in scored)
+        if answering is not None:
+            others = shifted if split == first_split else {}
+            run.add_answers(answering, prefix, split, dialogues[split], predictions, others)
+        run.write_summaries(prefix, split, predictions, dialogues[split])
     run.finish()
 
 

@@ -2,9 +2,11 @@
 
 Prediction sets by split conformal prediction (Vovk et al., 2005): of inputs like the held-out ones, at least 1 - alpha
 have their class in the set. The score is LAC (Sadinle et al., JASA 2019: 1 - p of the class) or APS (Romano et al.,
-NeurIPS 2020: the probability of all classes down to it). A threshold on the confidence by Learn then Test (Angelopoulos
-et al., 2021): with probability 1 - delta over the draw of the held-out rows, at most alpha of the inputs that are
-answered are answered wrongly.
+NeurIPS 2020: the probability of all classes down to it, less U p of the class itself, U uniform on [0, 1)). U is drawn
+for the held-out rows alone: a set has every class that some U would have put into it, so it is never empty, and covers
+at least as often as one with a U of its own. A threshold on the confidence by Learn then Test (Angelopoulos et al.,
+2021): with probability 1 - delta over the draw of the held-out rows, at most alpha of the inputs that are answered are
+answered wrongly.
 """
 
 from collections.abc import Mapping
@@ -100,8 +102,10 @@ class PredictionSets(FittedRule):
 def conformal_sets(probabilities: Floats, quantile: float, score: str) -> Bools:
     """Prediction sets `(inputs, classes)`: the classes whose conformity score is not above a quantile.
 
-    A class of probability 0, as of a choice that a question does not have, is in no set. Those of APS have at least one
-    class, those of LAC may have none: then no class is as likely as that of most held-out rows.
+    That of APS is its smallest, of a U near 1: the probability of the classes above it. Of classes that are equally
+    likely all are in the set, or none. A class of probability 0, as of a choice that a question does not have, is in no
+    set. Sets of APS have at least one class, those of LAC may have none: then no class is as likely as that of most
+    held-out rows.
     """
     if score == "lac":
         smallest: NDArray[Any] = np.full((len(probabilities), 1), 1 - quantile)

@@ -56,7 +56,8 @@ def fit_thresholds(
     Args:
         probabilities: Of held-out rows, `(rows, classes)`.
         labels: Their class ids, `(rows,)`.
-        alpha, delta, score: As of `PredictionSets`.
+        alpha, delta, score: As of `PredictionSets`. The U of aps is drawn for each row, from one seed: the same rows
+            have the same thresholds.
 
     Raises:
         BlobError: MAPIE is not installed, there are too few rows, no classes (a regression), or two, and the score is
@@ -84,7 +85,7 @@ def _conformity(probabilities: Floats, labels: NDArray[np.integer], score: str) 
     from mapie.classification import SplitConformalClassifier
 
     given = _Given(np.arange(probabilities.shape[1]))
-    fitted = SplitConformalClassifier(given, conformity_score=score, random_state=0)  # APS breaks ties at random
+    fitted = SplitConformalClassifier(given, conformity_score=score, random_state=0)  # of APS's U
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*less labels than your training dataset.*")  # rare classes
         fitted.conformalize(probabilities, labels)

@@ -52,7 +52,10 @@ def check_rows(count: int, alpha: float) -> None:
 
 
 def fitted_to(model: BlobModel, sampling: Sampling) -> dict[str, object]:
-    """What the probabilities of a model depend on beside its weights; a rule holds for these alone."""
+    """What the probabilities of a model depend on beside its weights; a rule holds for these alone.
+
+    Where inputs are cut (`max_length`) is not in it: that changes only those that are longer, and a rule sees none.
+    """
     temperatures, scale, method = (model.companion(slot) for slot in (Temperatures.slot, PosteriorScale.slot, "method"))
     return {
         **{name: getattr(sampling, name) for name in _OF_SAMPLING},

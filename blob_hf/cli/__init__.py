@@ -1,6 +1,6 @@
 """Floor 5, what the scripts share: arguments, output folders, one-line errors, the choice of a method."""
 
-from blob_hf.cli.adapters import AdapterArguments, PublishedDefaults, known_classes, require_split
+from blob_hf.cli.adapters import AdapterArguments, known_classes
 from blob_hf.cli.arguments import parse_arguments
 from blob_hf.cli.comparison import is_comparable, rival_arguments
 from blob_hf.cli.decisions import hold_out_decisions
@@ -12,10 +12,10 @@ from blob_hf.cli.languages import TextArguments
 from blob_hf.cli.loading import LoadingArguments, with_saved_revision
 from blob_hf.cli.method_arguments import MethodArguments
 from blob_hf.cli.methods import check_texts, choose_route, make_model, starting_adapter, warn_of_ignored
-from blob_hf.cli.published import with_kl_rate
+from blob_hf.cli.published import PublishedDefaults, with_kl_rate
 from blob_hf.cli.route import Job
 from blob_hf.cli.routes import find_route
-from blob_hf.cli.rows import FixedLengths, RowArguments, split_names
+from blob_hf.cli.rows import FixedLengths, RowArguments, asked_splits, require_split, split_names
 from blob_hf.cli.terminal import setup_logging, user_errors
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "PublishedDefaults",
     "RowArguments",
     "TextArguments",
+    "asked_splits",
     "check_best_metric",
     "check_texts",
     "choose_route",

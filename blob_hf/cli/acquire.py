@@ -1,7 +1,7 @@
 """What to label next: `blob acquire ADAPTER --pool FILE --count 50 --output FILE` writes what would teach most.
 
-The pool is read as `blob predict` reads its input, and needs no labels. It may be long: only scores are kept of it, and
-for batchbald the probabilities of its best candidates. Label the rows, add them to the training file, train, ask again.
+The pool has texts, pairs or questions, and needs no labels. It may be long: only scores are kept of it, and for
+batchbald the probabilities of its best candidates. Label the rows, add them to the training file, train, ask again.
 """
 
 import argparse
@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from blob_hf.cli.adapters import load_networks
-from blob_hf.cli.arguments import OneLineParser
+from blob_hf.cli.commands import add_asking, add_columns, add_layers, command_parser, processes
 from blob_hf.cli.limits import check_numbers
 from blob_hf.cli.pool import Pool
-from blob_hf.cli.predict import processes
 from blob_hf.cli.row_files import Row, RowFile
 from blob_hf.cli.terminal import setup_logging, user_errors
 from blob_hf.data.loading import FORMATS
@@ -163,15 +162,15 @@ def _together(kept: Shortlist, count: int, drawn: Sampling) -> Acquired:
 def _with_facts(pool: Pool, chosen: Acquired, facts: NDArray[np.float64] | None) -> list[Row]:
     rows = []
     for place, (index, score) in enumerate(zip(chosen.rows, chosen.scores, strict=True)):
-        own: Row = {RANK: place + 1, SCORE: None if np.isnan(score) else _rounded(score)}
+        own: Row = {RANK: place + 1, SCORE: None if np.isnan(score) else _to_six_digits(score)}
         if facts is not None:
             named = zip((ENTROPY, EPISTEMIC), facts[place], strict=False)
-            own |= {name: _rounded(value) for name, value in named}
+            own |= {name: _to_six_digits(value) for name, value in named}
         rows.append({**pool.row(int(index)), **own})
     return rows
 
 
-def _rounded(value: float) -> float:
+def _to_six_digits(value: float) -> float:
     """To six digits: further ones are float32's noise; not to the sixth decimal, as small scores order rows, too."""
     return float(f"{value:.6g}")
 
@@ -220,24 +219,17 @@ def acquire_file(args: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    own = OneLineParser(
-        prog="blob acquire", description=(__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    own = command_parser("acquire", __doc__)
     own.add_argument("adapter", help="folder or Hub repo of an adapter, of any method, that tells classes or choices")
     own.add_argument("--pool", required=True, help=f"file of unlabelled rows: {FORMATS}")
     own.add_argument("--count", type=int, required=True, help="rows to choose")
     own.add_argument("--strategy", choices=STRATEGIES, default="batchbald", help="by what; see docs/active.md")
     own.add_argument("--output", required=True, help="jsonl, csv or tsv file to write, in order of acquisition")
     own.add_argument("--overwrite_output", action="store_true", help="replace the output if it is there")
-    own.add_argument("--delimiter", help="of csv files; default: found in the file")
-    own.add_argument("--text_columns", nargs="+", help="one or two columns; default: those that can only be meant")
+    add_columns(own)
     own.add_argument("--num_samples", type=int, default=NUM_SAMPLES, help="posterior samples; 0: the mean (entropy)")
-    own.add_argument("--layers", type=int, help="samples differ in the last so many layers, the rest is computed once")
-    own.add_argument("--seed", type=int, default=Sampling.seed, help="names the samples, and what is drawn by chance")
-    own.add_argument("--posterior_batch_size", type=int, help="samples together, to bound memory")
-    own.add_argument("--batch_size", type=int, default=32, help="rows together")
-    own.add_argument("--max_length", type=int, help="longest input in tokens; default: what the model takes")
+    add_layers(own)
+    add_asking(own, "names the samples, and what is drawn by chance", batch_size=32)
     own.add_argument(
         "--candidates", type=int, default=CANDIDATES, help="batchbald: rows of the highest BALD scores that it weighs"
     )

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from blob_hf.baselines.base import read_facts
@@ -65,38 +64,6 @@ class AdapterArguments(LoadingArguments):
         },
     )
     adapter_license: str | None = field(default=None, metadata={"help": "License named in the model card."})
-
-
-@dataclass
-class PublishedDefaults:
-    """Training arguments whose published values differ from transformers' defaults (reference: [W], [K])."""
-
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW (the NLL's)."})
-    warmup_steps: float = field(
-        default=0.06,
-        metadata={"help": "Warm-up: steps, or a fraction of all if below 1.", "aliases": ["--warmup_ratio"]},
-    )
-    adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
-    logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Keep at most so many checkpoints."})
-    dataloader_pin_memory: bool = field(
-        default=torch.cuda.is_available(), metadata={"help": "Pin memory (off without a GPU)."}
-    )
-
-    def __post_init__(self) -> None:
-        """With none of --do_train, --do_eval, --do_predict given, do all three."""
-        parsed: Any = self  # mixed into training arguments, whose __post_init__ comes next
-        asked = parsed.do_train or parsed.do_eval or parsed.do_predict
-        self.asks_to_predict: bool = parsed.do_predict  # by name: a named task's test rows have no labels
-        super().__post_init__()  # type: ignore[misc]
-        if not asked:
-            parsed.do_train = parsed.do_eval = parsed.do_predict = True
-
-
-def require_split(splits: Mapping[str, Any], split: str) -> None:
-    """Raise a BlobError when a split that is needed is not there."""
-    if split not in splits:
-        raise BlobError(f"there is no {split} split, only {', '.join(splits)}; give --{split}_file")
 
 
 def holds_adapter(folder: str | os.PathLike[str]) -> bool:

@@ -20,11 +20,17 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
 from blob_hf.cli.adapters import saved_method
-from blob_hf.cli.arguments import OneLineParser
 from blob_hf.cli.bases import BASE_FOLDER
+from blob_hf.cli.commands import (
+    add_asking,
+    add_columns,
+    command_parser,
+    fingerprint,
+    processes,
+    refuse_of_writers,
+)
 from blob_hf.cli.distil_rows import ANSWERS, Given, read_rows
 from blob_hf.cli.limits import check_numbers
-from blob_hf.cli.predict import fingerprint, processes, refuse_of_writers
 from blob_hf.cli.terminal import setup_logging, user_errors
 from blob_hf.data.loading import FORMATS
 from blob_hf.distillation import (
@@ -219,16 +225,12 @@ def _report(
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    own = OneLineParser(
-        prog="blob distil", description=(__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    own = command_parser("distil", __doc__)
     own.add_argument("adapter", help="the teacher: folder or Hub repo of an adapter with samples, of any method")
     own.add_argument("--data", required=True, nargs="+", help=f"files of rows, labelled or not: {FORMATS}")
     own.add_argument("--output", required=True, help="folder for the student, and for what the teacher answered")
     own.add_argument("--eval_data", help="file of labelled rows: what the student lost is measured on it")
-    own.add_argument("--delimiter", help="of csv files; default: found in the file")
-    own.add_argument("--text_columns", nargs="+", help="one or two columns; default: those that can only be meant")
+    add_columns(own)
     own.add_argument("--label_column", default="label", help="classifiers: of --eval_data")
     own.add_argument("--target_column", help="models that write: the answers; default summary, completion or messages")
     own.add_argument(
@@ -237,10 +239,7 @@ def parser() -> argparse.ArgumentParser:
         "auto: the data's where there are any",
     )  # fmt: skip
     own.add_argument("--num_samples", type=int, default=Sampling.num_samples, help="of the predictive that is learned")
-    own.add_argument("--seed", type=int, default=Sampling.seed, help="names the samples, and orders the rows")
-    own.add_argument("--posterior_batch_size", type=int, help="samples together, to bound memory")
-    own.add_argument("--batch_size", type=int, default=16, help="rows together that the teacher is asked for")
-    own.add_argument("--max_length", type=int, help="longest input in tokens; default: what the model takes")
+    add_asking(own, "names the samples, and orders the rows", 16, "rows together that the teacher is asked for")
     own.add_argument("--prompt", help="models that write: the prompt of the training")
     own.add_argument("--max_new_tokens", type=int, default=128, help="models that write: longest answer in tokens")
     own.add_argument("--top_k", type=int, default=32, help="models that write: tokens told apart; the rest are one")

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blob_hf.cli.question_files import questions_of
 from blob_hf.cli.row_files import LABELS
-from blob_hf.data.columns import check_texts, find_text_columns
+from blob_hf.data.columns import check_texts, chosen_columns, find_text_columns
 from blob_hf.data.conversations import ANSWERED, check_columns, conversation, is_conversation, prompt_column
 from blob_hf.data.labels import encode, read_names
 from blob_hf.data.loading import load_files, require_columns
@@ -69,7 +69,7 @@ def read_rows(model: BlobModel, args: argparse.Namespace, paths: Sequence[str], 
 def _of_classes(
     model: BlobModel, args: argparse.Namespace, files: Sequence[Dataset], split: str, labelled: bool
 ) -> Given:
-    columns = args.text_columns or find_text_columns(files[0], (*LABELS, args.label_column))
+    columns = chosen_columns(files[0], args.text_columns, (*LABELS, args.label_column))
     texts = _texts(files, columns, split)
     rows = ClassRows(texts, rows_of(model, texts, find_tokenizer(model), max_length=args.max_length), args.max_length)
     if not labelled:
@@ -87,8 +87,6 @@ def _of_classes(
 
 
 def _texts(files: Sequence[Dataset], columns: Sequence[str], split: str) -> list[tuple[str, ...]]:
-    if not 1 <= len(columns) <= 2:
-        raise BlobError(f"--text_columns takes one or two columns, got {', '.join(columns)}")
     for file in files:
         check_texts(DatasetDict({split: file}), columns)
     return [row for file in files for row in zip(*(file[name] for name in columns), strict=True)]

@@ -11,7 +11,7 @@ from peft import TaskType
 
 from blob_hf.cli.question_files import questions_of
 from blob_hf.cli.row_files import LABELS, Row
-from blob_hf.data.columns import IDS, check_texts, find_text_columns
+from blob_hf.data.columns import IDS, check_texts, chosen_columns
 from blob_hf.data.loading import load_files
 from blob_hf.inference.choices import ChoiceScoring
 from blob_hf.tuner.adapter_files import read_config
@@ -55,9 +55,7 @@ class Pool:
             questions = questions_of(rows, path)
             scoring.check_width(max(map(len, questions["choices"])))
             return cls(rows, (), questions)
-        own = tuple(columns or find_text_columns(rows, LABELS))
-        if not 1 <= len(own) <= 2:
-            raise BlobError(f"--text_columns takes one or two columns, got {', '.join(own)}")
+        own = chosen_columns(rows, columns, LABELS)
         check_texts(DatasetDict({"pool": rows}), own)
         return cls(rows, own)
 

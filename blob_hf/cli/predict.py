@@ -6,9 +6,7 @@ all processes share the work, and the file is that of one process.
 """
 
 import argparse
-import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -22,7 +20,15 @@ from peft import TaskType
 from tqdm.auto import tqdm
 
 from blob_hf.cli.adapters import load_networks
-from blob_hf.cli.arguments import OneLineParser
+from blob_hf.cli.commands import (
+    add_asking,
+    add_columns,
+    add_layers,
+    command_parser,
+    fingerprint,
+    processes,
+    refuse_of_writers,
+)
 from blob_hf.cli.limits import check_numbers
 from blob_hf.cli.question_files import CHOICES, QuestionFile
 from blob_hf.cli.row_files import Row, RowFile, TextFile
@@ -35,9 +41,8 @@ from blob_hf.inference.choices import ChoiceScoring
 from blob_hf.inference.inputs import is_decoder
 from blob_hf.inference.predictor import DECODINGS
 from blob_hf.metrics.entailment import EntailmentEquivalence
-from blob_hf.tuner.adapter_files import CHAT_TEMPLATES, NAMES, TOKENIZER_FILES, read_config, resolve
+from blob_hf.tuner.adapter_files import read_config, resolve
 from blob_hf.tuner.base_model import is_sequence_classifier
-from blob_hf.tuner.registry import companion_files
 from blob_hf.tuner.sampling import AUTO, AUTO_TOLERANCE, DRAWS, Sampling, as_sampling
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
@@ -126,12 +131,6 @@ def _sampling(args: argparse.Namespace) -> Sampling:
     )  # fmt: skip
 
 
-def processes() -> PartialState:
-    """This process among all; accelerate joins those that torchrun has started without a GPU only if it is told to."""
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    return PartialState() if alone or torch.cuda.is_available() else PartialState(cpu=True)
-
-
 def _prepare(args: argparse.Namespace) -> tuple[Path, TextFile, int]:
     """The adapter's folder, the input, and how many rows of the output are there already."""
     check_numbers(args)
@@ -173,17 +172,6 @@ def _survey(args: argparse.Namespace, folder: Path, path: str, prompts: bool, sp
     return TextFile.survey(path, args.text_columns, args.delimiter, split, prompts)
 
 
-def refuse_of_writers(args: argparse.Namespace, own: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    """Refuse flags that only models that write look at.
-
-    Raises:
-        BlobError: One is not at its default.
-    """
-    for name in names:
-        if getattr(args, name) != own.get_default(name):
-            raise BlobError(f"--{name} is for models that write; {args.adapter} tells classes apart: leave it out")
-
-
 def _claim(output: RowFile, settings: Mapping[str, Any], overwrite: bool) -> int:
     """Have an output for these settings: how many complete rows of them it holds."""
     record = _record(output.path)
@@ -203,18 +191,6 @@ def _claim(output: RowFile, settings: Mapping[str, Any], overwrite: bool) -> int
 def _record(output: Path) -> Path:
     """Where it is kept what an output was made of."""
     return output.with_name(f"{output.name}.settings.json")
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 of all that an adapter consists of."""
-    digest = hashlib.sha256()
-    found = {
-        path for name in (*NAMES, *companion_files(), *TOKENIZER_FILES, *CHAT_TEMPLATES) for path in folder.glob(name)
-    }
-    for path in sorted(found):
-        digest.update(str(path.relative_to(folder)).encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _write_rows(args: argparse.Namespace, state: PartialState, folder: Path, source: TextFile, done: int) -> None:
@@ -241,16 +217,16 @@ def _write_rows(args: argparse.Namespace, state: PartialState, folder: Path, sou
 
 def _answered(block: Sequence[Row], source: TextFile, predictor: Predictor, threshold: float | None) -> list[Row]:
     found = predictor(block, source.columns)
-    rows = [{**row, **_rounded(record)} for row, record in zip(block, found.records(), strict=True)]
+    rows = [{**row, **_to_six_decimals(record)} for row, record in zip(block, found.records(), strict=True)]
     if threshold is not None:
         rows = [{**row, "abstain": bool(value > threshold)} for row, value in zip(rows, found.entropy, strict=True)]
     return rows
 
 
-def _rounded(value: Any) -> Any:
+def _to_six_decimals(value: Any) -> Any:
     """Numbers to the sixth decimal: further ones are float32's noise, and not the same on every machine."""
     if isinstance(value, dict):
-        return {name: _rounded(one) for name, one in value.items()}
+        return {name: _to_six_decimals(one) for name, one in value.items()}
     return round(value, 6) if isinstance(value, float) else value
 
 
@@ -289,33 +265,23 @@ def _number_of_samples(value: str) -> int | str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    own = OneLineParser(
-        prog="blob predict", description=(__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    own = command_parser("predict", __doc__)
     own.add_argument("adapter", help="folder or Hub repo of an adapter, of any method")
     own.add_argument("--input", required=True, help=f"file of texts: {FORMATS}")
-    own.add_argument("--delimiter", help="of csv files; default: found in the file")
     own.add_argument("--output", required=True, help="jsonl, csv or tsv file to write, or to go on with")
     own.add_argument("--overwrite_output", action="store_true", help="replace the output instead of going on with it")
-    own.add_argument(
-        "--text_columns", nargs="+",
-        help="one or two columns; default: those that can only be meant; of causal models prompt, else messages, first",
-    )  # fmt: skip
+    add_columns(own, "those that can only be meant; of causal models prompt, else messages, first")
     own.add_argument(
         "--num_samples", type=_number_of_samples, default=Sampling.num_samples,
         help="posterior samples; 0: the mean; auto: classes by as many as each input needs",
     )  # fmt: skip
     own.add_argument("--draw", choices=DRAWS, help="of the samples; default: iid, of as many as needed antithetic")
-    own.add_argument("--layers", type=int, help="samples differ in the last so many layers, the rest is computed once")
+    add_layers(own)
     own.add_argument(
         "--tolerance", type=float, help="standard error of the probabilities that is small enough; auto: "
         f"{AUTO_TOLERANCE} unless given",
     )  # fmt: skip
-    own.add_argument("--seed", type=int, default=Sampling.seed, help="names the samples")
-    own.add_argument("--posterior_batch_size", type=int, help="samples together, to bound memory")
-    own.add_argument("--batch_size", type=int, default=16, help="rows together")
-    own.add_argument("--max_length", type=int, help="longest input in tokens; default: what the model takes")
+    add_asking(own, "names the samples", batch_size=16)
     own.add_argument(
         "--abstain_above", type=float, help="abstain from rows of a larger entropy in nats (of texts: a token)"
     )

@@ -1,9 +1,15 @@
-"""The published experiments keep the published rate of the KL; other runs get theirs from the pull."""
+"""What was published: the defaults of the scripts, and of their experiments the rate of the KL.
+
+Other runs get that rate from the pull.
+"""
 
 import dataclasses
 import logging
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from blob_hf.data.tasks import PUBLISHED
 from blob_hf.trainer.kl.rate import PUBLISHED_RATE
@@ -20,6 +26,32 @@ _PUBLISHED = frozenset(
         "gradient_accumulation_steps", "kl_schedule", "kl_cycle_steps", "kl_pull", "model_revision",
     }
 )  # fmt: skip
+
+
+@dataclass
+class PublishedDefaults:
+    """Training arguments whose published values differ from transformers' defaults (reference: [W], [K])."""
+
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW (the NLL's)."})
+    warmup_steps: float = field(
+        default=0.06,
+        metadata={"help": "Warm-up: steps, or a fraction of all if below 1.", "aliases": ["--warmup_ratio"]},
+    )
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
+    logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Keep at most so many checkpoints."})
+    dataloader_pin_memory: bool = field(
+        default=torch.cuda.is_available(), metadata={"help": "Pin memory (off without a GPU)."}
+    )
+
+    def __post_init__(self) -> None:
+        """With none of --do_train, --do_eval, --do_predict given, do all three."""
+        parsed: Any = self  # mixed into training arguments, whose __post_init__ comes next
+        asked = parsed.do_train or parsed.do_eval or parsed.do_predict
+        self.asks_to_predict: bool = parsed.do_predict  # by name: a named task's test rows have no labels
+        super().__post_init__()  # type: ignore[misc]
+        if not asked:
+            parsed.do_train = parsed.do_eval = parsed.do_predict = True
 
 
 def with_kl_rate(

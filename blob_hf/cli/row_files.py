@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from blob_hf.data.columns import IDS, check_texts, find_text_columns
+from blob_hf.data.columns import IDS, check_texts, chosen_columns
 from blob_hf.data.conversations import is_conversation, prompt_column
 from blob_hf.data.loading import load_files
 from blob_hf.inference.texts import prompts_of
@@ -83,9 +83,7 @@ class TextFile:
         rows = load_rows(path, delimiter, split)
         own = prompt_column(rows.column_names)
         own = own if own and (prompts or is_table_of_messages(rows, own)) else None
-        chosen = tuple(columns or ([own] if own else find_text_columns(rows, LABELS)))
-        if not 1 <= len(chosen) <= 2:
-            raise BlobError(f"--text_columns takes one or two columns, got {', '.join(chosen)}")
+        chosen = chosen_columns(rows, columns or ([own] if own else None), LABELS)
         if len(chosen) == 1 and is_table_of_messages(rows, chosen[0]):
             prompts_of(rows, chosen)
         else:

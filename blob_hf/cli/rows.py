@@ -1,12 +1,12 @@
 """How rows are chosen, tokenized and batched, as arguments."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from blob_hf.data.loading import first_rows
 from blob_hf.inference.predict import IGNORED_LABEL
@@ -59,6 +59,22 @@ def split_names(columns: Sequence[str] | None) -> list[str] | None:
     if columns is None:
         return None
     return [name for part in columns for name in (one.strip() for one in part.split(",")) if name]
+
+
+def require_split(splits: Mapping[str, Any], split: str) -> None:
+    """Raise a BlobError when a split that is needed is not there."""
+    if split not in splits:
+        raise BlobError(f"there is no {split} split, only {', '.join(splits)}; give --{split}_file")
+
+
+def asked_splits(args: TrainingArguments, splits: Collection[str]) -> list[tuple[str, str]]:
+    """What a run is to evaluate: the prefix of the results, and the split, of each that is asked for and there.
+
+    Args:
+        splits: That there are.
+    """
+    asked = {("eval", "validation"): args.do_eval, ("predict", "test"): args.do_predict}
+    return [(prefix, split) for (prefix, split), wanted in asked.items() if wanted and split in splits]
 
 
 class FixedLengths:

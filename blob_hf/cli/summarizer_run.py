@@ -41,7 +41,49 @@ class SummarizerRun(LanguageRun):
         if method.conformal_alpha is not None and answering is not None:
             self.abstention = settle_abstention(answering, rows, method, self.folder if self.writes else None)
 
-    def add_abstention(
+    def add_summaries(
+        self, prefix: str, split: str, metrics: dict[str, float], rows: Sequence[Mapping[str, Any]], scored: bool
+    ) -> None:
+        """Save what the summaries of a split came to, and draw what their uncertainty tells.
+
+        Args:
+            metrics: Of the trainer's `predict`, with ROUGE and the NLL of the references.
+            rows: For the file of the summaries.
+            scored: Whether there are references.
+        """
+        if not scored:
+            self._add_unreferenced(prefix, metrics, split, len(rows))
+            return
+        self.add_results(prefix, metrics, split, f"{len(rows)} dialogues")
+        self._add_selective(rows, split)
+        self.add_samples(metrics[f"{prefix}_mean_nll"], split)
+        self._add_sentence(metrics, prefix, rows, split)
+
+    def add_answers(
+        self, answering: Answering, prefix: str, split: str, group: Sequence[Dialogue],
+        rows: Sequence[dict[str, Any]], others: Mapping[str, Sequence[Dialogue]],
+    ) -> None:  # fmt: skip
+        """Save what `predict` answers to a split: what abstaining comes to, and whether other texts are told apart.
+
+        Args:
+            group: The split's dialogues.
+            rows: For the file of their summaries: each gets `answer` and `abstain`, if there is a rule.
+            others: Texts of another kind by name.
+        """
+        answers = answering([dialogue.text for dialogue in group])
+        self._add_abstention(answering, answers, group, prefix, split, rows)
+        for name, texts in others.items():
+            self._add_shift(answering, name, answers, texts)
+
+    def write_summaries(
+        self, prefix: str, split: str, rows: Sequence[Mapping[str, Any]], group: Sequence[Dialogue]
+    ) -> None:
+        """Write the file of a split's summaries, and show some of them."""
+        name = "generated_predictions.jsonl" if prefix == "predict" else "eval_generated_predictions.jsonl"
+        self.write_rows(name, rows)
+        self._add_examples(rows, [dialogue.text for dialogue in group], split)
+
+    def _add_abstention(
         self, answering: Answering, found: Mapping[str, Answers], group: Sequence[Dialogue], prefix: str, split: str,
         rows: Sequence[dict[str, Any]] = (), title: str = "",
     ) -> None:  # fmt: skip
@@ -76,7 +118,7 @@ class SummarizerRun(LanguageRun):
             else:
                 self.notes.append(f"{split}: {said} The guarantee does not reach other texts.")
 
-    def add_shift(
+    def _add_shift(
         self, answering: Answering, name: str, inside: Mapping[str, Answers], group: Sequence[Dialogue]
     ) -> None:
         """Save how well each uncertainty tells other texts from the run's own, in ood_{name}_results.json.
@@ -112,7 +154,7 @@ class SummarizerRun(LanguageRun):
             }
             for i, (one, text) in enumerate(zip(group, outside[kind].texts, strict=True))
         ]
-        self.add_abstention(answering, outside, group, prefix, name, rows, title)
+        self._add_abstention(answering, outside, group, prefix, name, rows, title)
         self.write_rows(f"{prefix}_predictions.jsonl", rows)
         titles = {"": f"{count} samples", MEAN: "posterior mean (N=0)"}
         first, second = (
@@ -122,7 +164,7 @@ class SummarizerRun(LanguageRun):
         label = "mean entropy of the next token [nats]"
         self.add_plot(prefix, lambda path: plot_shift(first, second, (self.data.name, name), path, label))
 
-    def add_sentence(
+    def _add_sentence(
         self, metrics: Mapping[str, float], prefix: str, rows: Sequence[Mapping[str, Any]], split: str
     ) -> None:
         """Say in plain words what an evaluation came to."""
@@ -130,12 +172,12 @@ class SummarizerRun(LanguageRun):
         said = samples_sentence(*nlls, self.num_samples, "token"), agreement_sentence(rows)
         self.sentences[split] = " ".join(filter(None, said))
 
-    def add_unreferenced(self, prefix: str, metrics: dict[str, float], split: str, count: int) -> None:
+    def _add_unreferenced(self, prefix: str, metrics: dict[str, float], split: str, count: int) -> None:
         """Save {prefix}_results.json of a split without references: how long it took, and no scores."""
         self.trainer.save_metrics(prefix, metrics | {f"{prefix}_num_samples": self.num_samples})
         self.notes.append(f"{split}: {count} summaries are written; without references they have no ROUGE and no NLL")
 
-    def add_selective(self, rows: Sequence[Mapping[str, Any]], split: str) -> None:
+    def _add_selective(self, rows: Sequence[Mapping[str, Any]], split: str) -> None:
         """Draw risk against coverage for each uncertainty score of generated summaries, and keep the ratios."""
         if self.num_samples and len(rows) > 1 and "uncertainty" in rows[0]:
             curves, ratios = selective_summarization(rows)
@@ -149,7 +191,7 @@ class SummarizerRun(LanguageRun):
                 f"prediction-rejection ratios ({split}): {shown} (1: the worst are rejected first, 0: any)"
             )
 
-    def add_examples(self, rows: Sequence[Mapping[str, Any]], texts: Sequence[str], split: str) -> None:
+    def _add_examples(self, rows: Sequence[Mapping[str, Any]], texts: Sequence[str], split: str) -> None:
         """Show the dialogue that the networks agree on most, one that divides them over a word, and the one least.
 
         Args:

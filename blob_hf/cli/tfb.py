@@ -15,7 +15,7 @@ from peft.utils import CONFIG_NAME
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from blob_hf.baselines.tfb import TFBConfig, TFBState, anchor_rows, fit_tfb
-from blob_hf.cli.arguments import OneLineParser
+from blob_hf.cli.commands import command_parser
 from blob_hf.cli.method_arguments import MethodArguments
 from blob_hf.cli.route import require_plain
 from blob_hf.cli.terminal import user_errors
@@ -89,10 +89,7 @@ def _summarized(args: argparse.Namespace, tokenizer: Any, base: Any) -> Any:
 
 def parser() -> argparse.ArgumentParser:
     """The command line; its defaults are those of `--method tfb`."""
-    own = OneLineParser(
-        prog="blob tfb", description=(__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    own = command_parser("tfb", __doc__)
     own.add_argument("source", help="folder or Hub repo of a plain LoRA adapter")
     own.add_argument("destination", help="new folder for the adapter with its posterior")
     own.add_argument("--anchor_file", required=True, help="csv, json or jsonl file of examples with labels")

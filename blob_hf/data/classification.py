@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from blob_hf.data import labels
-from blob_hf.data.columns import IDS, check_texts, find_text_columns
+from blob_hf.data.columns import IDS, check_texts, chosen_columns, find_text_columns
 from blob_hf.data.loading import load_files, load_hub, named_file, require_columns
 from blob_hf.data.tasks import TASKS, Task, find_task
 from blob_hf.utils.errors import BlobError
@@ -124,17 +124,12 @@ def load_classification(
     else:
         data = _task_splits(task, task_name, with_test) if task is not None else _dataset_splits(dataset)
         data.update(load_files(held_out, delimiter))
-    columns = tuple(text_columns) if text_columns else _columns(data, task, label_column)
-    if not 1 <= len(columns) <= 2:
-        raise BlobError(f"--text_columns takes one or two columns, got {', '.join(columns) or 'none'}")
+    named = text_columns or (task.text_columns if task else None)
+    columns = chosen_columns(next(iter(data.values())), named, [label_column])
     word = task.word_column if task and not text_columns else None
     check_texts(data, [*columns, *([word] if word else [])])
     splits, names = _with_ids(data, label_column, classes)
     return ClassificationData(splits, columns, names, word, label_column)
-
-
-def _columns(data: DatasetDict, task: Task | None, label_column: str) -> tuple[str, ...]:
-    return task.text_columns if task else find_text_columns(next(iter(data.values())), [label_column])
 
 
 def _task_splits(task: Task, name: str | None, with_test: bool) -> DatasetDict:

@@ -39,20 +39,35 @@ def find_text_columns(rows: Dataset, others: Collection[str] = ()) -> tuple[str,
     )
 
 
+def chosen_columns(rows: Dataset, named: Sequence[str] | None, others: Collection[str] = ()) -> tuple[str, ...]:
+    """The one or two columns to read: those that are named, else those of `find_text_columns`.
+
+    Args:
+        others: Columns that are not texts: the label's.
+
+    Raises:
+        BlobError: More than two are named; or none, and there are several that could be the texts, or none.
+    """
+    columns = tuple(named or find_text_columns(rows, others))
+    if len(columns) > 2:
+        raise BlobError(f"text_columns takes one or two columns, got {', '.join(columns)}")
+    return columns
+
+
 def check_texts(data: DatasetDict, columns: Sequence[str]) -> None:
     """Check that columns hold a text in every row of every split.
 
     Raises:
         BlobError: naming the first row that has none.
     """
-    require_columns(data, columns, "--text_columns")
+    require_columns(data, columns, "text_columns")
     for split, rows in data.items():
         for column in columns:
             kind = rows.features[column]
             if not _is_text(kind) and str(getattr(kind, "dtype", "")) != "null":
                 raise BlobError(
                     f"column {column!r} of {split} holds {getattr(kind, 'dtype', type(kind).__name__)}, not texts; "
-                    "name the columns of the texts with --text_columns"
+                    "name the columns of the texts in text_columns"
                 )
             missing = [index for index, text in enumerate(rows[column]) if not isinstance(text, str)]
             if missing:

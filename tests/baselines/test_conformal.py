@@ -99,6 +99,16 @@ def test_sets_of_aps_have_a_class_and_cover_at_least_as_often():
     assert sets[range(2000), labels[2000:]].mean() > 0.8
 
 
+def test_a_set_of_aps_has_every_class_that_some_u_would_have_put_into_it():
+    given, _ = drawn(200, seed=4)
+    expected = np.zeros(given.shape, dtype=bool)
+    for row, of_row in zip(expected, given, strict=True):
+        for label, p in enumerate(of_row):
+            down_to_it = of_row[of_row >= p].sum()
+            row[label] = any(down_to_it - u * p <= 0.7 for u in (0.0, 0.5, 0.999, 1 - 1e-9))
+    np.testing.assert_array_equal(conformal_sets(given, 0.7, "aps"), expected)
+
+
 def test_a_choice_that_a_question_does_not_have_is_in_no_set():
     probabilities = np.array([[0.7, 0.3, 0.0], [0.2, 0.3, 0.5]])
     for score in ("lac", "aps"):

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from blob_hf import cli
-from blob_hf.cli.adapters import PublishedDefaults
 from blob_hf.cli.folders import LOCK_FILE, SETTINGS_FILE, release_locks
+from blob_hf.cli.published import PublishedDefaults
 from blob_hf.cli.routes import ROUTES
 from blob_hf.trainer.checkpoints import seal
 from blob_hf.trainer.training_args import BlobTrainingArguments
@@ -234,3 +234,17 @@ def test_draws_of_logits_cost_nothing_so_there_are_many(tmp_path, typed, count):
     argv = ["--method", "laplace", "--output_dir", str(tmp_path), *typed]
     _, _, args = cli.parse_arguments((Data, cli.MethodArguments, TrainingArguments), DEMO, "test", argv)
     assert args.eval_samples == count
+
+
+@pytest.mark.parametrize(
+    ("typed", "there", "evaluated"),
+    [
+        ([], ("test", "train", "validation"), [("eval", "validation"), ("predict", "test")]),
+        ([], ("train", "test"), [("predict", "test")]),
+        (["--do_predict"], ("validation", "test"), [("predict", "test")]),
+        (["--do_eval"], ("test",), []),
+    ],
+)
+def test_splits_that_are_asked_for_and_there_are_evaluated(tmp_path, typed, there, evaluated):
+    _, args = cli.parse_arguments((Data, TrainingArguments), DEMO, "test", ["--output_dir", str(tmp_path), *typed])
+    assert cli.asked_splits(args, there) == evaluated

@@ -269,6 +269,9 @@ def test_rows_that_cannot_be_read_are_named(tmp_path):
         (tmp_path / name).write_text(body)
         with pytest.raises(BlobError, match=message):
             TextFile.survey(str(tmp_path / name))
+    (tmp_path / "pairs.csv").write_text("a,b,c\nw4,w5,w6\n")
+    with pytest.raises(BlobError, match="one or two columns, got a, b, c"):
+        TextFile.survey(str(tmp_path / "pairs.csv"), ["a", "b", "c"])
 
 
 # ----- real processes ---------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def test_tokenization_truncates_and_keeps_only_what_the_model_takes(tmp_path):
         (
             ROWS,
             {"text_columns": ["premise"]},
-            "no column 'premise', only sentence1, sentence2, label; set --text_columns",
+            "no column 'premise', only sentence1, sentence2, label; set text_columns",
         ),
         (ROWS, {"label_column": "gold"}, "no column 'gold'"),
         (ROWS, {"text_columns": ["sentence1", "sentence2", "label"]}, "one or two columns"),
