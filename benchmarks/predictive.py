@@ -2,7 +2,7 @@
 
     python benchmarks/predictive.py --case NAME ADAPTER TEST [OUT_OF_SCOPE] --case ... --cache FOLDER --plot FILE
 
-A case is an adapter with rows (jsonl): of a classifier texts and a label's id, and perhaps rows that belong to no
+A case is an adapter with rows (jsonl): of a classifier texts and a label, and perhaps rows that belong to no
 class; of multiple choice question, choices and label; of a summarizer dialogue and summary, whose every token is scored
 after those before it. Cases of one name are seeds of one setting. `--student STUDENT ...` are what `blob distil` has
 made of the adapters, in the order of the cases: one forward each. What a case's networks predict is kept in FOLDER: a

@@ -167,7 +167,8 @@ def load(adapter: str, test: str, outside: str | None = None) -> tuple[BlobModel
     model = BlobModel.from_pretrained(adapter).eval().requires_grad_(False)
     if "summary" in rows[0]:
         return model, *summaries_of(model, rows)
-    labels = np.array([row["label"] for row in rows])
+    names: dict[str, int] = getattr(model.get_base_model().config, "label2id", None) or {}
+    labels = np.array([names.get(row["label"], row["label"]) for row in rows])
     if "choices" in rows[0]:
         kept = model.companions[str(model.active_adapter)].values()
         scoring = next(one for one in kept if isinstance(one, ChoiceScoring))
