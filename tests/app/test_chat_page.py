@@ -3,12 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
-from helpers.models import randomize_b, words
-from helpers.sft import llama, tokenizer
-from transformers import LlamaForCausalLM
+from helpers.models import words
+from helpers.pages import save_chat
 
-from blob_hf import BlobConfig, BlobModel, Sampling, get_blob_model
+from blob_hf import BlobModel, Sampling
 from blob_hf.app.engine import Engine
 
 pytestmark = pytest.mark.slow  # Gradio takes seconds to import
@@ -21,19 +19,7 @@ def page(tmp_path_factory):
     pytest.importorskip("gradio", reason="the page needs gradio")
     from blob_hf.app.pages.writer import WriterPage
 
-    folder = tmp_path_factory.mktemp("chat")
-    base = llama()
-    with torch.no_grad():
-        for parameter in base.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.5)
-    base.save_pretrained(folder / "base")
-    tokenizer().save_pretrained(folder / "base")
-    config = BlobConfig(target_modules=["q_proj", "v_proj"], init_eps=0.9, task_type="CAUSAL_LM")
-    model = get_blob_model(LlamaForCausalLM.from_pretrained(folder / "base"), config)
-    randomize_b(model)
-    model.save_pretrained(folder / "adapter")
-    return WriterPage(Engine(folder / "adapter"), [])
+    return WriterPage(Engine(save_chat(tmp_path_factory.mktemp("chat"))), [])
 
 
 def said(turns):

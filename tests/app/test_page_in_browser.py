@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import words
-from helpers.pages import PROMPT, save_summarizer
+from helpers.pages import PROMPT, save_chat, save_summarizer
 
 from blob_hf import BlobModel, Sampling, generate_predictive
 from blob_hf.app.beside import saved_evaluation
 from blob_hf.app.class_markup import threshold_sentence
 from blob_hf.app.class_view import decide
+from blob_hf.app.engine import Engine
 from blob_hf.app.run_view import WORST, run_view
-from blob_hf.app.serving import adapter_part, blocks, run_part, serve
+from blob_hf.app.serving import Part, adapter_part, blocks, run_part, serve
 from blob_hf.app.text_view import level_of
 from blob_hf.data.summarization import Prompt
 from blob_hf.inference.inputs import find_tokenizer
@@ -193,6 +194,37 @@ def test_an_answer_is_stopped(page):
     page.locator("#stop").click()
     page.wait_for_selector("#writer-message:has-text('Stopped.')")
     assert page.locator("#written .blob-card").count() == 0
+
+
+def test_a_new_conversation_stays_new_though_an_answer_was_being_written(browser, tmp_path):
+    from blob_hf.app.pages.writer import WriterPage
+
+    chat = WriterPage(Engine(save_chat(tmp_path)), [], max_new_tokens=4)
+    built = blocks([Part("Chat", "", chat.build)], "Chat")
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
+    try:
+        page.goto(serve(built, wait=False))
+        first, second = words(2, seed=8)
+        page.get_by_label("Your message").fill(first)
+        page.locator("#write").click()
+        page.wait_for_selector("#written .blob-card")
+        assert page.locator("#turns .blob-turn").count() == 2
+        with chat.engine._turn:  # the second answer is on its way
+            page.get_by_label("Your message").fill(second)
+            page.locator("#write").click()
+            page.wait_for_selector("#writer-message .blob-busy")
+            page.get_by_role("button", name="New conversation").click()
+            page.wait_for_function("!document.querySelector('#turns .blob-turn')")
+        page.wait_for_timeout(2000)
+        assert page.locator("#turns .blob-turn, #written .blob-card, #writer-message .blob-message").count() == 0
+        page.get_by_label("Your message").fill(second)
+        page.locator("#write").click()
+        page.wait_for_selector("#written .blob-card")
+        assert page.locator("#turns .blob-turn").count() == 2
+    finally:
+        page.close()
+        built.close()
 
 
 def test_a_run_page_sorts_its_rows(page, classifier_run):

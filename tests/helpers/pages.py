@@ -13,6 +13,7 @@ import torch
 from blob_hf import BlobConfig, get_blob_model
 from blob_hf.data.demo import BACKBONE_DIR
 from helpers.models import TARGETS, randomize_b, tiny_bert, tiny_tokenizer
+from helpers.sft import llama, tokenizer
 
 PROMPT = "{dialogue}"
 NAMES = {0: "no", 1: "perhaps", 2: "yes"}
@@ -44,6 +45,23 @@ def save_summarizer(folder):
     randomize_b(model, 0.05)
     model.save_pretrained(folder / "adapter")
     (folder / "adapter" / "run_settings.json").write_text(json.dumps({"prompt": PROMPT}))
+    return folder / "adapter"
+
+
+def save_chat(folder):
+    """A causal model with a chat template whose networks disagree, with its base and tokenizer."""
+    torch.manual_seed(0)
+    base = llama()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.5)
+    base.save_pretrained(folder / "base")
+    tokenizer().save_pretrained(folder / "base")
+    config = BlobConfig(target_modules=["q_proj", "v_proj"], init_eps=0.9, task_type="CAUSAL_LM")
+    model = get_blob_model(type(base).from_pretrained(folder / "base"), config)
+    randomize_b(model)
+    model.save_pretrained(folder / "adapter")
     return folder / "adapter"
 
 

@@ -95,6 +95,11 @@ class WriterPage:
         """End this visitor's answer at its next token."""
         self.watches.stop(request.session_hash)
 
+    def fresh(self, request: gr.Request) -> Shown:
+        """A new conversation; an answer that is still written belongs to the old one, and ends."""
+        self.stop(request)
+        return "", "", [], ""
+
     def _asked(self, text: str, turns: Conversation) -> str | Conversation:
         return [*turns, {"role": "user", "content": text}] if self.talks else text
 
@@ -138,7 +143,7 @@ class WriterPage:
         if self.talks:
             answered.then(unsent, [text, turns], text, queue=False, **HIDDEN)
         stop.click(self.stop, None, None, queue=False, **HIDDEN)
-        clear.click(lambda: ("", "", [], ""), None, outputs, queue=False, **HIDDEN)
+        clear.click(self.fresh, None, outputs, queue=False, cancels=[answered], **HIDDEN)
         gr.api(self.predict, api_name=self.api_name, concurrency_limit=None)
 
 
