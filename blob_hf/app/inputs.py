@@ -36,7 +36,7 @@ def checked_count(value: object, what: str, lowest: int, highest: int) -> int:
     Raises:
         BlobError: It is none, or outside of them.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+    if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
         raise BlobError(f"{what} must be a whole number.")
     if not lowest <= value <= highest:
         raise BlobError(f"{what} must be between {lowest} and {highest}, not {value:g}.")

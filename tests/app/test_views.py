@@ -145,7 +145,7 @@ def test_bad_input_is_a_sentence_that_does_not_repeat_it(value, said):
 def test_text_of_any_language_is_text():
     for text in ("東京 🎲", "a\tb\r\nc", "e\u0301\u200d", "العربية"):
         assert checked_text(text) == text
-    for value in (2.5, "3", None, True, -1, 65):
+    for value in (2.5, "3", None, True, -1, 65, math.nan, math.inf):
         with pytest.raises(BlobError, match="Samples N must be"):
             checked_count(value, "Samples N", 0, 64)
 
