@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from blob_hf.cli.adapters import load_networks
 from blob_hf.data.conversations import Conversation
-from blob_hf.data.summarization import DEFAULT_PROMPT
+from blob_hf.data.summarization import DEFAULT_PROMPT, Prompt
 from blob_hf.inference.answers import Prediction, TextPrediction
 from blob_hf.inference.choices import ChoiceScoring
 from blob_hf.inference.inputs import find_tokenizer, is_decoder, longest_input
 from blob_hf.inference.texts import Text, encode
-from blob_hf.tuner.adapter_files import resolve
+from blob_hf.tuner.adapter_files import read_config, resolve
 from blob_hf.tuner.base_model import is_sequence_classifier
 from blob_hf.tuner.posterior import sampling_of
 from blob_hf.tuner.sampling import Sampling
@@ -29,6 +29,15 @@ CLASSIFIER, SUMMARIZER, CHAT = "classifier", "summarizer", "chat"
 RUNNERS_UP = 5  # likeliest tokens that are kept at each place
 _POLL = 0.1  # seconds
 _UNCUT = 1_000_000  # tokens
+# What models are by the ends of their classes' names, and these ends by PEFT's names of tasks.
+_KINDS = {
+    "ForSequenceClassification": CLASSIFIER, "ForConditionalGeneration": SUMMARIZER, "ForCausalLM": CHAT,
+    "LMHeadModel": CHAT,
+}  # fmt: skip
+_CLASSES = {
+    "SEQ_CLS": "ForSequenceClassification", "SEQ_2_SEQ_LM": "ForConditionalGeneration", "CAUSAL_LM": "ForCausalLM",
+    "TOKEN_CLS": "ForTokenClassification", "QUESTION_ANS": "ForQuestionAnswering",
+}  # fmt: skip
 
 
 class Stopped(Exception):
@@ -127,6 +136,31 @@ class TextAnswer:
     note: str
 
 
+def check_adapter(adapter: str | Path, folder: Path, prompt: str | None) -> None:
+    """Refuse what has no page, by an adapter's files alone: before anything is loaded or written.
+
+    Args:
+        adapter: As the user has named it.
+        folder: Where its files are.
+        prompt: Of a summarizer; None for none.
+
+    Raises:
+        BlobError: It answers multiple choice or tells classes of words; or the prompt is for nothing or has no place
+            for the text.
+    """
+    if ChoiceScoring.load(folder) is not None:
+        raise BlobError(f"{adapter} answers multiple choice, for which there is no page: use blob predict")
+    config = read_config(folder)
+    name = (config.auto_mapping or {}).get("base_model_class") or _CLASSES.get(str(config.task_type or ""), "")
+    if "For" in name and not name.endswith(tuple(_KINDS)):
+        raise BlobError(f"a page is for classifiers and models that write, not for {name} ({adapter})")
+    if prompt is not None:
+        kind = next((kind for end, kind in _KINDS.items() if name.endswith(end)), SUMMARIZER)
+        if kind != SUMMARIZER:
+            raise BlobError(f"a prompt is for summarizers; {adapter} is a {kind}")
+        Prompt(prompt)
+
+
 class Engine:
     """An adapter that answers; requests of several visitors take turns, so that none sees another's samples.
 
@@ -140,14 +174,13 @@ class Engine:
     """
 
     def __init__(self, adapter: str | Path, prompt: str | None = None, device: str | None = None) -> None:
-        self.name, self.folder = str(adapter), resolve(adapter)
+        self.folder = resolve(adapter)
+        check_adapter(adapter, self.folder, prompt)
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_networks(self.folder).to(where)
         self.tokenizer = find_tokenizer(self.model)
         self._turn = threading.Lock()
         base: Any = self.model.get_base_model()
-        if isinstance(self.model.companion(ChoiceScoring.slot), ChoiceScoring):
-            raise BlobError(f"{adapter} answers multiple choice, for which there is no page: use blob predict")
         if is_sequence_classifier(base):
             self.kind = CLASSIFIER
         elif base.config.is_encoder_decoder:
@@ -156,10 +189,8 @@ class Engine:
             self.kind = CHAT
         else:
             raise BlobError(f"a page is for classifiers and models that write, not for {type(base).__name__}")
-        if prompt is not None and self.kind != SUMMARIZER:
-            raise BlobError(f"a prompt is for summarizers; {adapter} is a {self.kind}")
         self.prompt = (prompt or DEFAULT_PROMPT) if self.kind == SUMMARIZER else None
-        self.most_samples = sampling_of(self.model, Sampling(1)).num_samples  # 0 of a point
+        self.is_point = sampling_of(self.model, Sampling(1)).num_samples == 0  # no samples to draw
         if self.kind == CLASSIFIER:
             self.classify(("a",), 0)  # what cannot be predicted is refused before there is a page
 
@@ -170,25 +201,17 @@ class Engine:
         return [str(config.id2label[index]) for index in range(config.num_labels)]
 
     @property
-    def is_point(self) -> bool:
-        """Whether there are no samples to draw."""
-        return self.most_samples == 0
-
-    @property
     def has_template(self) -> bool:
         """Whether its tokenizer can render conversations."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
-    def classify(
-        self, texts: tuple[str, ...], num_samples: int, seed: int = 0, watch: Watch | None = None
-    ) -> ClassAnswer:
+    def classify(self, texts: tuple[str, ...], num_samples: int, seed: int = 0) -> ClassAnswer:
         """The classes of a text, or of a pair.
 
         Raises:
             BlobError: The text does not fit the model.
-            Stopped: The watch was stopped before it was this request's turn.
         """
-        with self._own_turn(watch or Watch()):
+        with self._turn:
             found = self.model.predict([texts], self.tokenizer, Sampling(num_samples, seed=seed))
             mean = self.model.predict([texts], self.tokenizer, 0)
             note = self._cut(texts, 0)

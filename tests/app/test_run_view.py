@@ -9,7 +9,7 @@ import pytest
 from helpers.models import TARGETS, tiny_bert
 
 from blob_hf import BlobConfig, get_blob_model
-from blob_hf.app.beside import saved_evaluation, saved_examples
+from blob_hf.app.beside import examples_of_file, saved_evaluation, saved_examples
 from blob_hf.app.run_markup import plots_html, rows_html, top_html
 from blob_hf.app.run_view import AS_SAVED, LEAST_CERTAIN, MOST_CERTAIN, WORST, run_view
 from blob_hf.baselines.temperature import Temperatures
@@ -84,7 +84,7 @@ def test_the_evaluation_is_that_of_the_saved_rows_with_the_temperature(small_run
     scaled = [np.sqrt(p) / np.sqrt(p).sum() for p in PROBABILITIES]
     np.testing.assert_allclose(saved_evaluation(small_run, model).entropy, [entropy(p) for p in scaled])
     other = get_blob_model(tiny_bert(3), BlobConfig(target_modules=TARGETS["bert"]))
-    with pytest.raises(BlobError, match="not of the 3 classes"):
+    with pytest.raises(BlobError, match="line 1 of .* is damaged .it is not of the 3 classes"):
         saved_evaluation(small_run, other)
     (small_run / "validation_predictions.jsonl").unlink()
     assert saved_evaluation(small_run, model) is None
@@ -92,6 +92,16 @@ def test_the_evaluation_is_that_of_the_saved_rows_with_the_temperature(small_run
 
 def test_examples_are_texts_of_the_evaluation_set(small_run):
     assert set(saved_examples(small_run)) == {(f"first <{i}>", f"second {i}") for i in range(4)}
+
+
+def test_examples_of_a_file_of_several_texts_name_their_columns(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({"one": "a", "two": "b", "three": "c"}) + "\n")
+    with pytest.raises(BlobError, match="several columns could be the texts: one, two, three; .* in text_columns"):
+        examples_of_file(str(path))
+    assert examples_of_file(str(path), ["three", "one"]) == [("c", "a")]
+    with pytest.raises(BlobError, match="^--examples .* does not exist"):
+        examples_of_file(str(tmp_path / "gone.jsonl"))
 
 
 def test_rows_of_a_summarizer_with_their_dialogues(tmp_path):
@@ -126,6 +136,47 @@ def test_mistakes_are_one_line(tmp_path):
         with pytest.raises(BlobError, match=said) as error:
             run_view(folder)
         assert "\n" not in str(error.value)
-    (tmp_path / "validation_predictions.jsonl").write_text('{"prediction": "a", "log_probs"')
-    with pytest.raises(BlobError, match="cannot read .*validation_predictions.jsonl"):
+
+
+GOOD = {"prediction": "a", "probability": 0.5, "log_probs": [math.log(0.5)] * 2, "label": 1}
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ('{"prediction": "a", "log_probs"', "Expecting"), ("[1, 2]", "no JSON object"), ("3", "no JSON object"),
+        (json.dumps({**GOOD, "label": 2}), "label 2 is none of 2 classes"),
+        (json.dumps({**GOOD, "label": -1}), "label -1 is none of 2 classes"),
+        (json.dumps({**GOOD, "log_probs": None}), "log_probs is no list of numbers"),
+        *((json.dumps({key: value for key, value in GOOD.items() if key != name}), f"it lacks '{name}'")
+          for name in ("prediction", "probability", "log_probs")),
+    ],
+)  # fmt: skip
+def test_a_damaged_line_is_named(line, said, tmp_path):
+    path = tmp_path / "validation_predictions.jsonl"
+    odd = json.dumps({**GOOD, "text": "no line\u2028end"}, ensure_ascii=False)  # in the text of a row, as it is written
+    path.write_text(f"{odd}\n{line}\n", encoding="utf-8")
+    with pytest.raises(BlobError) as error:
         run_view(tmp_path)
+    assert str(error.value).startswith(f"line 2 of {path} is damaged ({said}") and "\n" not in str(error.value)
+    path.write_text(odd, encoding="utf-8")
+    assert len(run_view(tmp_path).predictions[0].rows) == 1
+
+
+def test_a_damaged_line_of_summaries_is_named(tmp_path):
+    path = tmp_path / "generated_predictions.jsonl"
+    path.write_text('{"id": 1, "summary": "s"}\n{"id": 2, "uncertainty": {"dissimilarity": "much"}}\n')
+    with pytest.raises(BlobError, match=f"line 2 of {path} is damaged"):
+        run_view(tmp_path)
+
+
+def test_texts_that_have_changed_since_the_run_are_named(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "t"}\n')
+    (tmp_path / "run_settings.json").write_text(json.dumps({"text_column": "dialogue", "validation_file": str(data)}))
+    (tmp_path / "eval_generated_predictions.jsonl").write_text('{"id": 1, "summary": "s"}\n')
+    with pytest.raises(
+        BlobError, match=f"the texts of the run in {tmp_path} cannot be shown.* are in {data}: "
+    ) as error:
+        run_view(tmp_path)
+    assert "_file_file" not in str(error.value)

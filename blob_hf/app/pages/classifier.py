@@ -8,13 +8,20 @@ import gradio as gr
 from blob_hf.app.beside import Evaluation
 from blob_hf.app.class_markup import classes_html, decision_html
 from blob_hf.app.class_view import ClassView, class_view, decide
-from blob_hf.app.engine import Engine, Stopped
+from blob_hf.app.engine import Engine
 from blob_hf.app.inputs import checked_count, checked_number, checked_text
 from blob_hf.app.markup import message
-from blob_hf.app.pages.common import FREE, HIDDEN, MOST_SAMPLES, Watches, example_list, samples_slider, sentence
+from blob_hf.app.pages.common import (
+    ENGINE,
+    HIDDEN,
+    MOST_SAMPLES,
+    MOST_SEED,
+    example_list,
+    samples_slider,
+    seed_box,
+    sentence,
+)
 from blob_hf.inference.predict import calibration_of
-
-_MOST_SEED = 2**31 - 1
 
 
 class ClassifierPage:
@@ -31,7 +38,6 @@ class ClassifierPage:
     ) -> None:
         self.engine, self.evaluation, self.examples, self.api_name = engine, evaluation, examples, api_name
         self.highest = math.log(len(engine.class_names))
-        self.watches = Watches()
 
     # ----- what it does -----
 
@@ -44,17 +50,14 @@ class ClassifierPage:
         return {**found.prediction.records()[0], "mean": found.mean.records()[0], "note": found.note}
 
     def answer(
-        self, text: str, second: str, num_samples: float, seed: float, threshold: float, request: gr.Request
+        self, text: str, second: str, num_samples: float, seed: float, threshold: float
     ) -> tuple[str, str, str, ClassView | None]:
         """Message, decision and answer as HTML, and the view that the threshold is moved over."""
         try:
             texts, (count, own_seed) = self._texts(text, second), self._numbers(num_samples, seed)
-            with self.watches.running(request.session_hash) as watch:
-                found = self.engine.classify(texts, count, own_seed, watch)
+            found = self.engine.classify(texts, count, own_seed)
             drawn = 0 if self.engine.is_point else count
             view = class_view(found.prediction, found.mean, drawn, calibration_of(self.engine.model) is not None)
-        except Stopped:
-            return message("Stopped: a newer request took its place."), self.decide(None, threshold), "", None
         except Exception as error:
             return message(sentence(error), "error"), self.decide(None, threshold), "", None
         return message(found.note), self.decide(view, threshold), classes_html(view), view
@@ -76,7 +79,7 @@ class ClassifierPage:
         return first, checked_text(second, "second text")
 
     def _numbers(self, num_samples: object, seed: object) -> tuple[int, int]:
-        return checked_count(num_samples, "Samples N", 0, MOST_SAMPLES), checked_count(seed, "The seed", 0, _MOST_SEED)
+        return checked_count(num_samples, "Samples N", 0, MOST_SAMPLES), checked_count(seed, "The seed", 0, MOST_SEED)
 
     # ----- how it stands -----
 
@@ -91,24 +94,24 @@ class ClassifierPage:
             label="Second text", lines=3 if pairs else 1, max_lines=12, visible=pairs or not self.examples,
             placeholder="Write or paste a text" if pairs else "Only for a classifier of pairs; else leave it empty",
         )  # fmt: skip
-        example_list(self.examples, [first, second], "the evaluation set")
+        example_list(self.examples, [first, second])
         with gr.Row():
             count = samples_slider(self.engine.is_point)
             threshold = gr.Slider(
-                0, round(self.highest, 2), value=round(self.highest / 2, 2), step=0.01, min_width=260,
+                0, math.ceil(100 * self.highest) / 100, value=round(self.highest / 2, 2), step=0.01, min_width=260,
                 label="Abstain above this entropy (nats)",
                 info=f"Of {len(self.engine.class_names)} equally likely classes it would be {self.highest:.2f}.",
             )  # fmt: skip
         with gr.Accordion("More settings", open=False):
-            seed = gr.Number(0, precision=0, label="Seed of the samples")
+            seed = seed_box()
         run = gr.Button("Classify", variant="primary", elem_id="classify")
         said = gr.HTML(padding=False, elem_id="classifier-message")
         decision = gr.HTML(self.decide(None, self.highest / 2), padding=False, elem_id="decision")
         shown = gr.HTML(padding=False, elem_id="classes")
         inputs, outputs = [first, second, count, seed, threshold], [said, decision, shown, view]
-        gr.on([run.click, first.submit, second.submit], self.answer, inputs, outputs, **FREE, **_visible_work())
+        gr.on([run.click, first.submit, second.submit], self.answer, inputs, outputs, **ENGINE, **_visible_work())
         threshold.change(self.decide, [view, threshold], decision, queue=False, **HIDDEN)
-        gr.api(self.predict, api_name=self.api_name, concurrency_limit=None)
+        gr.api(self.predict, api_name=self.api_name, **ENGINE)
 
 
 def _visible_work() -> dict[str, Any]:

@@ -14,7 +14,9 @@ from blob_hf.utils.errors import BlobError
 logger = logging.getLogger(__name__)
 
 MOST_SAMPLES = 64
-FREE: dict[str, Any] = {"concurrency_limit": None}  # requests wait for the engine, which says so
+MOST_SEED = 2**31 - 1
+# Requests that wait for an engine hold a thread each; the server has 40, and needs some for all else.
+ENGINE: dict[str, Any] = {"concurrency_limit": 16, "concurrency_id": "engine"}
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _SHOWN = 80  # characters of an example in the list
 
@@ -62,12 +64,12 @@ class Watches:
             watch.stop()
 
 
-def example_list(examples: Sequence[Sequence[str]], boxes: Sequence[gr.Textbox], what: str = "the data") -> None:
+def example_list(examples: Sequence[Sequence[str]], boxes: Sequence[gr.Textbox]) -> None:
     """A list to fill the boxes from; nothing where there are no examples."""
     if not examples:
         return
     titles = [f"{number}. {_title(texts)}" for number, texts in enumerate(examples, start=1)]
-    chosen = gr.Dropdown(titles, value=None, label=f"Example from {what}", filterable=False)
+    chosen = gr.Dropdown(titles, value=None, label="Example", filterable=False)
 
     def fill(title: str | None) -> list[str]:
         texts = list(examples[titles.index(title)]) if title in titles else []
@@ -83,7 +85,12 @@ def _title(texts: Sequence[str]) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
 
 
-def samples_slider(is_point: bool, value: int = 10) -> gr.Slider:
+def seed_box() -> gr.Number:
+    """Which networks are drawn."""
+    return gr.Number(0, precision=0, label="Seed of the samples")
+
+
+def samples_slider(is_point: bool) -> gr.Slider:
     """How many networks to draw; a point has none."""
     info = (
         "This adapter is a point: it has no networks to draw."
@@ -93,7 +100,7 @@ def samples_slider(is_point: bool, value: int = 10) -> gr.Slider:
     return gr.Slider(
         0,
         MOST_SAMPLES,
-        value=0 if is_point else value,
+        value=0 if is_point else 10,
         step=1,
         label="Samples N",
         info=info,
