@@ -82,14 +82,13 @@ class Decision:
 
     Attributes:
         answers: The entropy is at most the threshold, as of `blob predict --abstain_above`.
-        rows, answered, coverage, accuracy, accuracy_of_all: Of the evaluation set; rows is 0 where none is known.
+        rows, coverage, accuracy, accuracy_of_all: Of the evaluation set; rows is 0 where none is known.
         split, num_samples: Which rows, and how many networks were drawn for them.
     """
 
     answers: bool | None
     threshold: float
     rows: int = 0
-    answered: int = 0
     coverage: float = 0.0
     accuracy: float = 0.0
     accuracy_of_all: float = 0.0
@@ -104,6 +103,6 @@ def decide(entropy: float | None, threshold: float, evaluation: Evaluation | Non
         return Decision(answers, threshold)
     chosen, everything = evaluation.at(threshold), evaluation.at(float("inf"))
     return Decision(
-        answers, threshold, len(evaluation), chosen.answered, chosen.coverage, 1 - chosen.risk, 1 - everything.risk,
+        answers, threshold, len(evaluation), chosen.coverage, 1 - chosen.risk, 1 - everything.risk,
         evaluation.split, evaluation.num_samples,
     )  # fmt: skip

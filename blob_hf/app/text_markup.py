@@ -34,7 +34,7 @@ def text_html(view: TextView, title: str, sampled: bool) -> str:
     body = f'<p class="blob-text">{written.strip() or "<em>The model has written nothing.</em>"}</p>'
     parts = [card(title, body, legend_html() if sampled else "", token_table(view.tokens), note=unknown)]
     if view.samples:
-        parts += [_samples(view), _chosen(view)]
+        parts += [_samples(view), _chosen(view), _differences(view)]
     return f'<div class="blob-cards blob-wide">{"".join(parts)}{_scores(view)}</div>'
 
 
@@ -111,21 +111,19 @@ def _samples(view: TextView) -> str:
 
 
 def _chosen(view: TextView) -> str:
+    note = "Minimum Bayes risk chooses the sample that is most like the others."
+    return card("The MBR choice", f'<p class="blob-text">{escape(view.mbr)}</p>', note=note)
+
+
+def _differences(view: TextView) -> str:
     words = " ".join(
         f"<span>{escape(word)}</span>"
         if share == 1
         else f'<mark title="in {percent(share)} of the samples">{escape(word)}</mark>'
         for word, share in view.words
     )
-    body = [
-        f'<p class="blob-text">{escape(view.mbr)}</p>',
-        "<h4>Where the samples say something else</h4>",
-        f'<p class="blob-text">{words}</p>',
-    ]
-    note = (
-        "Minimum Bayes risk chooses the sample that is most like the others. Marked: words of the text above that not "
-    )
-    return card("The MBR choice", *body, note=f"{note}all samples have at their place.")
+    note = "The text itself; marked are its words that not all samples have at their place."
+    return card("Where the samples differ from the text", f'<p class="blob-text">{words}</p>', note=note)
 
 
 def _scores(view: TextView) -> str:
