@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from blob_hf.app.beside import Evaluation
+from blob_hf.app.promises import Promise
+from blob_hf.baselines.conformal import PredictionSets
 from blob_hf.inference.answers import Prediction
 
 SHOWN_CLASSES = 10  # of many
@@ -14,6 +16,7 @@ class ClassRow:
 
     Attributes:
         std: Of the samples' probabilities.
+        in_set: Whether it is in the prediction set; False also where none was fitted.
     """
 
     name: str
@@ -21,6 +24,30 @@ class ClassRow:
     std: float
     samples: tuple[float, ...]
     mean: float
+    in_set: bool = False
+
+
+@dataclass(frozen=True)
+class FittedDecisions:
+    """What the rules that were fitted to the adapter decide on an answer.
+
+    Attributes:
+        promise: What is promised of them for this answer.
+        made: Whether there are any for it: those of the posterior mean alone say nothing of samples.
+        prediction_set: Names of the classes that cannot be ruled out, likeliest first.
+        coverage: Share of the inputs whose class was to be in the set.
+        abstains: Whether the input is better left to a person.
+        confidence: Of the likeliest class.
+        answered_from: The confidence from which on inputs are answered; None: no threshold could be promised.
+    """
+
+    promise: Promise
+    made: bool
+    prediction_set: tuple[str, ...] = ()
+    coverage: float = 0.0
+    abstains: bool = False
+    confidence: float = 0.0
+    answered_from: float | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +60,7 @@ class ClassView:
         num_samples: Networks that were drawn; 0 for the posterior mean.
         is_calibrated: Whether a temperature has changed `entropy`, so that it is not the sum of its parts.
         mean_label, mean_confidence, mean_entropy: What the posterior mean (N=0) answers.
+        fitted: Decisions by what was fitted to the adapter; None where nothing was.
     """
 
     label: str
@@ -48,9 +76,13 @@ class ClassView:
     mean_label: str
     mean_confidence: float
     mean_entropy: float
+    fitted: FittedDecisions | None = None
 
 
-def class_view(found: Prediction, mean: Prediction, num_samples: int, is_calibrated: bool = False) -> ClassView:
+def class_view(
+    found: Prediction, mean: Prediction, num_samples: int, is_calibrated: bool = False,
+    fitted: FittedDecisions | None = None,
+) -> ClassView:  # fmt: skip
     """The view of one input.
 
     Args:
@@ -65,6 +97,7 @@ def class_view(found: Prediction, mean: Prediction, num_samples: int, is_calibra
         ClassRow(
             found.class_names[index], float(probabilities[index]), float(found.std[0, index]),
             tuple(map(float, samples[:, index])) if num_samples else (), float(mean.probabilities[0, index]),
+            found.decisions is not None and bool(found.decisions.sets[0, index]),
         )
         for index in shown
     )  # fmt: skip
@@ -72,7 +105,27 @@ def class_view(found: Prediction, mean: Prediction, num_samples: int, is_calibra
         found.labels[0], float(found.confidence[0]), rows, float(probabilities[order[SHOWN_CLASSES:]].sum()),
         len(order) - len(shown), float(found.entropy[0]), float(found.aleatoric[0]), float(found.epistemic[0]),
         len(samples) if num_samples else 0, is_calibrated, mean.labels[0], float(mean.confidence[0]),
-        float(mean.entropy[0]),
+        float(mean.entropy[0]), fitted,
+    )  # fmt: skip
+
+
+def fitted_decisions(
+    found: Prediction, rule: PredictionSets | None, promise: Promise | None, sampled: bool
+) -> FittedDecisions | None:
+    """What was decided on one input by what was fitted to the adapter; None where nothing was.
+
+    Args:
+        found: Of `BlobModel.predict`, which has asked the rule.
+        sampled: Whether it is of samples, or of the posterior mean.
+    """
+    if rule is None or promise is None:
+        return None
+    thresholds = rule.predictive if sampled else rule.mean
+    if found.decisions is None or found.prediction_sets is None or thresholds is None:
+        return FittedDecisions(promise, made=False)
+    return FittedDecisions(
+        promise, True, tuple(found.prediction_sets[0]), 1 - rule.alpha, bool(found.decisions.abstain[0]),
+        float(found.confidence[0]), thresholds.confidence,
     )  # fmt: skip
 
 

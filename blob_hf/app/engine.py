@@ -1,7 +1,7 @@
 """A model that answers one visitor at a time, tells how far it is, and stops when it is told to."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
+from blob_hf.app.promises import Promise, fitted_rule, promise_of, sampling_as_fitted
 from blob_hf.cli.adapters import load_networks
 from blob_hf.data.conversations import Conversation
 from blob_hf.data.summarization import DEFAULT_PROMPT, Prompt
 from blob_hf.inference.answers import Prediction, TextPrediction
 from blob_hf.inference.choices import ChoiceScoring
 from blob_hf.inference.inputs import find_tokenizer, is_decoder, longest_input
+from blob_hf.inference.predictor import how_written
 from blob_hf.inference.texts import Text, encode
 from blob_hf.tuner.adapter_files import read_config, resolve
 from blob_hf.tuner.base_model import is_sequence_classifier
@@ -121,19 +123,25 @@ class Writing:
 
 @dataclass(frozen=True)
 class ClassAnswer:
-    """The predictive's classes, those of the posterior mean, and what a visitor has to know besides."""
+    """The predictive's classes, those of the posterior mean, and what a visitor has to know besides.
+
+    Attributes:
+        promise: Of the decisions that were fitted to the adapter; None where none were.
+    """
 
     prediction: Prediction
     mean: Prediction
     note: str
+    promise: Promise | None = None
 
 
 @dataclass(frozen=True)
 class TextAnswer:
-    """A text with what is known of it, and what a visitor has to know besides."""
+    """A text with what is known of it, and what a visitor has to know besides; `promise` as of `ClassAnswer`."""
 
     prediction: TextPrediction
     note: str
+    promise: Promise | None = None
 
 
 def check_adapter(adapter: str | Path, folder: Path, prompt: str | None) -> None:
@@ -166,7 +174,7 @@ class Engine:
 
     Args:
         adapter: Folder or Hub repo.
-        prompt: Of a summarizer, with {dialogue}; default that of its script.
+        prompt: Of a summarizer, with {dialogue}; default that which its decisions were fitted with, else its script's.
         device: Default a GPU if there is one.
 
     Raises:
@@ -189,7 +197,10 @@ class Engine:
             self.kind = CHAT
         else:
             raise BlobError(f"a page is for classifiers and models that write, not for {type(base).__name__}")
-        self.prompt = (prompt or DEFAULT_PROMPT) if self.kind == SUMMARIZER else None
+        self.rule = fitted_rule(self.model)
+        then: Mapping[str, Any] = {} if self.rule is None else self.rule.fitted_to
+        self.prompt = (prompt or then.get("prompt") or DEFAULT_PROMPT) if self.kind == SUMMARIZER else None
+        self.num_beams = int(then.get("num_beams") or 1)
         self.is_point = sampling_of(self.model, Sampling(1)).num_samples == 0  # no samples to draw
         if self.kind == CLASSIFIER:
             self.classify(("a",), 0)  # what cannot be predicted is refused before there is a page
@@ -211,12 +222,13 @@ class Engine:
         Raises:
             BlobError: The text does not fit the model.
         """
+        sampling = sampling_as_fitted(self.rule, num_samples, seed)
         with self._turn:
-            found = self.model.predict([texts], self.tokenizer, Sampling(num_samples, seed=seed))
+            found = self.model.predict([texts], self.tokenizer, sampling)
             mean = self.model.predict([texts], self.tokenizer, 0)
-            note = self._cut(texts, 0)
+            note, promise = self._cut(texts, 0), self._promise(sampling)
         assert isinstance(found, Prediction) and isinstance(mean, Prediction)
-        return ClassAnswer(found, mean, note)
+        return ClassAnswer(found, mean, note, promise)
 
     def write(self, asked: str | Conversation, how: Writing, watch: Watch | None = None) -> TextAnswer:
         """The answer to a text or a conversation.
@@ -229,15 +241,25 @@ class Engine:
         follow = _Follow(watch, self.tokenizer, max(1, 0 if self.is_point else how.num_samples))
         text: Text = (asked,) if isinstance(asked, str) else asked
         room = how.max_new_tokens if self.kind == CHAT else 0
+        sampling = sampling_as_fitted(self.rule, how.num_samples, how.seed)
+        options: dict[str, Any] = {
+            "decoding": how.decoding, "temperature": how.temperature, "max_new_tokens": how.max_new_tokens,
+            "num_beams": self.num_beams,
+        }  # fmt: skip
         with self._own_turn(watch):
             found = self.model.predict(
-                [asked], self.tokenizer, Sampling(how.num_samples, seed=how.seed), prompt=self.prompt,
-                decoding=how.decoding, temperature=how.temperature, max_new_tokens=how.max_new_tokens,
-                top_tokens=RUNNERS_UP, stopping_criteria=[follow],
+                [asked], self.tokenizer, sampling, prompt=self.prompt, top_tokens=RUNNERS_UP,
+                stopping_criteria=[follow], **options,
             )  # fmt: skip
-            note = self._cut(text, room)
+            note, promise = self._cut(text, room), self._promise(sampling, how_written(self.prompt, options))
         assert isinstance(found, TextPrediction)
-        return TextAnswer(found, note)
+        return TextAnswer(found, note, promise)
+
+    def _promise(self, sampling: Sampling, how: Mapping[str, object] | None = None) -> Promise | None:
+        """Of the fitted decisions on an answer with these samples."""
+        if self.rule is None:
+            return None
+        return promise_of(self.rule, self.model, sampling_of(self.model, sampling), how)
 
     @contextmanager
     def _own_turn(self, watch: Watch) -> Iterator[None]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import words
-from helpers.pages import PROMPT, save_chat, save_summarizer
+from helpers.pages import PROMPT, fit_sets, save_chat, save_classifier, save_summarizer
 
 from blob_hf import BlobModel, Sampling, generate_predictive
 from blob_hf.app.beside import saved_evaluation
@@ -224,6 +224,43 @@ def test_a_new_conversation_stays_new_though_an_answer_was_being_written(browser
         page.locator("#write").click()
         page.wait_for_selector("#written .blob-card")
         assert page.locator("#turns .blob-turn").count() == 2
+    finally:
+        page.close()
+        built.close()
+
+
+def test_fitted_decisions_are_those_of_predict_and_promise_nothing_of_other_samples(browser, tmp_path):
+    from blob_hf.app.pages.classifier import ClassifierPage
+
+    folder = save_classifier(tmp_path)
+    fit_sets(folder, Sampling(4, seed=2))
+    (text,) = words(1)
+    (expected,) = BlobModel.from_pretrained(folder).eval().predict([text], sampling=Sampling(4, seed=2)).records()
+    own = ClassifierPage(Engine(folder), None, [])
+    record = own.predict(text, num_samples=4, seed=2)
+    assert record["prediction_set"] == expected["prediction_set"] and record["abstain"] == expected["abstain"]
+    assert record["guarantee_holds"] and record["guarantee"].startswith("Promised for inputs like the 50 held-out rows")
+    assert not own.predict(text, num_samples=4, seed=3)["guarantee_holds"]
+    built = blocks([Part("Classifier", "", own.build)], "Page")
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.set_default_timeout(PATIENCE)
+    try:
+        page.goto(serve(built, wait=False))
+        page.get_by_label("Text", exact=True).fill(text)
+        page.locator("#classify").click()  # it stands at the samples that were fitted to
+        fitted = page.locator("#decision .blob-card")
+        fitted.wait_for()
+        assert fitted.locator(".blob-in-set").all_inner_texts() == expected["prediction_set"]
+        assert ("Ask a person:" in fitted.inner_text()) == expected["abstain"]
+        marked = page.locator("#classes .blob-classes tr:has(.blob-in-set) th").all_inner_texts()
+        assert marked == expected["prediction_set"]
+        assert "Promised for" in fitted.inner_text()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.get_by_label("number input for Samples N").fill("3")
+        page.get_by_label("number input for Samples N").press("Tab")
+        page.locator("#classify").click()
+        page.wait_for_selector("#decision .blob-busy:has-text('fitted with N=4. With N=3 its guarantee does not hold')")
+        assert "Promised for" not in fitted.inner_text()
     finally:
         page.close()
         built.close()

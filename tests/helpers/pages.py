@@ -10,7 +10,9 @@ from contextlib import contextmanager
 
 import torch
 
-from blob_hf import BlobConfig, get_blob_model
+from blob_hf import BlobConfig, BlobModel, get_blob_model
+from blob_hf.baselines.conformal import ClassThresholds, PredictionSets
+from blob_hf.baselines.fitted_rules import fitted_to
 from blob_hf.data.demo import BACKBONE_DIR
 from helpers.models import TARGETS, randomize_b, tiny_bert, tiny_tokenizer
 from helpers.sft import llama, tokenizer
@@ -84,3 +86,11 @@ def served(*arguments, program=("-m", "blob_hf", "app"), log, folder=None, **env
     finally:
         process.terminate()
         process.wait(30)
+
+
+def fit_sets(folder, sampling, quantile=0.665, confidence=0.37):
+    """Prediction sets beside a saved adapter, as if they were fitted to 50 rows with these samples."""
+    model = BlobModel.from_pretrained(folder)
+    own = ClassThresholds(quantile, confidence) if sampling.num_samples else None
+    rule = PredictionSets(0.1, 0.1, "lac", 50, ClassThresholds(0.66, None), own, fitted_to(model, sampling))
+    rule.save(model, folder)

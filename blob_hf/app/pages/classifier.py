@@ -7,20 +7,21 @@ import gradio as gr
 
 from blob_hf.app.beside import Evaluation
 from blob_hf.app.class_markup import classes_html, decision_html
-from blob_hf.app.class_view import ClassView, class_view, decide
+from blob_hf.app.class_view import ClassView, class_view, decide, fitted_decisions
 from blob_hf.app.engine import Engine
-from blob_hf.app.inputs import checked_count, checked_number, checked_text
+from blob_hf.app.inputs import MOST_SAMPLES, MOST_SEED, checked_count, checked_number, checked_text
 from blob_hf.app.markup import message
 from blob_hf.app.pages.common import (
     ENGINE,
     HIDDEN,
-    MOST_SAMPLES,
-    MOST_SEED,
     example_list,
+    promised,
     samples_slider,
     seed_box,
     sentence,
 )
+from blob_hf.app.promises import fitted_number
+from blob_hf.baselines.conformal import PredictionSets
 from blob_hf.inference.predict import calibration_of
 
 
@@ -38,6 +39,7 @@ class ClassifierPage:
     ) -> None:
         self.engine, self.evaluation, self.examples, self.api_name = engine, evaluation, examples, api_name
         self.highest = math.log(len(engine.class_names))
+        self.rule = engine.rule if isinstance(engine.rule, PredictionSets) else None
 
     # ----- what it does -----
 
@@ -47,7 +49,10 @@ class ClassifierPage:
             found = self.engine.classify(self._texts(text, second), *self._numbers(num_samples, seed))
         except Exception as error:
             return {"error": sentence(error)}
-        return {**found.prediction.records()[0], "mean": found.mean.records()[0], "note": found.note}
+        return {
+            **found.prediction.records()[0], "mean": found.mean.records()[0], "note": found.note,
+            **promised(found.promise),
+        }  # fmt: skip
 
     def answer(
         self, text: str, second: str, num_samples: float, seed: float, threshold: float
@@ -57,7 +62,10 @@ class ClassifierPage:
             texts, (count, own_seed) = self._texts(text, second), self._numbers(num_samples, seed)
             found = self.engine.classify(texts, count, own_seed)
             drawn = 0 if self.engine.is_point else count
-            view = class_view(found.prediction, found.mean, drawn, calibration_of(self.engine.model) is not None)
+            view = class_view(
+                found.prediction, found.mean, drawn, calibration_of(self.engine.model) is not None,
+                fitted_decisions(found.prediction, self.rule, found.promise, drawn > 0),
+            )  # fmt: skip
         except Exception as error:
             return message(sentence(error), "error"), self.decide(None, threshold), "", None
         return message(found.note), self.decide(view, threshold), classes_html(view), view
@@ -96,14 +104,14 @@ class ClassifierPage:
         )  # fmt: skip
         example_list(self.examples, [first, second])
         with gr.Row():
-            count = samples_slider(self.engine.is_point)
+            count = samples_slider(self.engine.is_point, fitted_number(self.rule, "num_samples", MOST_SAMPLES, 10))
             threshold = gr.Slider(
                 0, math.ceil(100 * self.highest) / 100, value=round(self.highest / 2, 2), step=0.01, min_width=260,
                 label="Abstain above this entropy (nats)",
                 info=f"Of {len(self.engine.class_names)} equally likely classes it would be {self.highest:.2f}.",
             )  # fmt: skip
         with gr.Accordion("More settings", open=False):
-            seed = seed_box()
+            seed = seed_box(fitted_number(self.rule, "seed", MOST_SEED, 0))
         run = gr.Button("Classify", variant="primary", elem_id="classify")
         said = gr.HTML(padding=False, elem_id="classifier-message")
         decision = gr.HTML(self.decide(None, self.highest / 2), padding=False, elem_id="decision")

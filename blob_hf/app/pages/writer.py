@@ -7,21 +7,22 @@ from typing import Any
 import gradio as gr
 
 from blob_hf.app.engine import CHAT, Engine, Progress, Stopped, TextAnswer, Watch, Writing
-from blob_hf.app.inputs import checked_count, checked_number, checked_text
+from blob_hf.app.inputs import MOST_SAMPLES, MOST_SEED, checked_count, checked_number, checked_text
 from blob_hf.app.markup import escape, message
 from blob_hf.app.pages.common import (
     ENGINE,
     HIDDEN,
-    MOST_SAMPLES,
-    MOST_SEED,
     Watches,
     example_list,
+    promised,
     samples_slider,
     seed_box,
     sentence,
 )
+from blob_hf.app.promises import fitted_number
 from blob_hf.app.text_markup import progress_html, text_html
-from blob_hf.app.text_view import text_view
+from blob_hf.app.text_view import fitted_abstention, text_view
+from blob_hf.baselines.conformal_texts import TextAbstention
 from blob_hf.data.conversations import Conversation
 
 MOST_TOKENS = 1024
@@ -48,7 +49,9 @@ class WriterPage:
         self, engine: Engine, examples: list[tuple[str, ...]], max_new_tokens: int = 128, api_name: str = "predict"
     ) -> None:
         self.engine, self.examples = engine, examples
-        self.max_new_tokens, self.api_name = min(max_new_tokens, MOST_TOKENS), api_name
+        self.rule = engine.rule if isinstance(engine.rule, TextAbstention) else None
+        longest = fitted_number(self.rule, "max_new_tokens", MOST_TOKENS, min(max_new_tokens, MOST_TOKENS))
+        self.max_new_tokens, self.api_name = longest, api_name
         self.talks = engine.kind == CHAT and engine.has_template
         self.watches = Watches()
 
@@ -69,7 +72,7 @@ class WriterPage:
             found = self.engine.write(self._asked(checked_text(text), []), how)
         except Exception as error:
             return {"error": sentence(error)}
-        return {**found.prediction.records()[0], "note": found.note}
+        return {**found.prediction.records()[0], "note": found.note, **promised(found.promise)}
 
     def answer(
         self,
@@ -93,7 +96,8 @@ class WriterPage:
                 for progress in work.progress():
                     yield progress_html(progress, count), "", before, turns_html(before)
                 found = work.result()
-            view = text_view(found.prediction, self.engine.tokenizer)
+            fitted = fitted_abstention(found.prediction, self.rule, found.promise, count > 0)
+            view = text_view(found.prediction, self.engine.tokenizer, fitted)
             title = _TITLES[how.decoding] if count else "The posterior mean's text (N=0)"
             after = [*asked, {"role": "assistant", "content": view.text}] if isinstance(asked, list) else []
             yield message(found.note), text_html(view, title, count > 0), after, turns_html(after)
@@ -133,15 +137,19 @@ class WriterPage:
         text = gr.Textbox(label=label, lines=3 if self.talks else 6, max_lines=16, placeholder="Write or paste a text")
         example_list(self.examples, [text])
         with gr.Row():
-            count = samples_slider(self.engine.is_point)
+            count = samples_slider(self.engine.is_point, fitted_number(self.rule, "num_samples", MOST_SAMPLES, 10))
             temperature = gr.Slider(
                 0, 2, value=0, step=0.05, label="Temperature of the samples", min_width=260,
                 info="0: each network writes its likeliest text; above it draws its tokens.",
             )  # fmt: skip
-        decoding = gr.Radio(DECODING_CHOICES, value="predictive", label="Decoding: which text is shown with its tokens")
+        own = None if self.rule is None else self.rule.fitted_to.get("decoding")
+        decoding = gr.Radio(
+            DECODING_CHOICES, value=own if own in _TITLES else "predictive",
+            label="Decoding: which text is shown with its tokens",
+        )  # fmt: skip
         with gr.Accordion("More settings", open=False):
             tokens = gr.Slider(1, MOST_TOKENS, value=self.max_new_tokens, step=1, label="Longest answer (tokens)")
-            seed = seed_box()
+            seed = seed_box(fitted_number(self.rule, "seed", MOST_SEED, 0))
         with gr.Row():
             run = gr.Button("Send" if self.talks else "Write", variant="primary", elem_id="write", scale=3)
             stop = gr.Button("Stop", elem_id="stop", scale=1)
