@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from blob_hf.app.questions import question_texts
 from blob_hf.cli.folders import SETTINGS_FILE, run_settings
+from blob_hf.cli.question_files import QuestionFile
 from blob_hf.cli.row_files import Row, TextFile
 from blob_hf.data.columns import IDS
 from blob_hf.inference.predict import calibration_of
@@ -98,7 +100,12 @@ def longest_answer(settings: Mapping[str, Any]) -> int:
 
 
 def texts_in(row: Mapping[str, Any]) -> dict[str, str]:
-    """The texts of a saved prediction of a classifier by column: what stands before the prediction, but ids."""
+    """The texts of a saved prediction of classes by column: what stands before the prediction, but ids.
+
+    (Of a question its parts, choices one a line.)
+    """
+    if asked := question_texts(row):
+        return asked
     names = list(row)[: list(row).index("prediction")] if "prediction" in row else []
     return {name: row[name] for name in names if name not in _ROW_KEYS and isinstance(row[name], str)}
 
@@ -184,6 +191,16 @@ def examples_of_file(path: str, columns: Sequence[str] | None = None, prompts: b
     source = TextFile.survey(path, columns, split="examples", prompts=prompts)
     rows = [row for row, _ in zip(source.rows(), range(EXAMPLES), strict=False)]
     return [tuple(row[name] for name in source.columns) for row in rows]
+
+
+def examples_of_questions(path: str) -> list[tuple[str, ...]]:
+    """The first questions of a file: question, choices one a line, and the passage where there is one.
+
+    Raises:
+        BlobError: As `QuestionFile.of`.
+    """
+    source = QuestionFile.of(path, None, split="examples")
+    return [tuple(question_texts(row).values()) for row, _ in zip(source.rows(), range(EXAMPLES), strict=False)]
 
 
 def saved_examples(folder: Path) -> list[tuple[str, ...]]:

@@ -6,6 +6,7 @@ from blob_hf.app.class_view import ClassRow, ClassView, Decision, FittedDecision
 from blob_hf.app.markup import card, escape, message, nats, percent, table
 
 _IN_SET = ' <small class="blob-in-set">in the set</small>'
+_PLURALS = {"class": "classes", "choice": "choices"}
 _LISTED = 20  # classes of a prediction set, of many
 
 
@@ -16,7 +17,7 @@ def classes_html(view: ClassView) -> str:
 
 def _probabilities(view: ClassView) -> str:
     sampled = view.num_samples > 0
-    header = ["class", "probability", *(["std"] if sampled else []), "N=0"]
+    header = [view.kind, "probability", *(["std"] if sampled else []), "N=0"]
     rows = [
         [
             escape(row.name), _bar(row) + percent(row.probability) + (_IN_SET if row.in_set else ""),
@@ -24,15 +25,15 @@ def _probabilities(view: ClassView) -> str:
         ]
         for row in view.rows
     ]  # fmt: skip
-    more = f" {view.other_count} other classes have {percent(view.others)} together." if view.other_count else ""
+    others = f"{view.other_count} other {_PLURALS[view.kind]}"
+    more = f" {others} have {percent(view.others)} together." if view.other_count else ""
     said = (
         f"The bar is the average over {view.num_samples} sampled networks, each tick one of them, std their spread."
         if sampled
         else "Of the posterior mean alone: no samples were drawn."
     )
-    return card(
-        "Class probabilities", table("Probability of each class", header, rows, "blob-classes"), note=said + more
-    )
+    inside = table(f"Probability of each {view.kind}", header, rows, "blob-classes")
+    return card(f"{view.kind.capitalize()} probabilities", inside, note=said + more)
 
 
 def _bar(row: ClassRow) -> str:
@@ -97,7 +98,7 @@ def fitted_html(fitted: FittedDecisions) -> str:
 def _set_html(fitted: FittedDecisions) -> str:
     names = fitted.prediction_set
     if not names:
-        return "<p><strong>No class</strong> is as likely here as that of most of the held-out rows.</p>"
+        return "<p><strong>None of them</strong> is as likely here as that of most of the held-out rows.</p>"
     listed = ", ".join(f'<b class="blob-in-set">{escape(name)}</b>' for name in names[:_LISTED])
     more = f" and {len(names) - _LISTED} others" if len(names) > _LISTED else ""
     share = f" with {percent(fitted.coverage)}" if fitted.promise.holds else ""
@@ -110,7 +111,7 @@ def _rule_html(fitted: FittedDecisions) -> str:
     if fitted.answered_from is None:
         why = "no threshold could be promised by the held-out rows, so nothing is answered"
     else:
-        why = f"the likeliest class has {percent(fitted.confidence)}, answered from {percent(fitted.answered_from)} on"
+        why = f"the likeliest has {percent(fitted.confidence)}, answered from {percent(fitted.answered_from)} on"
     return f"<p><strong>{said}:</strong> {why}</p>"
 
 

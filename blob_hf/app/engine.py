@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
+from blob_hf.app import questions
 from blob_hf.app.promises import Promise, fitted_rule, promise_of, sampling_as_fitted
 from blob_hf.cli.adapters import load_networks
 from blob_hf.data.conversations import Conversation
@@ -27,7 +28,7 @@ from blob_hf.tuner.posterior import sampling_of
 from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 
-CLASSIFIER, SUMMARIZER, CHAT = "classifier", "summarizer", "chat"
+CLASSIFIER, SUMMARIZER, CHAT, CHOICES = "classifier", "summarizer", "chat", "multiple choice"
 RUNNERS_UP = 5  # likeliest tokens that are kept at each place
 _POLL = 0.1  # seconds
 _UNCUT = 1_000_000  # tokens
@@ -153,19 +154,18 @@ def check_adapter(adapter: str | Path, folder: Path, prompt: str | None) -> None
         prompt: Of a summarizer; None for none.
 
     Raises:
-        BlobError: It answers multiple choice or tells classes of words; or the prompt is for nothing or has no place
-            for the text.
+        BlobError: It tells classes of words, or something else; or the prompt is for nothing or has no place for the
+            text.
     """
-    if ChoiceScoring.load(folder) is not None:
-        raise BlobError(f"{adapter} answers multiple choice, for which there is no page: use blob predict")
+    chooses = ChoiceScoring.load(folder) is not None
     config = read_config(folder)
     name = (config.auto_mapping or {}).get("base_model_class") or _CLASSES.get(str(config.task_type or ""), "")
-    if "For" in name and not name.endswith(tuple(_KINDS)):
+    if not chooses and "For" in name and not name.endswith(tuple(_KINDS)):
         raise BlobError(f"a page is for classifiers and models that write, not for {name} ({adapter})")
     if prompt is not None:
         kind = next((kind for end, kind in _KINDS.items() if name.endswith(end)), SUMMARIZER)
-        if kind != SUMMARIZER:
-            raise BlobError(f"a prompt is for summarizers; {adapter} is a {kind}")
+        if chooses or kind != SUMMARIZER:
+            raise BlobError(f"a prompt is for summarizers; {adapter} is {f'for {CHOICES}' if chooses else f'a {kind}'}")
         Prompt(prompt)
 
 
@@ -189,7 +189,11 @@ class Engine:
         self.tokenizer = find_tokenizer(self.model)
         self._turn = threading.Lock()
         base: Any = self.model.get_base_model()
-        if is_sequence_classifier(base):
+        scoring = self.model.companion(ChoiceScoring.slot)
+        self.scoring = scoring if isinstance(scoring, ChoiceScoring) else None
+        if self.scoring is not None:
+            self.kind = CHOICES
+        elif is_sequence_classifier(base):
             self.kind = CLASSIFIER
         elif base.config.is_encoder_decoder:
             self.kind = SUMMARIZER
@@ -202,12 +206,12 @@ class Engine:
         self.prompt = (prompt or then.get("prompt") or DEFAULT_PROMPT) if self.kind == SUMMARIZER else None
         self.num_beams = int(then.get("num_beams") or 1)
         self.is_point = sampling_of(self.model, Sampling(1)).num_samples == 0  # no samples to draw
-        if self.kind == CLASSIFIER:
-            self.classify(("a",), 0)  # what cannot be predicted is refused before there is a page
+        if self.kind in (CLASSIFIER, CHOICES):  # what cannot be predicted is refused before there is a page
+            self.classify(("a",) if self.scoring is None else questions.probe(self.scoring), 0)
 
     @property
     def class_names(self) -> list[str]:
-        """Of a classifier, in the order of their ids."""
+        """Of a classifier, or the letters of choices, in the order of their ids."""
         config: Any = self.model.get_base_model().config
         return [str(config.id2label[index]) for index in range(config.num_labels)]
 
@@ -216,17 +220,18 @@ class Engine:
         """Whether its tokenizer can render conversations."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
-    def classify(self, texts: tuple[str, ...], num_samples: int, seed: int = 0) -> ClassAnswer:
-        """The classes of a text, or of a pair.
+    def classify(self, asked: tuple[str, ...] | questions.Question, num_samples: int, seed: int = 0) -> ClassAnswer:
+        """The classes of a text or of a pair, or the choices of a question.
 
         Raises:
-            BlobError: The text does not fit the model.
+            BlobError: It does not fit the model.
         """
         sampling = sampling_as_fitted(self.rule, num_samples, seed)
         with self._turn:
-            found = self.model.predict([texts], self.tokenizer, sampling)
-            mean = self.model.predict([texts], self.tokenizer, 0)
-            note, promise = self._cut(texts, 0), self._promise(sampling)
+            found = self.model.predict([asked], self.tokenizer, sampling)
+            mean = self.model.predict([asked], self.tokenizer, 0)
+            note = self._cut(asked, 0) if isinstance(asked, tuple) else self._cut_question(asked)
+            promise = self._promise(sampling)
         assert isinstance(found, Prediction) and isinstance(mean, Prediction)
         return ClassAnswer(found, mean, note, promise)
 
@@ -278,7 +283,16 @@ class Engine:
         """What is said of a text that is longer than the model reads; "" of others."""
         limit = longest_input(self.model, self.tokenizer) - room
         ids: Sequence[int] = encode([text], self.tokenizer, self.prompt, _UNCUT, is_decoder(self.model))["input_ids"][0]
-        if len(ids) <= limit:
-            return ""
-        part = "beginning" if is_decoder(self.model) else "end"
-        return f"The text has {len(ids):,} tokens and the model reads {limit:,}: its {part} was left out."
+        return _left_out("text", len(ids), limit, "beginning" if is_decoder(self.model) else "end")
+
+    def _cut_question(self, asked: questions.Question) -> str:
+        """The same of a question."""
+        assert self.scoring is not None
+        count = max(len(self.tokenizer(text).input_ids) for text in questions.prompts(asked, self.scoring))
+        return _left_out("question", count, self.scoring.max_length, "beginning")
+
+
+def _left_out(what: str, count: int, limit: int, part: str) -> str:
+    if count <= limit:
+        return ""
+    return f"The {what} has {count:,} tokens and the model reads {limit:,}: its {part} was left out."

@@ -74,7 +74,7 @@ def promise_of(rule: Rule, model: BlobModel, sampling: Sampling, how: Mapping[st
 def _promised(rule: Rule) -> str:
     if isinstance(rule, PredictionSets):
         return (
-            f"the class is in the set with a probability of at least {_share(1 - rule.alpha)}, and of the inputs that "
+            f"the truth is in the set with a probability of at least {_share(1 - rule.alpha)}, and of the inputs that "
             f"are answered at most {_share(rule.alpha)} are answered wrongly (the latter is {_share(1 - rule.delta)} "
             "sure)"
         )

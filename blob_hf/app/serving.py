@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from blob_hf.app import require_gradio
-from blob_hf.app.beside import examples_of_file, longest_answer, saved_evaluation, saved_examples
-from blob_hf.app.engine import CHAT, CLASSIFIER, Engine
+from blob_hf.app.beside import examples_of_file, examples_of_questions, longest_answer, saved_evaluation, saved_examples
+from blob_hf.app.engine import CHAT, CHOICES, CLASSIFIER, Engine
 from blob_hf.app.run_view import run_view
 from blob_hf.cli.folders import run_settings
 from blob_hf.utils.errors import BlobError
@@ -64,13 +64,14 @@ def adapter_part(
     Args:
         adapter: Folder or Hub repo.
         prompt: Of a summarizer; default that of its run, else its script's.
-        examples: File of texts; default those of the run, if they are there.
+        examples: File of texts, or of questions; default those of the run, if they are there.
         text_columns: Of that file; default those that can only be meant.
 
     Raises:
         BlobError: As `Engine`; or a file beside it, or of examples, is damaged.
     """
     require_gradio()
+    from blob_hf.app.pages.choices import ChoicePage
     from blob_hf.app.pages.classifier import ClassifierPage
     from blob_hf.app.pages.writer import WriterPage
 
@@ -78,6 +79,15 @@ def adapter_part(
     settings = run_settings(folder) if folder.is_dir() else {}
     own = settings.get("prompt")
     engine = Engine(adapter, prompt if prompt is not None else own if isinstance(own, str) else None)
+    if engine.kind == CHOICES:
+        if text_columns:
+            raise BlobError(
+                "--text_columns is for texts; this adapter answers questions, whose columns are question and choices"
+            )
+        asked = examples_of_questions(examples) if examples else saved_examples(engine.folder)
+        evaluation = saved_evaluation(engine.folder, engine.model)
+        about = "Choice probabilities of sampled networks, how unsure they are, and when to abstain."
+        return Part("Multiple choice", about, ChoicePage(engine, evaluation, asked, api_name).build)
     texts = examples_of_file(examples, text_columns, engine.kind == CHAT) if examples else saved_examples(engine.folder)
     shown = [row for row in texts if all(isinstance(text, str) for text in row)]
     if engine.kind == CLASSIFIER:

@@ -51,7 +51,7 @@ def test_sets_and_abstention_are_those_of_predict(classifier):
         assert {row.name for row in view.rows if row.in_set} == set(view.fitted.prediction_set) == probable
         assert view.fitted.abstains == (expected.confidence[0] < 0.37) == bool(expected.decisions.abstain[0])
         abstained.add(view.fitted.abstains)
-        assert answer.promise.holds and "50 held-out rows, with 4 samples of seed 2: the class" in decision
+        assert answer.promise.holds and "50 held-out rows, with 4 samples of seed 2: the truth" in decision
         assert "at least 90 %" in decision and "at most 10 % are answered wrongly" in decision
         assert ("Ask a person" in decision) == view.fitted.abstains != ("Answer:" in decision)
         assert classes.count("in the set") == len(probable) and all(f">{name}</b>" in decision for name in probable)
@@ -69,7 +69,7 @@ def test_of_other_samples_nothing_is_promised(classifier):
     assert view.fitted.prediction_set == tuple(model.predict([text], sampling=Sampling(3, seed=5)).prediction_sets[0])
     mean = engine.classify((text,), 0, 7)  # it has thresholds of its own, and no samples that could be others
     view, decision, _ = seen(engine, mean, 0)
-    assert mean.promise.holds and "with the posterior mean: the class" in decision
+    assert mean.promise.holds and "with the posterior mean: the truth" in decision
     assert view.fitted.abstains and "nothing is answered" in decision
     np.testing.assert_array_equal(mean.prediction.decisions.sets, mean.prediction.probabilities >= 1 - 0.66)
 

@@ -1,5 +1,6 @@
 """The pages in a real browser, headless: what they show is what the library says."""
 
+import json
 import math
 import re
 import shutil
@@ -9,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import words
-from helpers.pages import PROMPT, fit_sets, save_chat, save_classifier, save_summarizer
+from helpers.pages import (
+    PROMPT,
+    fit_sets,
+    save_chat,
+    save_choices,
+    save_classifier,
+    save_summarizer,
+    some_questions,
+)
 
 from blob_hf import BlobModel, Sampling, generate_predictive
 from blob_hf.app.beside import saved_evaluation
@@ -21,6 +30,7 @@ from blob_hf.app.serving import Part, adapter_part, blocks, run_part, serve
 from blob_hf.app.text_view import level_of
 from blob_hf.data.summarization import Prompt
 from blob_hf.inference.inputs import find_tokenizer
+from blob_hf.utils.errors import BlobError
 
 pytestmark = pytest.mark.slow
 DIALOGUE = "#Person1#: Can I borrow the tent?\n#Person2#: Yes. Please return it on Monday or Friday."
@@ -261,6 +271,61 @@ def test_fitted_decisions_are_those_of_predict_and_promise_nothing_of_other_samp
         page.locator("#classify").click()
         page.wait_for_selector("#decision .blob-busy:has-text('fitted with N=4. With N=3 its guarantee does not hold')")
         assert "Promised for" not in fitted.inner_text()
+    finally:
+        page.close()
+        built.close()
+
+
+def test_a_question_is_answered_as_predict_says(browser, tmp_path):
+    from gradio_client import Client
+
+    from blob_hf.app.space import write_space
+
+    folder, asked = save_choices(tmp_path), some_questions(4)
+    rows = tmp_path / "asked.jsonl"
+    rows.write_text("".join(json.dumps(one) + "\n" for one in asked))
+    write_space(str(folder), tmp_path / "space")
+    shutil.rmtree(folder)
+    shutil.rmtree(tmp_path / "base")  # the Space has its own
+    adapter = tmp_path / "space" / "adapter"
+    model = BlobModel.from_pretrained(adapter).eval()
+    found, mean = model.predict([asked[1]], sampling=Sampling(10)), model.predict([asked[1]], sampling=0)
+    with pytest.raises(BlobError, match="--text_columns is for texts; this adapter answers questions"):
+        adapter_part(adapter, examples=str(rows), text_columns=["question"])
+    built = blocks([adapter_part(adapter, examples=str(rows))], "Page")
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.set_default_timeout(PATIENCE)
+    try:
+        address = serve(built, wait=False)
+        page.goto(address)
+        page.get_by_label("Example").click()
+        page.get_by_role("option").nth(1).click()
+        page.wait_for_function(
+            "said => [...document.querySelectorAll('textarea')].some(box => box.value == said)",
+            arg="\n".join(asked[1]["choices"]),
+        )
+        page.locator("#classify").click()
+        page.wait_for_selector("#classes .blob-card")
+        count = len(asked[1]["choices"])
+        assert cells(page, "#classes .blob-classes") == [
+            [
+                f"{found.class_names[i]}) {asked[1]['choices'][i]}", percent(found.probabilities[0, i]),
+                f"± {percent(found.std[0, i])}", percent(mean.probabilities[0, i]),
+            ]
+            for i in np.argsort(-found.probabilities[0, :count])
+        ]  # fmt: skip
+        values = [row[1] for row in cells(page, "#classes .blob-card:nth-of-type(2)")]
+        assert values == [f"{value[0]:.3f}" for value in (found.entropy, found.aleatoric, found.epistemic)]
+        assert page.locator("#decision .blob-verdict").count() == 1
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.get_by_label("Choices, one a line").fill("w1")
+        page.locator("#classify").click()
+        page.wait_for_selector("#classifier-message [role=alert]:has-text('needs two choices or more')")
+        client = Client(address, verbose=False, analytics_enabled=False)
+        record = client.predict(question=asked[1]["question"], choices=asked[1]["choices"], api_name="/predict")
+        (expected,) = found.records()
+        assert record["label"] == expected["label"]
+        assert record["probabilities"] == pytest.approx(expected["probabilities"], rel=1e-6, abs=1e-9)
     finally:
         page.close()
         built.close()

@@ -123,7 +123,7 @@ def test_a_space_that_could_not_start_is_refused(classifier_run, tmp_path, capsy
         (classifier_run, None, "full", "is not empty"),
         (odd, None, "new", "is neither a folder here nor a name on the Hub"),
         (words_of, None, "new", "a page is for classifiers and models that write"),
-        (choices, None, "new", "answers multiple choice, for which there is no page"),
+        (choices, "Say {dialogue}", "new", "a prompt is for summarizers; "),
         (classifier_run, "Say {dialogue}", "new", "a prompt is for summarizers"),
         (summarizer, "Say it", "new", "must contain {dialogue} exactly once"),
     ):
