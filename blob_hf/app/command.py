@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--space", metavar="DIR", help="instead of serving, write a Space for the Hub into this new folder"
     )
-    own.add_argument("--examples", help=f"file of texts to choose from: {FORMATS}; default: those of the run")
+    own.add_argument("--examples", help=f"file of texts or questions to choose from: {FORMATS}; default: the run's")
     own.add_argument("--text_columns", nargs="+", help="of --examples: the one or two columns of the texts")
     own.add_argument("--prompt", help="summarizers: the prompt of the training; default: that of the run")
     own.add_argument("--host", default=LOCALHOST, help=f"who may reach it; 0.0.0.0: all (default: {LOCALHOST})")

@@ -11,10 +11,14 @@ from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.sampling import Sampling
 
 Rule = PredictionSets | TextAbstention
-# What a rule may have been fitted with, in words; the rest by its name.
+# What a rule may have been fitted with, in words, the rest by its name; and what it is called where there is none.
 _WORDS = {
     "num_samples": "N={}", "max_new_tokens": "a longest answer of {} tokens", "num_beams": "{} beams",
-    "layers": "samples in the last {} layers", "tolerance": "a tolerance of {}",
+    "layers": "samples in the last {} layers", "tolerance": "a tolerance of {}", "prompt": "the prompt {!r}",
+}  # fmt: skip
+_NONE = {
+    "layers": "samples in all layers", "tolerance": "no tolerance", "prompt": "no prompt",
+    "temperature": "temperature 0",
 }  # fmt: skip
 
 
@@ -89,7 +93,6 @@ def _share(value: float) -> str:
 
 
 def _worded(name: str, value: object) -> str:
-    if value is None and name in ("layers", "tolerance", "temperature"):
-        return f"no {name}" if name == "tolerance" else {"layers": "samples in all layers"}.get(name, f"{name} 0")
-    shown = repr(value) if name == "prompt" else value
-    return _WORDS.get(name, f"{name.replace('_', ' ')} {{}}").format(shown)
+    if value is None and name in _NONE:
+        return _NONE[name]
+    return _WORDS.get(name, f"{name.replace('_', ' ')} {{}}").format(value)

@@ -17,6 +17,7 @@ from blob_hf.reporting.report import REPORT
 from blob_hf.utils.errors import BlobError
 
 CLASSES, SUMMARIES = "classes", "summaries"
+ANSWER, ASK = "answer", "ask a person"
 LEAST_CERTAIN, WORST = "least certain first", "worst first"
 MOST_CERTAIN, AS_SAVED = "most certain first", "as saved"
 _IMAGE = re.compile(r"^!\[.*\]\(plots/.*\)\s*$", re.MULTILINE)
@@ -34,6 +35,8 @@ class SavedRow:
         risk: How bad the answer is: the negative log-probability of the true class in nats, or 1 - ROUGE-L; NaN where
             the truth is unknown.
         is_wrong: Of classes, whether the answer is not the truth.
+        prediction_set: The classes that could not be ruled out, where sets were fitted.
+        rule: What the fitted rule says: `ANSWER` or `ASK`; "" where none was fitted.
     """
 
     name: str
@@ -44,6 +47,8 @@ class SavedRow:
     uncertainty: dict[str, float]
     risk: float
     is_wrong: bool
+    prediction_set: str = ""
+    rule: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,13 @@ def _of_class(row: Row) -> SavedRow:
         texts["choices"] = "\n".join(lettered(row["choices"]))
     asked = "\n".join(texts.values())
     name = str(next((row[key] for key in ("id", "idx", "index") if key in row), ""))
-    return SavedRow(name, asked, answer, "", truth, {"entropy": entropy}, risk, wrong)
+    chosen = row.get("prediction_set")
+    own = "" if chosen is None else ", ".join(map(str, chosen)) or "none"
+    return SavedRow(name, asked, answer, "", truth, {"entropy": entropy}, risk, wrong, own, _rule(row))
+
+
+def _rule(row: Row) -> str:
+    return {True: ASK, False: ANSWER}.get(row.get("abstain"), "")
 
 
 def _of_summary(row: Row, texts: dict[str, str]) -> SavedRow:
@@ -161,4 +172,5 @@ def _of_summary(row: Row, texts: dict[str, str]) -> SavedRow:
     return SavedRow(
         name, texts.get(name, ""), str(row.get("summary", "")), str(row.get("mean_summary", "")),
         "\n".join(row.get("references") or []), {key: float(value) for key, value in doubts.items()}, risk, False,
+        rule=_rule(row),
     )  # fmt: skip

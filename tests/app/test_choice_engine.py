@@ -1,6 +1,8 @@
 """Questions with choices on the page, against `model.predict` on the same questions."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,8 +26,17 @@ def folder(tmp_path_factory):
     return save_choices(tmp_path_factory.mktemp("choices"))
 
 
-def test_choices_have_the_numbers_of_predict(folder):
-    engine, model = Engine(folder), BlobModel.from_pretrained(folder).eval()
+@pytest.fixture(scope="module")
+def engine(folder):
+    return Engine(folder)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return BlobModel.from_pretrained(folder).eval()
+
+
+def test_choices_have_the_numbers_of_predict(engine, model):
     assert engine.kind == CHOICES
     for asked in some_questions(4):
         found = model.predict([asked], sampling=Sampling(5, seed=3))
@@ -48,10 +59,10 @@ def test_choices_have_the_numbers_of_predict(folder):
         assert "Choice probabilities" in html and ">choice</th>" in html and ">class</th>" not in html
 
 
-def test_the_prediction_set_has_the_names_of_choices(tmp_path):
-    folder = save_choices(tmp_path)
-    fit_sets(folder, Sampling(4), quantile=0.7, confidence=0.4)
-    engine, model = Engine(folder), BlobModel.from_pretrained(folder).eval()
+def test_the_prediction_set_has_the_names_of_choices(folder, tmp_path):
+    own = Path(shutil.copytree(folder, tmp_path / "adapter"))
+    fit_sets(own, Sampling(4), quantile=0.7, confidence=0.4)
+    engine, model = Engine(own), BlobModel.from_pretrained(own).eval()
     (asked,) = [one for one in some_questions(2) if len(one["choices"]) == 2]
     answer = engine.classify(checked_question(asked["question"], asked["choices"], "", engine.scoring), 4)
     names = [f"A) {asked['choices'][0]}", f"B) {asked['choices'][1]}"]
@@ -94,8 +105,7 @@ def test_each_kind_of_question_is_asked_for_what_it_needs():
     assert prompts(checked_question("w1 _ w2", "a\nb", "", blank), blank) == ["w1 a w2", "w1 b w2"]
 
 
-def test_a_question_that_is_too_long_is_answered_with_a_note(folder):
-    engine = Engine(folder)
+def test_a_question_that_is_too_long_is_answered_with_a_note(engine):
     long = checked_question(" ".join(["w5"] * 400), "w1\nw2", "", engine.scoring)
     count = len(engine.tokenizer(prompts(long, engine.scoring)[0]).input_ids)
     limit = engine.scoring.max_length
@@ -104,7 +114,7 @@ def test_a_question_that_is_too_long_is_answered_with_a_note(folder):
     )
 
 
-def test_examples_and_the_run_of_questions(tmp_path, folder):
+def test_examples_and_the_run_of_questions(tmp_path, model):
     asked = some_questions(3)
     path = tmp_path / "asked.jsonl"
     path.write_text("".join(json.dumps({**row, "label": 0}) + "\n" for row in asked))
@@ -114,7 +124,6 @@ def test_examples_and_the_run_of_questions(tmp_path, folder):
     texts.write_text('{"text": "w1"}\n')
     with pytest.raises(BlobError, match="has no questions: the adapter answers multiple choice"):
         examples_of_questions(str(texts))
-    model = BlobModel.from_pretrained(folder).eval()
     found = model.predict(asked, sampling=Sampling(4))
     with np.errstate(divide="ignore"):
         log_probs = np.maximum(np.log(found.probabilities), -1e9)

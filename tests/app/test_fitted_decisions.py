@@ -1,6 +1,8 @@
 """Decisions that were fitted to an adapter, as the page shows them: `model.predict`'s, and whether they promise."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,8 +41,23 @@ def classifier(tmp_path_factory):
     return folder
 
 
-def test_sets_and_abstention_are_those_of_predict(classifier):
-    engine, model = Engine(classifier), BlobModel.from_pretrained(classifier).eval()
+@pytest.fixture(scope="module")
+def engine(classifier):
+    return Engine(classifier)
+
+
+@pytest.fixture(scope="module")
+def model(classifier):
+    return BlobModel.from_pretrained(classifier).eval()
+
+
+@pytest.fixture
+def other(classifier, tmp_path):
+    """The same adapter in another folder, to be fitted otherwise."""
+    return Path(shutil.copytree(classifier, tmp_path / "adapter"))
+
+
+def test_sets_and_abstention_are_those_of_predict(engine, model):
     abstained = set()
     for text in words(9):
         expected = model.predict([text], sampling=Sampling(4, seed=2))
@@ -58,8 +75,7 @@ def test_sets_and_abstention_are_those_of_predict(classifier):
     assert abstained == {True, False}
 
 
-def test_of_other_samples_nothing_is_promised(classifier):
-    engine, model = Engine(classifier), BlobModel.from_pretrained(classifier).eval()
+def test_of_other_samples_nothing_is_promised(engine, model):
     (text,) = words(1)
     other = engine.classify((text,), 3, 5)
     view, decision, _ = seen(engine, other, 3)
@@ -74,27 +90,26 @@ def test_of_other_samples_nothing_is_promised(classifier):
     np.testing.assert_array_equal(mean.prediction.decisions.sets, mean.prediction.probabilities >= 1 - 0.66)
 
 
-def test_samples_are_drawn_as_the_rule_was_fitted_to(tmp_path):
-    folder = save_classifier(tmp_path)
-    fit_sets(folder, Sampling(4, draw="antithetic"))
-    answer = Engine(folder).classify(tuple(words(1)), 4, 0)
-    expected = BlobModel.from_pretrained(folder).eval().predict(words(1), sampling=Sampling(4, draw="antithetic"))
+def test_samples_are_drawn_as_the_rule_was_fitted_to(other, model):
+    fit_sets(other, Sampling(4, draw="antithetic"))
+    answer = Engine(other).classify(tuple(words(1)), 4, 0)
+    expected = model.predict(words(1), sampling=Sampling(4, draw="antithetic"))
     np.testing.assert_array_equal(answer.prediction.sample_probabilities, expected.sample_probabilities)
     assert answer.promise.holds
 
 
-def test_a_rule_of_the_posterior_mean_alone_says_nothing_of_samples(tmp_path):
-    folder = save_classifier(tmp_path)
-    fit_sets(folder, Sampling(0))
-    engine = Engine(folder)
+def test_a_rule_of_the_posterior_mean_alone_says_nothing_of_samples(other):
+    fit_sets(other, Sampling(0))
+    engine = Engine(other)
     answer = engine.classify(tuple(words(1)), 3)
     view, decision, classes = seen(engine, answer, 3)
     assert not view.fitted.made and "in the set" not in classes and "One of these" not in decision
     assert "fitted with N=0. With N=3 its guarantee does not hold" in decision
 
 
-def test_without_a_file_nothing_is_new(tmp_path):
-    engine = Engine(save_classifier(tmp_path))
+def test_without_a_file_nothing_is_new(other):
+    (other / "conformal.json").unlink()
+    engine = Engine(other)
     answer = engine.classify(tuple(words(1)), 3)
     view, decision, classes = seen(engine, answer, 3)
     assert engine.rule is None and answer.promise is None and view.fitted is None
@@ -144,12 +159,10 @@ def test_the_temperature_is_a_part_of_how_a_text_that_was_drawn_is_written():
     assert how_written(None, {"decoding": "mbr", "temperature": 0.7})["temperature"] == 0.7
 
 
-def test_a_temperature_that_was_fitted_later_is_refused_before_there_is_a_page(tmp_path):
-    folder = save_classifier(tmp_path)
-    fit_sets(folder, Sampling(4))
-    file = folder / "conformal.json"
+def test_a_temperature_that_was_fitted_later_is_refused_before_there_is_a_page(other):
+    file = other / "conformal.json"
     rule = json.loads(file.read_text())
     rule["fitted_to"]["temperatures"] = [1.5, 1.2]
     file.write_text(json.dumps(rule))
     with pytest.raises(BlobError, match="fitted with temperatures .*, but it has None now: fit them again"):
-        Engine(folder)
+        Engine(other)

@@ -67,6 +67,22 @@ def test_rows_of_a_classifier_in_every_order(small_run):
         saved.ordered("backwards")
 
 
+def test_what_was_decided_by_a_fitted_rule_stands_beside_the_answers(small_run):
+    path = small_run / "validation_predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    (saved,) = run_view(small_run).predictions
+    assert "fitted rule" not in rows_html(saved, saved.rows, "all")
+    for row, chosen, abstain in zip(rows, (["n"], [], ["y", "<n>"], ["y"]), (False, True, True, False), strict=True):
+        row |= {"prediction_set": chosen, "abstain": abstain}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (saved,) = run_view(small_run).predictions
+    assert [row.prediction_set for row in saved.rows] == ["n", "none", "y, <n>", "y"]
+    assert [row.rule for row in saved.rows] == ["answer", "ask a person", "ask a person", "answer"]
+    shown = rows_html(saved, saved.rows, "all")
+    assert '<th scope="col">prediction set</th><th scope="col">fitted rule</th><th scope="col">truth</th>' in shown
+    assert "<td>y, &lt;n&gt;</td><td>ask a person</td>" in shown
+
+
 def test_the_report_has_no_dead_images_and_the_plots_are_in_the_page(small_run):
     view = run_view(small_run)
     assert "It went well." in view.report and "plots/kl.png" not in view.report
@@ -115,7 +131,7 @@ def test_rows_of_a_summarizer_with_their_dialogues(tmp_path):
         {
             "id": f"d{i}", "references": ["a", "b"], "summary": f"said {i}", "mean_summary": f"mean {i}",
             "mean_scores": {"rougeL": 0.9}, "summary_scores": {"rougeL": quality},
-            "uncertainty": {"dissimilarity": doubt, "cluster_entropy": 1 - doubt},
+            "uncertainty": {"dissimilarity": doubt, "cluster_entropy": 1 - doubt}, "abstain": doubt > 0.25,
         }
         for i, (quality, doubt) in enumerate([(0.5, 0.1), (0.9, 0.3), (0.2, 0.2)])
     ]  # fmt: skip
@@ -124,6 +140,7 @@ def test_rows_of_a_summarizer_with_their_dialogues(tmp_path):
     assert [row.name for row in saved.ordered(WORST)] == ["d2", "d0", "d1"]
     assert [row.name for row in saved.ordered(LEAST_CERTAIN)] == ["d1", "d2", "d0"]
     assert [row.name for row in saved.ordered(LEAST_CERTAIN, "cluster_entropy")] == ["d0", "d2", "d1"]
+    assert [row.rule for row in saved.rows] == ["answer", "ask a person", "answer"]
     assert "talk 1" in rows_html(saved, saved.rows, "all")
     assert saved_examples(tmp_path) == [("talk 0",), ("talk 1",), ("talk 2",)]
 
