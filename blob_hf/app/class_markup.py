@@ -112,7 +112,7 @@ def _rule_html(fitted: FittedDecisions) -> str:
         why = "no threshold could be promised by the held-out rows, so nothing is answered"
     else:
         why = f"the likeliest has {percent(fitted.confidence)}, answered from {percent(fitted.answered_from)} on"
-    return f"<p><strong>{said}:</strong> {why}</p>"
+    return f'<p role="status"><strong>{said}:</strong> {why}</p>'
 
 
 def _verdict(decision: Decision, view: ClassView | None) -> str:

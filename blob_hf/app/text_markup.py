@@ -52,7 +52,8 @@ def _rule_html(fitted: FittedAbstention) -> str:
     name, unit = _NAMES.get(fitted.score, (fitted.score, ""))
     limit = "every text is given" if fitted.below is None else f"texts are given below {nats(fitted.below)}"
     said = "Abstain: better ask a person than give this text" if fitted.abstains else "Give the text"
-    return f"<p><strong>{said}:</strong> {escape(f'{name} {nats(fitted.value)} {unit}'.strip())}, {limit}</p>"
+    value = escape(f"{name} {nats(fitted.value)} {unit}".strip())
+    return f'<p role="status"><strong>{said}:</strong> {value}, {limit}</p>'
 
 
 def token_html(token: TokenView) -> str:

@@ -82,10 +82,11 @@ def test_of_other_samples_nothing_is_promised(engine, model):
     assert not other.promise.holds
     said = "The rule was fitted with N=4, seed 2. With N=3, seed 5 its guarantee does not hold."
     assert other.promise.said == said and said in decision and "90 %" not in decision
+    assert "blob-busy" in decision
     assert view.fitted.prediction_set == tuple(model.predict([text], sampling=Sampling(3, seed=5)).prediction_sets[0])
     mean = engine.classify((text,), 0, 7)  # it has thresholds of its own, and no samples that could be others
     view, decision, _ = seen(engine, mean, 0)
-    assert mean.promise.holds and "with the posterior mean: the truth" in decision
+    assert mean.promise.holds and "blob-busy" not in decision and "with the posterior mean: the truth" in decision
     assert view.fitted.abstains and "nothing is answered" in decision
     np.testing.assert_array_equal(mean.prediction.decisions.sets, mean.prediction.probabilities >= 1 - 0.66)
 
