@@ -32,7 +32,7 @@ def _probabilities(view: ClassView) -> str:
         if sampled
         else "Of the posterior mean alone: no samples were drawn."
     )
-    inside = table(f"Probability of each {view.kind}", header, rows, "blob-classes")
+    inside = table(f"Probability of each {view.kind}", header, rows, f"blob-classes blob-of-{view.kind}")
     return card(f"{view.kind.capitalize()} probabilities", inside, note=said + more)
 
 
@@ -101,7 +101,7 @@ def _set_html(fitted: FittedDecisions) -> str:
         return "<p><strong>None of them</strong> is as likely here as that of most of the held-out rows.</p>"
     listed = ", ".join(f'<b class="blob-in-set">{escape(name)}</b>' for name in names[:_LISTED])
     more = f" and {len(names) - _LISTED} others" if len(names) > _LISTED else ""
-    share = f" with {percent(fitted.coverage)}" if fitted.promise.holds else ""
+    share = f" with {100 * fitted.coverage:g}\N{NO-BREAK SPACE}%" if fitted.promise.holds else ""
     what = f"One of these{share}" if len(names) > 1 else f"This one{share}"
     return f"<p><strong>{what}:</strong> {listed}{more}</p>"
 

@@ -161,7 +161,8 @@ def _of_class(row: Row) -> SavedRow:
 
 
 def _rule(row: Row) -> str:
-    return {True: ASK, False: ANSWER}.get(row.get("abstain"), "")
+    abstains = row.get("abstain")
+    return "" if abstains is None else ASK if abstains else ANSWER
 
 
 def _of_summary(row: Row, texts: dict[str, str]) -> SavedRow:

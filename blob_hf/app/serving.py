@@ -149,7 +149,10 @@ def serve(page: Any, host: str = LOCALHOST, port: int | None = None, wait: bool 
         BlobError: The port is taken, or the host is not this machine's.
     """
     import gradio as gr
+    from datasets import disable_progress_bars
     from starlette.middleware import Middleware
+
+    disable_progress_bars()  # a question is a data set of one row
 
     theme = gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=_MONO).set(
         body_text_color_subdued="*neutral_600", block_info_text_color="*neutral_600",
