@@ -9,7 +9,7 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from blob_hf.app.beside import PREDICTIONS, TEXT_FILES, label_of, log_probs_of, read_rows, source_texts, texts_in
-from blob_hf.app.questions import lettered
+from blob_hf.app.questions import lettered, question_texts
 from blob_hf.cli.artifacts import EVALUATION
 from blob_hf.cli.row_files import Row
 from blob_hf.metrics.uncertainty import predictive_entropy
@@ -151,8 +151,10 @@ def _of_class(row: Row) -> SavedRow:
     wrong = bool(truth) and truth != str(row["prediction"])
     answer = f"{row['prediction']} ({100 * float(row['probability']):.1f}\N{NO-BREAK SPACE}%)"
     texts = texts_in(row)
-    if "choices" in texts and str(row["prediction"]) in ascii_uppercase:  # else the words themselves are the answers
-        texts["choices"] = "\n".join(lettered(row["choices"]))
+    if question_texts(row):
+        del texts["choices"]
+        if str(row["prediction"]) in ascii_uppercase:  # else they are always the same words
+            texts["question"] += "\n" + "\n".join(lettered(row["choices"]))
     asked = "\n".join(texts.values())
     name = str(next((row[key] for key in ("id", "idx", "index") if key in row), ""))
     chosen = row.get("prediction_set")

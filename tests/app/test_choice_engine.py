@@ -143,3 +143,9 @@ def test_examples_and_the_run_of_questions(tmp_path, model):
     assert first.asked == "\n".join([asked[0]["question"], *lettered])
     assert first.risk == pytest.approx(-np.log(found.probabilities[0, 1])) and first.truth == "B"
     assert lettered[1] in rows_html(saved, saved.rows, "Rows")
+    words = {**rows[0], "choices": ["false", "true"], "passage": "w9", "prediction": "true"}
+    path = tmp_path / "validation_predictions.jsonl"
+    path.write_text(json.dumps(words) + "\n")
+    (saved,) = run_view(tmp_path).predictions
+    assert saved.rows[0].asked == f"{asked[0]['question']}\nw9"
+    assert saved_examples(tmp_path) == [(asked[0]["question"], "false\ntrue", "w9")]
