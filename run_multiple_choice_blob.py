@@ -201,7 +201,7 @@ def main() -> None:
     run.settle_decisions()
     for prefix, split in cli.asked_splits(training_args, tokenized):
         output = trainer.predict(tokenized[split], metric_key_prefix=prefix)
-        columns = [name for name in ("id", "question", "choices") if name in splits[split].column_names]
+        columns = [name for name in ("id", "question", "passage", "choices") if name in splits[split].column_names]
         run.add_predictions(prefix, split, output, splits[split].select_columns(columns).to_list())
         for name, rows in outside.items() if split == "validation" else ():
             run.add_shift(name, output, trainer.predict(rows, metric_key_prefix=f"ood_{name}"))

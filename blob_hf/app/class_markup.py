@@ -2,8 +2,12 @@
 
 import math
 
-from blob_hf.app.class_view import ClassRow, ClassView, Decision
+from blob_hf.app.class_view import ClassRow, ClassView, Decision, FittedDecisions
 from blob_hf.app.markup import card, escape, message, nats, percent, table
+
+_IN_SET = ' <small class="blob-in-set">in the set</small>'
+_PLURALS = {"class": "classes", "choice": "choices"}
+_LISTED = 20  # classes of a prediction set, of many
 
 
 def classes_html(view: ClassView) -> str:
@@ -13,23 +17,23 @@ def classes_html(view: ClassView) -> str:
 
 def _probabilities(view: ClassView) -> str:
     sampled = view.num_samples > 0
-    header = ["class", "probability", *(["std"] if sampled else []), "N=0"]
+    header = [view.kind, "probability", *(["std"] if sampled else []), "N=0"]
     rows = [
         [
-            escape(row.name), _bar(row) + percent(row.probability), *([f"± {percent(row.std)}"] if sampled else []),
-            percent(row.mean),
+            escape(row.name), _bar(row) + percent(row.probability) + (_IN_SET if row.in_set else ""),
+            *([f"± {percent(row.std)}"] if sampled else []), percent(row.mean),
         ]
         for row in view.rows
     ]  # fmt: skip
-    more = f" {view.other_count} other classes have {percent(view.others)} together." if view.other_count else ""
+    others = f"{view.other_count} other {_PLURALS[view.kind]}"
+    more = f" {others} have {percent(view.others)} together." if view.other_count else ""
     said = (
         f"The bar is the average over {view.num_samples} sampled networks, each tick one of them, std their spread."
         if sampled
         else "Of the posterior mean alone: no samples were drawn."
     )
-    return card(
-        "Class probabilities", table("Probability of each class", header, rows, "blob-classes"), note=said + more
-    )
+    inside = table(f"Probability of each {view.kind}", header, rows, f"blob-classes blob-of-{view.kind}")
+    return card(f"{view.kind.capitalize()} probabilities", inside, note=said + more)
 
 
 def _bar(row: ClassRow) -> str:
@@ -77,8 +81,38 @@ def _of_samples(view: ClassView) -> str:
 
 
 def decision_html(decision: Decision, view: ClassView | None) -> str:
-    """Answer or abstain, and what the threshold does on the evaluation set."""
-    return f"{_verdict(decision, view)}{message(threshold_sentence(decision))}"
+    """Answer or abstain, what the threshold does on the evaluation set, and what was fitted to decide by."""
+    fitted = fitted_html(view.fitted) if view is not None and view.fitted is not None else ""
+    return f"{_verdict(decision, view)}{message(threshold_sentence(decision))}{fitted}"
+
+
+def fitted_html(fitted: FittedDecisions) -> str:
+    """The prediction set, whether the fitted rule answers, and what is promised; where nothing is, that it is not."""
+    title = "Decisions that were fitted to this adapter"
+    body = [_set_html(fitted), _rule_html(fitted)] if fitted.made else []
+    if not fitted.promise.holds:
+        return card(title, message(fitted.promise.said, "busy"), *body)
+    return card(title, *body, note=fitted.promise.said)
+
+
+def _set_html(fitted: FittedDecisions) -> str:
+    names = fitted.prediction_set
+    if not names:
+        return "<p><strong>None of them</strong> is as likely here as that of most of the held-out rows.</p>"
+    listed = ", ".join(f'<b class="blob-in-set">{escape(name)}</b>' for name in names[:_LISTED])
+    more = f" and {len(names) - _LISTED} others" if len(names) > _LISTED else ""
+    share = f" with {100 * fitted.coverage:g}\N{NO-BREAK SPACE}%" if fitted.promise.holds else ""
+    what = f"One of these{share}" if len(names) > 1 else f"This one{share}"
+    return f"<p><strong>{what}:</strong> {listed}{more}</p>"
+
+
+def _rule_html(fitted: FittedDecisions) -> str:
+    said = "Ask a person" if fitted.abstains else "Answer"
+    if fitted.answered_from is None:
+        why = "no threshold could be promised by the held-out rows, so nothing is answered"
+    else:
+        why = f"the likeliest has {percent(fitted.confidence)}, answered from {percent(fitted.answered_from)} on"
+    return f'<p role="status"><strong>{said}:</strong> {why}</p>'
 
 
 def _verdict(decision: Decision, view: ClassView | None) -> str:

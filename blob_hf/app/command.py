@@ -24,7 +24,8 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--space", metavar="DIR", help="instead of serving, write a Space for the Hub into this new folder"
     )
-    own.add_argument("--examples", help=f"file of texts to choose from: {FORMATS}; default: those of the run")
+    own.add_argument("--examples", help=f"file of texts or questions to choose from: {FORMATS}; default: the run's")
+    own.add_argument("--text_columns", nargs="+", help="of --examples: the one or two columns of the texts")
     own.add_argument("--prompt", help="summarizers: the prompt of the training; default: that of the run")
     own.add_argument("--host", default=LOCALHOST, help=f"who may reach it; 0.0.0.0: all (default: {LOCALHOST})")
     own.add_argument("--port", type=int, help="default: the first free one from 7860 on")
@@ -38,7 +39,7 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
         BlobError: They ask for nothing, or for too much.
     """
     if args.demo:
-        if args.adapter or args.run or args.examples or args.prompt:
+        if args.adapter or args.run or args.examples or args.text_columns or args.prompt:
             raise BlobError("--demo has its own adapters, examples and run: leave out the rest")
         with ThreadPoolExecutor() as pool:
             classifier, summarizer = pool.map(demo_run, ("classifier", "summarizer"))
@@ -46,9 +47,11 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
             adapter_part(classifier, api_name="classify"), adapter_part(summarizer, api_name="write"),
             run_part(classifier),
         ]  # fmt: skip
+    if args.text_columns and not args.examples:
+        raise BlobError("--text_columns is of the file that --examples names")
     if not args.adapter and not args.run:
         raise BlobError("name an adapter, or give --run FOLDER or --demo")
-    parts = [adapter_part(args.adapter, args.prompt, args.examples)] if args.adapter else []
+    parts = [adapter_part(args.adapter, args.prompt, args.examples, args.text_columns)] if args.adapter else []
     if not args.adapter and (args.examples or args.prompt):
         raise BlobError("--examples and --prompt are for the page of an adapter; --run shows what was saved")
     return parts + ([run_part(Path(args.run))] if args.run else [])

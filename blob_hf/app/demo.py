@@ -42,10 +42,16 @@ def demo_run(kind: str, cache: Path | None = None) -> Path:
         return folder
     training = folder.with_name(f"{kind}-{os.getpid()}")
     command = [sys.executable, "-m", "blob_hf", *_COMMANDS[kind], "--demo", "--output_dir", str(training)]
-    print(f"training the demo's {kind} once (about half a minute); it is kept in {folder}", flush=True)
+    print(f"training the demo's {kind} once (about a minute); it is kept in {folder}", flush=True)
     log = training.with_name(f"{training.name}.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as file:
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        file = log.open("w", encoding="utf-8")
+    except OSError as error:
+        raise BlobError(
+            f"cannot write to {log.parent} ({error.strerror}); set XDG_CACHE_HOME to a folder that can be written"
+        ) from error
+    with file:
         own = {"OMP_NUM_THREADS": "1", **os.environ}  # tiny models: more threads are slower, and two train at once
         ended = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False, env=own)
     if ended.returncode:

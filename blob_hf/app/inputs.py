@@ -4,6 +4,8 @@ import unicodedata
 
 from blob_hf.utils.errors import BlobError
 
+MOST_SAMPLES = 64
+MOST_SEED = 2**31 - 1
 LONGEST = 100_000  # characters; a model's own limit in tokens is far below
 _ODD_SHARE = 0.1  # of characters that no text has, from which on it is something else
 _KINDS = {"Cc", "Cs", "Co", "Cn"}  # control characters, halves of surrogate pairs, private and unassigned ones
@@ -36,7 +38,7 @@ def checked_count(value: object, what: str, lowest: int, highest: int) -> int:
     Raises:
         BlobError: It is none, or outside of them.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+    if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
         raise BlobError(f"{what} must be a whole number.")
     if not lowest <= value <= highest:
         raise BlobError(f"{what} must be between {lowest} and {highest}, not {value:g}.")

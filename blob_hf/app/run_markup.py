@@ -32,13 +32,20 @@ def rows_html(saved: SavedPredictions, rows: Sequence[SavedRow], caption: str) -
     """Saved predictions as a table."""
     with_mean = any(row.mean_answer for row in rows)
     with_text = any(row.asked for row in rows)
+    with_set, with_rule = any(row.prediction_set for row in rows), any(row.rule for row in rows)
     risk = "-log p(truth), nats" if saved.kind == CLASSES else "1 - ROUGE-L"
     header = ["id", *(["input"] if with_text else []), "answer", *(["posterior mean"] if with_mean else [])]
+    header += [*(["prediction set"] if with_set else []), *(["fitted rule"] if with_rule else [])]
     header += ["truth", *(name.replace("_", " ") for name in saved.scores), risk]
-    return table(caption, header, (_row(saved, row, with_text, with_mean) for row in rows), "blob-rows")
+
+    def cells_of(row: SavedRow) -> list[str]:
+        decided = [*([escape(row.prediction_set)] if with_set else []), *([escape(row.rule)] if with_rule else [])]
+        return _row(saved, row, with_text, with_mean, decided)
+
+    return table(caption, header, map(cells_of, rows), "blob-rows")
 
 
-def _row(saved: SavedPredictions, row: SavedRow, with_text: bool, with_mean: bool) -> list[str]:
+def _row(saved: SavedPredictions, row: SavedRow, with_text: bool, with_mean: bool, decided: Sequence[str]) -> list[str]:
     answer = escape(row.answer)
     if saved.kind == CLASSES:
         kind, mark = ("blob-class blob-wrong", "✗ ") if row.is_wrong else ("blob-class", "")
@@ -46,7 +53,7 @@ def _row(saved: SavedPredictions, row: SavedRow, with_text: bool, with_mean: boo
     texts = [_shortened(row.asked)] if with_text else []
     means = [_shortened(row.mean_answer)] if with_mean else []
     return [
-        escape(row.name), *texts, answer, *means, _shortened(row.truth),
+        escape(row.name), *texts, answer, *means, *decided, _shortened(row.truth),
         *(nats(row.uncertainty[name]) if name in row.uncertainty else "" for name in saved.scores),
         "" if math.isnan(row.risk) else nats(row.risk),
     ]  # fmt: skip

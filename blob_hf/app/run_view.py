@@ -4,12 +4,12 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from string import ascii_uppercase
 
-import numpy as np
-
-from blob_hf.app.beside import read_rows, source_texts, texts_in
+from blob_hf.app.beside import PREDICTIONS, TEXT_FILES, label_of, log_probs_of, read_rows, source_texts, texts_in
+from blob_hf.app.questions import lettered, question_texts
 from blob_hf.cli.artifacts import EVALUATION
 from blob_hf.cli.row_files import Row
 from blob_hf.metrics.uncertainty import predictive_entropy
@@ -17,10 +17,10 @@ from blob_hf.reporting.report import REPORT
 from blob_hf.utils.errors import BlobError
 
 CLASSES, SUMMARIES = "classes", "summaries"
+ANSWER, ASK = "answer", "ask a person"
 LEAST_CERTAIN, WORST = "least certain first", "worst first"
 MOST_CERTAIN, AS_SAVED = "most certain first", "as saved"
 _IMAGE = re.compile(r"^!\[.*\]\(plots/.*\)\s*$", re.MULTILINE)
-_TEXT_FILES = {"eval_generated_predictions.jsonl": "validation", "generated_predictions.jsonl": "test"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class SavedRow:
         risk: How bad the answer is: the negative log-probability of the true class in nats, or 1 - ROUGE-L; NaN where
             the truth is unknown.
         is_wrong: Of classes, whether the answer is not the truth.
+        prediction_set: The classes that could not be ruled out, where sets were fitted.
+        rule: What the fitted rule says: `ANSWER` or `ASK`; "" where none was fitted.
     """
 
     name: str
@@ -45,6 +47,8 @@ class SavedRow:
     uncertainty: dict[str, float]
     risk: float
     is_wrong: bool
+    prediction_set: str = ""
+    rule: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,47 +126,54 @@ def run_view(folder: Path) -> RunView:
 
 
 def _predictions(folder: Path) -> Iterable[SavedPredictions]:
-    for path in sorted(folder.glob("*_predictions.jsonl"), key=lambda path: (not path.name.startswith("val"), path)):
-        if "generated" in path.name:
-            continue
-        saved = read_rows(path)
-        if saved and "log_probs" in saved[0]:
-            split = path.name.removesuffix("_predictions.jsonl")
-            yield SavedPredictions(split, CLASSES, tuple(map(_of_class, saved, _entropies(path, saved))), ("entropy",))
+    found = folder.glob(f"*{PREDICTIONS}")
+    for path in sorted(found, key=lambda path: (not path.name.startswith("val"), path)):
+        if "generated" not in path.name and any("log_probs" in row for row in read_rows(path, dict)):
+            rows = tuple(read_rows(path, _of_class))
+            yield SavedPredictions(path.name.removesuffix(PREDICTIONS), CLASSES, rows, ("entropy",))
     texts: dict[str, str] | None = None
-    for name, split in _TEXT_FILES.items():
-        saved = read_rows(folder / name) if (folder / name).is_file() else []
-        if saved:
-            texts = source_texts(folder) if texts is None else texts
-            rows = tuple(_of_summary(row, texts) for row in saved)
+    for split, name in TEXT_FILES.items():
+        if not (folder / name).is_file():
+            continue
+        texts = source_texts(folder) if texts is None else texts
+        rows = tuple(read_rows(folder / name, partial(_of_summary, texts=texts)))
+        if rows:
             scores = tuple(dict.fromkeys(name for row in rows for name in row.uncertainty))
             yield SavedPredictions(split, SUMMARIES, rows, scores)
 
 
-def _entropies(path: Path, saved: Sequence[Row]) -> list[float]:
-    try:
-        return [float(one) for one in predictive_entropy(np.array([row["log_probs"] for row in saved])[:, None])]
-    except (KeyError, ValueError, TypeError) as error:
-        raise BlobError(f"{path} has rows without log_probs; evaluate again") from error
-
-
-def _of_class(row: Row, entropy: float) -> SavedRow:
-    label = row.get("label")
+def _of_class(row: Row) -> SavedRow:
+    log_probs = log_probs_of(row)
+    label = label_of(row, len(log_probs))
+    entropy = float(predictive_entropy(log_probs[None, None])[0])
     truth = "" if label is None else str(row.get("label_name", label))
-    risk = math.nan if label is None else -float(row["log_probs"][int(label)])
+    risk = math.nan if label is None else -float(log_probs[label])
     wrong = bool(truth) and truth != str(row["prediction"])
     answer = f"{row['prediction']} ({100 * float(row['probability']):.1f}\N{NO-BREAK SPACE}%)"
-    asked = "\n".join(texts_in(row).values())
+    texts = texts_in(row)
+    if question_texts(row):
+        del texts["choices"]
+        if str(row["prediction"]) in ascii_uppercase:  # else they are always the same words
+            texts["question"] += "\n" + "\n".join(lettered(row["choices"]))
+    asked = "\n".join(texts.values())
     name = str(next((row[key] for key in ("id", "idx", "index") if key in row), ""))
-    return SavedRow(name, asked, answer, "", truth, {"entropy": entropy}, risk, wrong)
+    chosen = row.get("prediction_set")
+    own = "" if chosen is None else ", ".join(map(str, chosen)) or "none"
+    return SavedRow(name, asked, answer, "", truth, {"entropy": entropy}, risk, wrong, own, _rule(row))
+
+
+def _rule(row: Row) -> str:
+    abstains = row.get("abstain")
+    return "" if abstains is None else ASK if abstains else ANSWER
 
 
 def _of_summary(row: Row, texts: dict[str, str]) -> SavedRow:
-    doubts: dict[str, Any] = row.get("uncertainty") or {}
+    doubts = row.get("uncertainty") or {}
     scores = row.get("summary_scores") or row.get("mean_scores") or {}
     risk = 1 - float(scores["rougeL"]) if "rougeL" in scores else math.nan
     name = str(row.get("id", ""))
     return SavedRow(
         name, texts.get(name, ""), str(row.get("summary", "")), str(row.get("mean_summary", "")),
         "\n".join(row.get("references") or []), {key: float(value) for key, value in doubts.items()}, risk, False,
+        rule=_rule(row),
     )  # fmt: skip

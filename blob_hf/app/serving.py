@@ -1,24 +1,27 @@
 """The page as a whole, and the server that it runs on: this machine alone, and nothing from other servers."""
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from blob_hf.app import require_gradio
-from blob_hf.app.beside import examples_of_file, run_settings, saved_evaluation, saved_examples
-from blob_hf.app.engine import CHAT, CLASSIFIER, Engine
+from blob_hf.app.beside import examples_of_file, examples_of_questions, longest_answer, saved_evaluation, saved_examples
+from blob_hf.app.engine import CHAT, CHOICES, CLASSIFIER, Engine
 from blob_hf.app.run_view import run_view
+from blob_hf.cli.folders import run_settings
 from blob_hf.utils.errors import BlobError
 
 LOCALHOST = "127.0.0.1"
+_MOST_WAITING = 128  # requests; who comes then is told that all are busy
 _STYLE = Path(__file__).with_name("style.css")
 _FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
 _MONO = ["ui-monospace", "Consolas", "monospace"]
 # The browser itself refuses what would be fetched from elsewhere.
 _POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
-    "style-src 'self' 'unsafe-inline'; connect-src 'self' data: blob: ws: wss:"
+    "style-src 'self' 'unsafe-inline'; connect-src 'self' data: blob:; "
+    "base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
 
 Message = MutableMapping[str, Any]
@@ -50,19 +53,25 @@ class OwnServerAlone:
 
 
 def adapter_part(
-    adapter: str | Path, prompt: str | None = None, examples: str | None = None, api_name: str = "predict"
+    adapter: str | Path,
+    prompt: str | None = None,
+    examples: str | None = None,
+    text_columns: Sequence[str] | None = None,
+    api_name: str = "predict",
 ) -> Part:
     """The page of an adapter.
 
     Args:
         adapter: Folder or Hub repo.
         prompt: Of a summarizer; default that of its run, else its script's.
-        examples: File of texts; default those of the run, if they are there.
+        examples: File of texts, or of questions; default those of the run, if they are there.
+        text_columns: Of that file; default those that can only be meant.
 
     Raises:
         BlobError: As `Engine`; or a file beside it, or of examples, is damaged.
     """
     require_gradio()
+    from blob_hf.app.pages.choices import ChoicePage
     from blob_hf.app.pages.classifier import ClassifierPage
     from blob_hf.app.pages.writer import WriterPage
 
@@ -70,7 +79,16 @@ def adapter_part(
     settings = run_settings(folder) if folder.is_dir() else {}
     own = settings.get("prompt")
     engine = Engine(adapter, prompt if prompt is not None else own if isinstance(own, str) else None)
-    texts = examples_of_file(examples, prompts=engine.kind == CHAT) if examples else saved_examples(engine.folder)
+    if engine.kind == CHOICES:
+        if text_columns:
+            raise BlobError(
+                "--text_columns is for texts; this adapter answers questions, whose columns are question and choices"
+            )
+        asked = examples_of_questions(examples) if examples else saved_examples(engine.folder)
+        evaluation = saved_evaluation(engine.folder, engine.model)
+        about = "Choice probabilities of sampled networks, how unsure they are, and when to abstain."
+        return Part("Multiple choice", about, ChoicePage(engine, evaluation, asked, api_name).build)
+    texts = examples_of_file(examples, text_columns, engine.kind == CHAT) if examples else saved_examples(engine.folder)
     shown = [row for row in texts if all(isinstance(text, str) for text in row)]
     if engine.kind == CLASSIFIER:
         page = ClassifierPage(engine, saved_evaluation(engine.folder, engine.model), shown, api_name)
@@ -78,8 +96,7 @@ def adapter_part(
         return Part("Classifier", about, page.build)
     if not shown and examples:
         raise BlobError(f"{examples} has conversations, not texts, which the page has no place for as examples")
-    longest = int(settings.get("max_new_tokens") or settings.get("max_target_length") or 128)
-    writer = WriterPage(engine, [row[:1] for row in shown], longest, api_name)
+    writer = WriterPage(engine, [row[:1] for row in shown], longest_answer(settings), api_name)
     title = "Chat" if engine.kind == CHAT else "Summarizer"
     return Part(title, "A text with the words that the sampled networks disagree about.", writer.build)
 
@@ -132,21 +149,24 @@ def serve(page: Any, host: str = LOCALHOST, port: int | None = None, wait: bool 
         BlobError: The port is taken, or the host is not this machine's.
     """
     import gradio as gr
+    from datasets import disable_progress_bars
     from starlette.middleware import Middleware
+
+    disable_progress_bars()  # a question is a data set of one row
 
     theme = gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=_MONO).set(
         body_text_color_subdued="*neutral_600", block_info_text_color="*neutral_600",
         block_label_text_color="*neutral_700", block_title_text_color="*neutral_700",
     )  # fmt: skip  # the theme's own greys are too light to read
     middleware = [Middleware(OwnServerAlone)] if own_alone else []
-    page.queue(default_concurrency_limit=None, api_open=True)
+    page.queue(default_concurrency_limit=None, max_size=_MOST_WAITING, api_open=True)
     try:
         _, address, _ = page.launch(
             server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=True,
             theme=theme, css=_STYLE.read_text(encoding="utf-8"), footer_links=[], show_error=False, ssr_mode=False,
             app_kwargs={"middleware": middleware}, enable_monitoring=False, pwa=False, mcp_server=False,
         )  # fmt: skip
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise BlobError(
             f"cannot listen on {host}:{port or '7860 to 7959'} ({' '.join(str(error).split())[:150]}); choose another "
             "--port or --host"

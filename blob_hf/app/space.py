@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -17,16 +18,18 @@ from packaging.requirements import Requirement
 
 import blob_hf
 from blob_hf.app import require_gradio
-from blob_hf.cli.folders import SETTINGS_FILE
+from blob_hf.app.beside import CLASS_FILES, PAGE_SETTINGS, PREDICTIONS, RESULT_FILES
+from blob_hf.app.engine import check_adapter
+from blob_hf.cli.folders import SETTINGS_FILE, run_settings
 from blob_hf.tuner.adapter_files import CHAT_TEMPLATES, NAMES, TOKENIZER_FILES, read_config, resolve
 from blob_hf.tuner.registry import companion_files
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
 
-_BESIDE = ("validation_predictions.jsonl", "test_predictions.jsonl", "eval_results.json", "predict_results.json")
+_BESIDE = (*CLASS_FILES.values(), *RESULT_FILES.values())
 _BASE_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", "*.jsonl", "backbone")
-_APP = Template('''"""The page of $name; made by `blob app --space`."""
+_APP = Template('''"""The page of an adapter; made by `blob app --space`."""
 
 import os
 from pathlib import Path
@@ -66,7 +69,8 @@ def write_space(adapter: str, folder: Path, prompt: str | None = None) -> list[s
         Files in it that hold texts of the evaluation set.
 
     Raises:
-        BlobError: The folder has files, the adapter cannot be found, or its base model is neither here nor on the Hub.
+        BlobError: The folder has files, the adapter cannot be found or has no page, its base model is neither here nor
+            on the Hub, or the package is not installed. Nothing is written then.
     """
     require_gradio()
     if (folder.is_dir() and any(folder.iterdir())) or folder.is_file():
@@ -74,23 +78,26 @@ def write_space(adapter: str, folder: Path, prompt: str | None = None) -> list[s
     source = resolve(adapter)
     local = Path(adapter).is_dir()
     base = str(read_config(source).base_model_name_or_path or "")
+    check_adapter(adapter, source, prompt)
+    _check_base(source, base)
+    settings, needed = run_settings(source) if local else {}, requirements()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if local:
-            _copy_adapter(source, folder / "adapter", base)
+            _copy_adapter(source, folder / "adapter", base, settings)
         shutil.copytree(Path(blob_hf.__file__).parent, folder / "blob_hf", ignore=_LEFT_OUT)
     except OSError as error:
         raise BlobError(f"cannot write to {folder} ({error.strerror or error}); choose another folder") from error
     name = source.resolve().name if local else adapter
     title = f"{name}: how sure is it?"
     app = _APP.substitute(
-        name=name, title=repr(title), adapter='HERE / "adapter"' if local else repr(adapter),
+        title=repr(title), adapter='HERE / "adapter"' if local else repr(adapter),
         prompt="" if prompt is None else f", prompt={prompt!r}",
     )  # fmt: skip
     files.write_text(folder / "app.py", app)
-    files.write_text(folder / "requirements.txt", "\n".join(requirements()) + "\n")
+    files.write_text(folder / "requirements.txt", "\n".join(needed) + "\n")
     files.write_text(folder / "README.md", _readme(title, adapter, base, local))
-    return [str(path.relative_to(folder)) for path in sorted(folder.glob("adapter/*_predictions.jsonl"))]
+    return [str(path.relative_to(folder)) for path in sorted(folder.glob(f"adapter/*{PREDICTIONS}"))]
 
 
 def requirements() -> list[str]:
@@ -114,27 +121,27 @@ def _public(version: str) -> str:
     return version.partition("+")[0]
 
 
-def _copy_adapter(source: Path, target: Path, base: str) -> None:
+def _check_base(source: Path, base: str) -> None:
+    """Refuse an adapter whose base model a Space could not load."""
+    if (source / "base_model").is_dir() or Path(base).is_dir():
+        return
+    try:
+        validate_repo_id(base)
+    except HFValidationError as error:
+        raise BlobError(
+            f"the base model {base!r} of {source} is neither a folder here nor a name on the Hub: no Space can load it"
+        ) from error
+
+
+def _copy_adapter(source: Path, target: Path, base: str, settings: dict[str, Any]) -> None:
     names = (*NAMES, *companion_files(), *TOKENIZER_FILES, *CHAT_TEMPLATES, *_BESIDE)
     _copy(source, target, names)
     _copy(source, target, [f"base_model/{name}" for name in _BASE_FILES])
     if Path(base).is_dir() and not (target / "base_model").exists():
         _copy(Path(base), target / "base_model", _BASE_FILES)
-    elif not (target / "base_model").exists():
-        try:
-            validate_repo_id(base)
-        except HFValidationError as error:
-            raise BlobError(
-                f"the base model {base!r} of {source} is neither a folder here nor a name on the Hub: a Space cannot "
-                "load it"
-            ) from error
-    settings = source / SETTINGS_FILE
-    if settings.is_file():  # what the page reads of it, without paths of this machine
-        kept = ("prompt", "max_new_tokens", "max_target_length")
-        read = json.loads(settings.read_text(encoding="utf-8"))
-        files.write_text(target / SETTINGS_FILE, json.dumps({name: read[name] for name in kept if name in read}) + "\n")
-    if not (target / "adapter_config.json").is_file():
-        raise BlobError(f"{source} has no adapter")
+    kept = {name: settings[name] for name in PAGE_SETTINGS if name in settings}
+    if kept:  # what the page reads, without paths of this machine
+        files.write_text(target / SETTINGS_FILE, json.dumps(kept) + "\n")
     if (target / "base_model").exists():
         _forget_path(target / "adapter_config.json")
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from blob_hf.app.engine import Progress
 from blob_hf.app.markup import card, escape, message, nats, percent, table
-from blob_hf.app.text_view import LEVEL_NAMES, LEVELS, TextView, TokenView
+from blob_hf.app.text_view import LEVEL_NAMES, LEVELS, FittedAbstention, TextView, TokenView
 
 _NAMES = {
     "token_nll": ("negative log-probability a token", "nats"),
@@ -32,10 +32,28 @@ def text_html(view: TextView, title: str, sampled: bool) -> str:
     unknown = "" if sampled else "Of the posterior mean alone: without samples nothing is epistemic."
     written = "".join(token_html(one) for one in view.tokens) if view.text else ""
     body = f'<p class="blob-text">{written.strip() or "<em>The model has written nothing.</em>"}</p>'
-    parts = [card(title, body, legend_html() if sampled else "", token_table(view.tokens), note=unknown)]
+    parts = [fitted_html(view.fitted)] if view.fitted is not None else []
+    parts += [card(title, body, legend_html() if sampled else "", token_table(view.tokens), note=unknown)]
     if view.samples:
-        parts += [_samples(view), _chosen(view)]
+        parts += [_samples(view), _chosen(view), _differences(view)]
     return f'<div class="blob-cards blob-wide">{"".join(parts)}{_scores(view)}</div>'
+
+
+def fitted_html(fitted: FittedAbstention) -> str:
+    """Whether the fitted rule gives the text, and what is promised; where nothing is, that it is not."""
+    title = "Decisions that were fitted to this adapter"
+    body = [_rule_html(fitted)] if fitted.made else []
+    if not fitted.promise.holds:
+        return card(title, message(fitted.promise.said, "busy"), *body)
+    return card(title, *body, note=fitted.promise.said)
+
+
+def _rule_html(fitted: FittedAbstention) -> str:
+    name, unit = _NAMES.get(fitted.score, (fitted.score, ""))
+    limit = "every text is given" if fitted.below is None else f"texts are given below {nats(fitted.below)}"
+    said = "Abstain: better ask a person than give this text" if fitted.abstains else "Give the text"
+    value = escape(f"{name} {nats(fitted.value)} {unit}".strip())
+    return f'<p role="status"><strong>{said}:</strong> {value}, {limit}</p>'
 
 
 def token_html(token: TokenView) -> str:
@@ -111,21 +129,19 @@ def _samples(view: TextView) -> str:
 
 
 def _chosen(view: TextView) -> str:
+    note = "Minimum Bayes risk chooses the sample that is most like the others."
+    return card("The MBR choice", f'<p class="blob-text">{escape(view.mbr)}</p>', note=note)
+
+
+def _differences(view: TextView) -> str:
     words = " ".join(
         f"<span>{escape(word)}</span>"
         if share == 1
         else f'<mark title="in {percent(share)} of the samples">{escape(word)}</mark>'
         for word, share in view.words
     )
-    body = [
-        f'<p class="blob-text">{escape(view.mbr)}</p>',
-        "<h4>Where the samples say something else</h4>",
-        f'<p class="blob-text">{words}</p>',
-    ]
-    note = (
-        "Minimum Bayes risk chooses the sample that is most like the others. Marked: words of the text above that not "
-    )
-    return card("The MBR choice", *body, note=f"{note}all samples have at their place.")
+    note = "The text itself; marked are its words that not all samples have at their place."
+    return card("Where the samples differ from the text", f'<p class="blob-text">{words}</p>', note=note)
 
 
 def _scores(view: TextView) -> str:

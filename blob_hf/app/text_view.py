@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from blob_hf.app.promises import Promise
+from blob_hf.baselines.conformal_texts import TextAbstention
 from blob_hf.inference.answers import TextPrediction
 from blob_hf.inference.predict import IGNORED_LABEL
 from blob_hf.metrics.agreement import word_agreement
@@ -57,6 +59,26 @@ class SampleView:
 
 
 @dataclass(frozen=True)
+class FittedAbstention:
+    """Whether the rule that was fitted to the adapter withholds a text.
+
+    Attributes:
+        promise: What is promised of that for this answer.
+        made: Whether it says anything: one of the posterior mean alone says nothing of samples.
+        abstains: Whether it does.
+        score, value: The uncertainty that it looks at, and what that is of this text.
+        below: Texts are given below this value; None: all of them.
+    """
+
+    promise: Promise
+    made: bool
+    abstains: bool = False
+    score: str = ""
+    value: float = 0.0
+    below: float | None = None
+
+
+@dataclass(frozen=True)
 class TextView:
     """A text, its tokens, the samples, and how they agree.
 
@@ -64,6 +86,7 @@ class TextView:
         words: The text's words, and the share of the samples that have each at its place.
         scores: `TextPrediction.uncertainty` of it.
         mbr: What minimum Bayes risk chooses of the samples; "" without samples.
+        fitted: Whether a fitted rule withholds the text; None where none was fitted.
     """
 
     text: str
@@ -72,6 +95,7 @@ class TextView:
     samples: tuple[SampleView, ...]
     scores: dict[str, float]
     mbr: str
+    fitted: FittedAbstention | None = None
 
 
 def level_of(epistemic: float) -> int:
@@ -79,12 +103,33 @@ def level_of(epistemic: float) -> int:
     return sum(epistemic >= least for least in LEVELS)
 
 
-def text_view(found: TextPrediction, tokenizer: PreTrainedTokenizerBase) -> TextView:
+def fitted_abstention(
+    found: TextPrediction, rule: TextAbstention | None, promise: Promise | None, sampled: bool
+) -> FittedAbstention | None:
+    """What was decided on one input by the rule that was fitted to the adapter; None where none was.
+
+    Args:
+        found: Of `BlobModel.predict`, which has asked the rule.
+        sampled: Whether it is of samples, or of the posterior mean.
+    """
+    if rule is None or promise is None:
+        return None
+    threshold = rule.predictive if sampled else rule.mean
+    if found.abstain is None or threshold is None:
+        return FittedAbstention(promise, made=False)
+    value = float(found.uncertainty[rule.score][0])
+    return FittedAbstention(promise, True, bool(found.abstain[0]), rule.score, value, threshold.below)
+
+
+def text_view(
+    found: TextPrediction, tokenizer: PreTrainedTokenizerBase, fitted: FittedAbstention | None = None
+) -> TextView:
     """The view of one input.
 
     Args:
         found: Of one input.
         tokenizer: That its tokens are of.
+        fitted: `fitted_abstention` of it.
     """
     samples = found.samples[0]
     choice = minimum_bayes_risk(pairwise(samples, rouge_utility())) if samples else None
@@ -103,7 +148,7 @@ def text_view(found: TextPrediction, tokenizer: PreTrainedTokenizerBase) -> Text
         words = list(zip(split, map(float, shares), strict=True))
     scores = {name: float(values[0]) for name, values in found.uncertainty.items()}
     mbr = samples[choice.index] if choice is not None else ""
-    return TextView(found.texts[0], _tokens(found, tokenizer), tuple(words), views, scores, mbr)
+    return TextView(found.texts[0], _tokens(found, tokenizer), tuple(words), views, scores, mbr, fitted)
 
 
 def _tokens(found: TextPrediction, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenView, ...]:

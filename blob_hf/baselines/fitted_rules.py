@@ -71,19 +71,24 @@ def still_holds(then: Mapping[str, object], now: Mapping[str, object]) -> None:
     Raises:
         BlobError: The adapter has another temperature or scale by now, so that the rule says nothing.
     """
-    sampled = bool(now["num_samples"])
-    for name in ("temperatures", *(["posterior_scale"] if sampled else [])):
-        if then.get(name) != now[name]:
+    changed = differences(then, now)
+    for name in ("temperatures", "posterior_scale"):
+        if name in changed:
+            own, other = changed[name]
             raise BlobError(
-                f"the adapter's decisions were fitted with {name.replace('_', ' ')} {then.get(name)}, but it has "
-                f"{now[name]} now: fit them again, or delete their file"
+                f"the adapter's decisions were fitted with {name.replace('_', ' ')} {own}, but it has {other} now: fit "
+                "them again, or delete their file"
             )
-    relevant = [name for name in now if sampled or name not in _OF_SAMPLES]  # the mean has no samples to be others
-    changed = {name: now[name] for name in relevant if then.get(name) != now[name]}
     if changed:
-        own = ", ".join(f"{name} {then.get(name)!r}" for name in changed)
-        other = ", ".join(f"{name} {value!r}" for name, value in changed.items())
+        own, other = (", ".join(f"{name} {pair[i]!r}" for name, pair in changed.items()) for i in (0, 1))
         warn_once(f"the adapter's decisions were fitted with {own}; with {other} their guarantee does not hold")
+
+
+def differences(then: Mapping[str, object], now: Mapping[str, object]) -> dict[str, tuple[object, object]]:
+    """What a rule was fitted to and what it is asked about, of all that is not the same; empty where it holds."""
+    sampled = bool(now["num_samples"])
+    relevant = [name for name in now if sampled or name not in _OF_SAMPLES]  # the mean has no samples to be others
+    return {name: (then.get(name), now[name]) for name in relevant if then.get(name) != now[name]}
 
 
 _OF_SAMPLING = ("num_samples", "seed", "draw", "layers", "tolerance")
@@ -111,6 +116,8 @@ class FittedRule(Companion):
 
     Attributes:
         mean, predictive: Of the class `thresholds`.
+        rows: Held-out rows.
+        fitted_to: See `fitted_to`.
         what: That file's contents, for messages.
     """
 
@@ -119,6 +126,8 @@ class FittedRule(Companion):
     fitted = True
     mean: Any
     predictive: Any
+    rows: int
+    fitted_to: Mapping[str, object]
 
     @classmethod
     def load(cls, folder: Path) -> Self | None:
@@ -140,6 +149,16 @@ class FittedRule(Companion):
     def save(self, model: BlobModel, folder: Path) -> None:
         written: Any = self
         files.write_text(folder / self.files[0], json.dumps(asdict(written), indent=2) + "\n")
+
+    def differences(
+        self, model: BlobModel, sampling: Sampling, decoding: Mapping[str, object]
+    ) -> dict[str, tuple[object, object]]:
+        """What was otherwise where it was fitted than it is for these samples; empty where its promise holds.
+
+        Args:
+            decoding: How texts are written, as of `TextRule.abstains`; empty for classes.
+        """
+        return differences(self.fitted_to, {**fitted_to(model, sampling), **decoding})
 
     def of(self, sampled: bool) -> Any:
         """Thresholds of the samples' predictive or of the posterior mean; None where there are none, which is said."""

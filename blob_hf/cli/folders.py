@@ -190,12 +190,30 @@ def _objection(
     return None
 
 
+def run_settings(folder: Path) -> dict[str, Any]:
+    """What a run was started with; empty if that is not known.
+
+    Raises:
+        BlobError: The file is damaged.
+    """
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BlobError(f"cannot read {path} ({error})") from error
+    if not isinstance(found, dict):
+        raise BlobError(f"cannot read {path} (it holds no JSON object)")
+    return found
+
+
 def _changes(folder: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> str:
     """What differs from the settings in a folder; "" if nothing does."""
     try:
-        old = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BlobError(f"cannot read {folder / SETTINGS_FILE} ({error}); {_ELSEWHERE}") from error
+        old = run_settings(folder)
+    except BlobError as error:
+        raise BlobError(f"{error}; {_ELSEWHERE}") from error
     old = {name: default for name, default in (defaults or {}).items() if name in settings} | old
     changed = [name for name in settings if old.get(name) != settings[name]]
     return ", ".join(f"{name} {old.get(name)!r} -> {settings[name]!r}" for name in changed[:5])

@@ -18,7 +18,8 @@ from blob_hf.utils.hub import fetching
 FORMATS = "csv, tsv, json, jsonl (or .gz of these), parquet, or a folder of save_to_disk"
 _DELIMITED = {".csv": None, ".tsv": "\t"}
 _LOADED = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
-_COMMANDS = ("input", "data", "eval_data", "pool")  # what commands call their files by, and not by the splits of a run
+# What commands call their files by, and not by the splits of a run.
+_COMMANDS = ("input", "data", "eval_data", "pool", "examples")
 _NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")  # how datasets says it of json and parquet
 _VALIDATION = ("valid", "val", "dev", "eval")  # what else a validation split is called
 

@@ -1,7 +1,7 @@
 """From texts to answers: `BlobModel.predict`, over everything that predicts and generates on this floor."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -95,13 +95,25 @@ def predict(
     rule = text_rule(model)
     if rule is None:
         return found
-    written = {"prompt": prompt, **WRITING, **{name: options[name] for name in WRITING if name in options}}
-    return dataclasses.replace(found, abstain=rule.abstains(model, found.uncertainty, drawn, written))
+    return dataclasses.replace(
+        found, abstain=rule.abstains(model, found.uncertainty, drawn, how_written(prompt, options))
+    )
 
 
 VERBS.predict = predict
-# how a text is written unless it is asked for otherwise: what a rule that was fitted to texts depends on
-WRITING = {"decoding": DECODINGS[0], "num_beams": 1, "max_new_tokens": DEFAULT_NEW_TOKENS}
+_WRITING = {"decoding": DECODINGS[0], "num_beams": 1, "max_new_tokens": DEFAULT_NEW_TOKENS}
+
+
+def how_written(prompt: str | None, options: Mapping[str, Any]) -> dict[str, object]:
+    """How texts are written, as far as a rule that was fitted to texts depends on it.
+
+    Args:
+        options: Of `predict`, for models that write; what is not among them is as by default.
+    """
+    found = {"prompt": prompt, **_WRITING, **{name: options[name] for name in _WRITING if name in options}}
+    if found["decoding"] != DECODINGS[0] and options.get("temperature"):  # the answer is a text that was drawn
+        found["temperature"] = options["temperature"]
+    return found
 
 
 def _writes(base: Any) -> bool:

@@ -20,6 +20,7 @@ def test_without_gradio_the_extra_is_named(monkeypatch):
         (["somewhere", "--demo"], "--demo has its own adapters"),
         (["--space", "x"], "--space needs an adapter"),
         (["--run", "x", "--prompt", "{dialogue}"], "--examples and --prompt are for the page of an adapter"),
+        (["somewhere", "--text_columns", "a"], "--text_columns is of the file that --examples names"),
         (["--run", "/no/such/folder"], "there is no folder"),
         (["somewhere", "--port", "70000"], "--port must be between 1 and 65535"),
     ],

@@ -3,13 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
-from helpers.models import randomize_b, words
-from helpers.sft import llama, tokenizer
-from transformers import LlamaForCausalLM
+from helpers.models import words
+from helpers.pages import save_chat
 
-from blob_hf import BlobConfig, BlobModel, Sampling, get_blob_model
+from blob_hf import BlobModel, Sampling
+from blob_hf.app.beside import longest_answer
 from blob_hf.app.engine import Engine
+from blob_hf.inference.writing import DECODINGS
+from blob_hf.utils.errors import BlobError
 
 pytestmark = pytest.mark.slow  # Gradio takes seconds to import
 SETTINGS = (3, 0.0, "predictive", 6, 0)  # samples, temperature, decoding, longest answer, seed
@@ -21,19 +22,7 @@ def page(tmp_path_factory):
     pytest.importorskip("gradio", reason="the page needs gradio")
     from blob_hf.app.pages.writer import WriterPage
 
-    folder = tmp_path_factory.mktemp("chat")
-    base = llama()
-    with torch.no_grad():
-        for parameter in base.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.5)
-    base.save_pretrained(folder / "base")
-    tokenizer().save_pretrained(folder / "base")
-    config = BlobConfig(target_modules=["q_proj", "v_proj"], init_eps=0.9, task_type="CAUSAL_LM")
-    model = get_blob_model(LlamaForCausalLM.from_pretrained(folder / "base"), config)
-    randomize_b(model)
-    model.save_pretrained(folder / "adapter")
-    return WriterPage(Engine(folder / "adapter"), [])
+    return WriterPage(Engine(save_chat(tmp_path_factory.mktemp("chat"))), [])
 
 
 def said(turns):
@@ -55,6 +44,43 @@ def test_a_conversation_goes_on(page):
         assert all(sample in shown for sample in expected.samples[0])
         assert ">You</b>" in talk and ">Model</b>" in talk and "meaning" in shown
     assert [role for role, _ in said(turns)] == ["user", "assistant"] * 2
+
+
+def test_settings_are_those_of_predict(page):
+    from blob_hf.app.pages.writer import DECODING_CHOICES
+
+    assert {value for _, value in DECODING_CHOICES} == set(DECODINGS)
+    model = BlobModel.from_pretrained(page.engine.folder).eval()
+    (text,) = words(1, seed=9)
+    asked = [{"role": "user", "content": text}]
+    plain = model.predict([asked], sampling=Sampling(4, seed=3), max_new_tokens=7)
+    for decoding in DECODINGS:
+        expected = model.predict(
+            [asked], sampling=Sampling(4, seed=3), max_new_tokens=7, temperature=0.7, decoding=decoding
+        )
+        *_, (note, shown, turns, _) = page.answer(text, [], 4, 0.7, decoding, 7, 3, VISITOR)
+        assert turns[-1]["content"] == expected.texts[0] and not note
+        own = page.predict(text, 4, 0.7, decoding, 7, 3)
+        assert own["samples"] == expected.samples[0] != plain.samples[0]
+        assert own["generated_text"] == expected.texts[0]
+        assert all(f">{value:.2f}<" in shown for value in expected.sample_log_probs[0])
+
+
+def test_a_longest_answer_above_the_slider_is_its_end(page):
+    from blob_hf.app.pages.writer import MOST_TOKENS, WriterPage
+
+    assert WriterPage(page.engine, [], 5000).max_new_tokens == MOST_TOKENS
+    assert longest_answer({"max_target_length": 7}) == 7 and longest_answer({}) == 128
+    for value in ("many", 0, 2.5, True):
+        with pytest.raises(BlobError, match="max_new_tokens in run_settings.json must be a whole number"):
+            longest_answer({"max_new_tokens": value})
+
+
+def test_turns_are_escaped(page):
+    from blob_hf.app.pages.writer import turns_html
+
+    shown = turns_html([{"role": "user", "content": "<script>1"}, {"role": "<script>2", "content": "a"}])
+    assert "<script" not in shown and shown.count("&lt;script&gt;") == 2
 
 
 def test_only_an_answered_message_leaves_the_box(page):

@@ -1,6 +1,7 @@
 """A model that visitors share: their answers are those that each would get alone."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -28,18 +29,14 @@ def summarizer(tmp_path_factory):
 
 def together(*calls):
     """What calls return that run at once."""
-    found, barrier = [None] * len(calls), threading.Barrier(len(calls))
+    barrier = Barrier(len(calls))
 
-    def run(index):
+    def run(call):
         barrier.wait()
-        found[index] = calls[index]()
+        return call()
 
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(run, calls))
 
 
 def test_answers_are_those_of_predict_also_of_two_visitors_at_once(classifier):
@@ -88,23 +85,14 @@ def test_progress_is_told_and_a_stop_ends_the_answer(summarizer):
     assert summarizer.write(DIALOGUE, Writing(3, max_new_tokens=6)).prediction.texts == answer.prediction.texts
 
 
-def test_who_waits_is_told_so_and_may_leave(classifier):
+def test_who_waits_is_told_so_and_may_leave(summarizer):
     watch = Watch()
-
-    def leaving():
-        with pytest.raises(Stopped):
-            classifier.classify(("w5",), 2, 0, watch)
-
-    classifier._turn.acquire()
-    try:
-        thread = threading.Thread(target=leaving)
-        thread.start()
+    with ThreadPoolExecutor(1) as pool, summarizer._turn:
+        left = pool.submit(summarizer.write, DIALOGUE, Writing(2, max_new_tokens=2), watch)
         assert watch.newest(30) == Progress(-1)
         watch.stop()
-        thread.join(30)
-        assert not thread.is_alive()
-    finally:
-        classifier._turn.release()
+        with pytest.raises(Stopped):
+            left.result(30)
 
 
 def test_a_text_that_the_model_cannot_read_whole_is_answered_with_a_note(classifier, summarizer):
@@ -116,7 +104,9 @@ def test_a_text_that_the_model_cannot_read_whole_is_answered_with_a_note(classif
     assert note.endswith(": its end was left out.")
 
 
-def test_what_has_no_page_is_refused(classifier, tmp_path):
+def test_what_has_no_page_is_refused(classifier, summarizer, tmp_path):
+    with pytest.raises(BlobError, match="must contain {dialogue} exactly once"):
+        Engine(summarizer.folder, prompt="Say it")
     with pytest.raises(BlobError, match="a prompt is for summarizers"):
         Engine(classifier.folder, prompt="Say {dialogue}")
     with pytest.raises(BlobError, match="expected a folder or Hub repo"):

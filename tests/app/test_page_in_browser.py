@@ -1,5 +1,7 @@
 """The pages in a real browser, headless: what they show is what the library says."""
 
+import json
+import math
 import re
 import shutil
 from itertools import pairwise
@@ -8,17 +10,27 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import words
-from helpers.pages import PROMPT, save_summarizer
+from helpers.pages import (
+    PROMPT,
+    fit_sets,
+    save_chat,
+    save_choices,
+    save_classifier,
+    save_summarizer,
+    some_questions,
+)
 
 from blob_hf import BlobModel, Sampling, generate_predictive
 from blob_hf.app.beside import saved_evaluation
 from blob_hf.app.class_markup import threshold_sentence
 from blob_hf.app.class_view import decide
+from blob_hf.app.engine import Engine
 from blob_hf.app.run_view import WORST, run_view
-from blob_hf.app.serving import adapter_part, blocks, run_part, serve
+from blob_hf.app.serving import Part, adapter_part, blocks, run_part, serve
 from blob_hf.app.text_view import level_of
 from blob_hf.data.summarization import Prompt
 from blob_hf.inference.inputs import find_tokenizer
+from blob_hf.utils.errors import BlobError
 
 pytestmark = pytest.mark.slow
 DIALOGUE = "#Person1#: Can I borrow the tent?\n#Person2#: Yes. Please return it on Monday or Friday."
@@ -112,7 +124,8 @@ def test_a_classifier_shows_what_predict_says(page, classifier_run):
     np.testing.assert_allclose(lefts, 100 * found.sample_probabilities[0, :, order[0]], atol=0.006)
     evaluation = saved_evaluation(classifier_run, model)
     threshold = page.get_by_label("number input for Abstain above this entropy (nats)")
-    for limit in (round(float(found.entropy[0]) - 0.05, 2), round(float(found.entropy[0]) + 0.05, 2)):
+    highest = math.ceil(100 * math.log(3)) / 100  # where the slider ends
+    for limit in (round(float(found.entropy[0]) - 0.05, 2), min(round(float(found.entropy[0]) + 0.05, 2), highest)):
         threshold.fill(str(limit))
         threshold.press("Tab")
         decision = decide(float(found.entropy[0]), limit, evaluation)
@@ -193,6 +206,129 @@ def test_an_answer_is_stopped(page):
     page.locator("#stop").click()
     page.wait_for_selector("#writer-message:has-text('Stopped.')")
     assert page.locator("#written .blob-card").count() == 0
+
+
+def test_a_new_conversation_stays_new_though_an_answer_was_being_written(browser, tmp_path):
+    from blob_hf.app.pages.writer import WriterPage
+
+    chat = WriterPage(Engine(save_chat(tmp_path)), [], max_new_tokens=4)
+    built = blocks([Part("Chat", "", chat.build)], "Chat")
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
+    try:
+        page.goto(serve(built, wait=False))
+        first, second = words(2, seed=8)
+        page.get_by_label("Your message").fill(first)
+        page.locator("#write").click()
+        page.wait_for_selector("#written .blob-card")
+        assert page.locator("#turns .blob-turn").count() == 2
+        with chat.engine._turn:  # the second answer is on its way
+            page.get_by_label("Your message").fill(second)
+            page.locator("#write").click()
+            page.wait_for_selector("#writer-message .blob-busy")
+            page.get_by_role("button", name="New conversation").click()
+            page.wait_for_function("!document.querySelector('#turns .blob-turn')")
+        page.wait_for_timeout(2000)
+        assert page.locator("#turns .blob-turn, #written .blob-card, #writer-message .blob-message").count() == 0
+        page.get_by_label("Your message").fill(second)
+        page.locator("#write").click()
+        page.wait_for_selector("#written .blob-card")
+        assert page.locator("#turns .blob-turn").count() == 2
+    finally:
+        page.close()
+        built.close()
+
+
+def test_fitted_decisions_are_those_of_predict_and_promise_nothing_of_other_samples(browser, tmp_path):
+    from blob_hf.app.pages.classifier import ClassifierPage
+
+    folder = save_classifier(tmp_path)
+    fit_sets(folder, Sampling(4, seed=2))
+    (text,) = words(1)
+    (expected,) = BlobModel.from_pretrained(folder).eval().predict([text], sampling=Sampling(4, seed=2)).records()
+    own = ClassifierPage(Engine(folder), None, [])
+    record = own.predict(text, num_samples=4, seed=2)
+    assert record["prediction_set"] == expected["prediction_set"] and record["abstain"] == expected["abstain"]
+    assert record["guarantee_holds"] and record["guarantee"].startswith("Promised for inputs like the 50 held-out rows")
+    assert not own.predict(text, num_samples=4, seed=3)["guarantee_holds"]
+    built = blocks([Part("Classifier", "", own.build)], "Page")
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.set_default_timeout(PATIENCE)
+    try:
+        page.goto(serve(built, wait=False))
+        page.get_by_label("Text", exact=True).fill(text)
+        page.locator("#classify").click()  # it stands at the samples that were fitted to
+        fitted = page.locator("#decision .blob-card")
+        fitted.wait_for()
+        assert fitted.locator(".blob-in-set").all_inner_texts() == expected["prediction_set"]
+        assert ("Ask a person:" in fitted.inner_text()) == expected["abstain"]
+        marked = page.locator("#classes .blob-classes tr:has(.blob-in-set) th").all_inner_texts()
+        assert marked == expected["prediction_set"]
+        assert "Promised for" in fitted.inner_text()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.get_by_label("number input for Samples N").fill("3")
+        page.get_by_label("number input for Samples N").press("Tab")
+        page.locator("#classify").click()
+        page.wait_for_selector("#decision .blob-busy:has-text('fitted with N=4. With N=3 its guarantee does not hold')")
+        assert "Promised for" not in fitted.inner_text()
+    finally:
+        page.close()
+        built.close()
+
+
+def test_a_question_is_answered_as_predict_says(browser, tmp_path):
+    from gradio_client import Client
+
+    from blob_hf.app.space import write_space
+
+    folder, asked = save_choices(tmp_path), some_questions(4)
+    rows = tmp_path / "asked.jsonl"
+    rows.write_text("".join(json.dumps(one) + "\n" for one in asked))
+    write_space(str(folder), tmp_path / "space")
+    shutil.rmtree(folder)
+    shutil.rmtree(tmp_path / "base")  # the Space has its own
+    adapter = tmp_path / "space" / "adapter"
+    model = BlobModel.from_pretrained(adapter).eval()
+    found, mean = model.predict([asked[1]], sampling=Sampling(10)), model.predict([asked[1]], sampling=0)
+    with pytest.raises(BlobError, match="--text_columns is for texts; this adapter answers questions"):
+        adapter_part(adapter, examples=str(rows), text_columns=["question"])
+    built = blocks([adapter_part(adapter, examples=str(rows))], "Page")
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.set_default_timeout(PATIENCE)
+    try:
+        address = serve(built, wait=False)
+        page.goto(address)
+        page.get_by_label("Example").click()
+        page.get_by_role("option").nth(1).click()
+        page.wait_for_function(
+            "said => [...document.querySelectorAll('textarea')].some(box => box.value == said)",
+            arg="\n".join(asked[1]["choices"]),
+        )
+        page.locator("#classify").click()
+        page.wait_for_selector("#classes .blob-card")
+        count = len(asked[1]["choices"])
+        assert cells(page, "#classes .blob-classes") == [
+            [
+                f"{found.class_names[i]}) {asked[1]['choices'][i]}", percent(found.probabilities[0, i]),
+                f"± {percent(found.std[0, i])}", percent(mean.probabilities[0, i]),
+            ]
+            for i in np.argsort(-found.probabilities[0, :count])
+        ]  # fmt: skip
+        values = [row[1] for row in cells(page, "#classes .blob-card:nth-of-type(2)")]
+        assert values == [f"{value[0]:.3f}" for value in (found.entropy, found.aleatoric, found.epistemic)]
+        assert page.locator("#decision .blob-verdict").count() == 1
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.get_by_label("Choices, one a line").fill("w1")
+        page.locator("#classify").click()
+        page.wait_for_selector("#classifier-message [role=alert]:has-text('needs two choices or more')")
+        client = Client(address, verbose=False, analytics_enabled=False)
+        record = client.predict(question=asked[1]["question"], choices=asked[1]["choices"], api_name="/predict")
+        (expected,) = found.records()
+        assert record["label"] == expected["label"]
+        assert record["probabilities"] == pytest.approx(expected["probabilities"], rel=1e-6, abs=1e-9)
+    finally:
+        page.close()
+        built.close()
 
 
 def test_a_run_page_sorts_its_rows(page, classifier_run):

@@ -9,7 +9,7 @@ import pytest
 from helpers.models import TARGETS, tiny_bert
 
 from blob_hf import BlobConfig, get_blob_model
-from blob_hf.app.beside import saved_evaluation, saved_examples
+from blob_hf.app.beside import examples_of_file, saved_evaluation, saved_examples
 from blob_hf.app.run_markup import plots_html, rows_html, top_html
 from blob_hf.app.run_view import AS_SAVED, LEAST_CERTAIN, MOST_CERTAIN, WORST, run_view
 from blob_hf.baselines.temperature import Temperatures
@@ -67,6 +67,22 @@ def test_rows_of_a_classifier_in_every_order(small_run):
         saved.ordered("backwards")
 
 
+def test_what_was_decided_by_a_fitted_rule_stands_beside_the_answers(small_run):
+    path = small_run / "validation_predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    (saved,) = run_view(small_run).predictions
+    assert "fitted rule" not in rows_html(saved, saved.rows, "all")
+    for row, chosen, abstain in zip(rows, (["n"], [], ["y", "<n>"], ["y"]), (False, True, True, False), strict=True):
+        row |= {"prediction_set": chosen, "abstain": abstain}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (saved,) = run_view(small_run).predictions
+    assert [row.prediction_set for row in saved.rows] == ["n", "none", "y, <n>", "y"]
+    assert [row.rule for row in saved.rows] == ["answer", "ask a person", "ask a person", "answer"]
+    shown = rows_html(saved, saved.rows, "all")
+    assert '<th scope="col">prediction set</th><th scope="col">fitted rule</th><th scope="col">truth</th>' in shown
+    assert "<td>y, &lt;n&gt;</td><td>ask a person</td>" in shown
+
+
 def test_the_report_has_no_dead_images_and_the_plots_are_in_the_page(small_run):
     view = run_view(small_run)
     assert "It went well." in view.report and "plots/kl.png" not in view.report
@@ -84,7 +100,7 @@ def test_the_evaluation_is_that_of_the_saved_rows_with_the_temperature(small_run
     scaled = [np.sqrt(p) / np.sqrt(p).sum() for p in PROBABILITIES]
     np.testing.assert_allclose(saved_evaluation(small_run, model).entropy, [entropy(p) for p in scaled])
     other = get_blob_model(tiny_bert(3), BlobConfig(target_modules=TARGETS["bert"]))
-    with pytest.raises(BlobError, match="not of the 3 classes"):
+    with pytest.raises(BlobError, match="line 1 of .* is damaged .it is not of the 3 classes"):
         saved_evaluation(small_run, other)
     (small_run / "validation_predictions.jsonl").unlink()
     assert saved_evaluation(small_run, model) is None
@@ -92,6 +108,16 @@ def test_the_evaluation_is_that_of_the_saved_rows_with_the_temperature(small_run
 
 def test_examples_are_texts_of_the_evaluation_set(small_run):
     assert set(saved_examples(small_run)) == {(f"first <{i}>", f"second {i}") for i in range(4)}
+
+
+def test_examples_of_a_file_of_several_texts_name_their_columns(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({"one": "a", "two": "b", "three": "c"}) + "\n")
+    with pytest.raises(BlobError, match="several columns could be the texts: one, two, three; .* in text_columns"):
+        examples_of_file(str(path))
+    assert examples_of_file(str(path), ["three", "one"]) == [("c", "a")]
+    with pytest.raises(BlobError, match="^--examples .* does not exist"):
+        examples_of_file(str(tmp_path / "gone.jsonl"))
 
 
 def test_rows_of_a_summarizer_with_their_dialogues(tmp_path):
@@ -105,7 +131,7 @@ def test_rows_of_a_summarizer_with_their_dialogues(tmp_path):
         {
             "id": f"d{i}", "references": ["a", "b"], "summary": f"said {i}", "mean_summary": f"mean {i}",
             "mean_scores": {"rougeL": 0.9}, "summary_scores": {"rougeL": quality},
-            "uncertainty": {"dissimilarity": doubt, "cluster_entropy": 1 - doubt},
+            "uncertainty": {"dissimilarity": doubt, "cluster_entropy": 1 - doubt}, "abstain": doubt > 0.25,
         }
         for i, (quality, doubt) in enumerate([(0.5, 0.1), (0.9, 0.3), (0.2, 0.2)])
     ]  # fmt: skip
@@ -114,6 +140,7 @@ def test_rows_of_a_summarizer_with_their_dialogues(tmp_path):
     assert [row.name for row in saved.ordered(WORST)] == ["d2", "d0", "d1"]
     assert [row.name for row in saved.ordered(LEAST_CERTAIN)] == ["d1", "d2", "d0"]
     assert [row.name for row in saved.ordered(LEAST_CERTAIN, "cluster_entropy")] == ["d0", "d2", "d1"]
+    assert [row.rule for row in saved.rows] == ["answer", "ask a person", "answer"]
     assert "talk 1" in rows_html(saved, saved.rows, "all")
     assert saved_examples(tmp_path) == [("talk 0",), ("talk 1",), ("talk 2",)]
 
@@ -126,6 +153,47 @@ def test_mistakes_are_one_line(tmp_path):
         with pytest.raises(BlobError, match=said) as error:
             run_view(folder)
         assert "\n" not in str(error.value)
-    (tmp_path / "validation_predictions.jsonl").write_text('{"prediction": "a", "log_probs"')
-    with pytest.raises(BlobError, match="cannot read .*validation_predictions.jsonl"):
+
+
+GOOD = {"prediction": "a", "probability": 0.5, "log_probs": [math.log(0.5)] * 2, "label": 1}
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ('{"prediction": "a", "log_probs"', "Expecting"), ("[1, 2]", "no JSON object"), ("3", "no JSON object"),
+        (json.dumps({**GOOD, "label": 2}), "label 2 is none of 2 classes"),
+        (json.dumps({**GOOD, "label": -1}), "label -1 is none of 2 classes"),
+        (json.dumps({**GOOD, "log_probs": None}), "log_probs is no list of numbers"),
+        *((json.dumps({key: value for key, value in GOOD.items() if key != name}), f"it lacks '{name}'")
+          for name in ("prediction", "probability", "log_probs")),
+    ],
+)  # fmt: skip
+def test_a_damaged_line_is_named(line, said, tmp_path):
+    path = tmp_path / "validation_predictions.jsonl"
+    odd = json.dumps({**GOOD, "text": "no line\u2028end"}, ensure_ascii=False)  # in the text of a row, as it is written
+    path.write_text(f"{odd}\n{line}\n", encoding="utf-8")
+    with pytest.raises(BlobError) as error:
         run_view(tmp_path)
+    assert str(error.value).startswith(f"line 2 of {path} is damaged ({said}") and "\n" not in str(error.value)
+    path.write_text(odd, encoding="utf-8")
+    assert len(run_view(tmp_path).predictions[0].rows) == 1
+
+
+def test_a_damaged_line_of_summaries_is_named(tmp_path):
+    path = tmp_path / "generated_predictions.jsonl"
+    path.write_text('{"id": 1, "summary": "s"}\n{"id": 2, "uncertainty": {"dissimilarity": "much"}}\n')
+    with pytest.raises(BlobError, match=f"line 2 of {path} is damaged"):
+        run_view(tmp_path)
+
+
+def test_texts_that_have_changed_since_the_run_are_named(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "t"}\n')
+    (tmp_path / "run_settings.json").write_text(json.dumps({"text_column": "dialogue", "validation_file": str(data)}))
+    (tmp_path / "eval_generated_predictions.jsonl").write_text('{"id": 1, "summary": "s"}\n')
+    with pytest.raises(
+        BlobError, match=f"the texts of the run in {tmp_path} cannot be shown.* are in {data}: "
+    ) as error:
+        run_view(tmp_path)
+    assert "_file_file" not in str(error.value)

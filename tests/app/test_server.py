@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import socket
 import subprocess
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +16,10 @@ from helpers.pages import NAMES, PROMPT, save_summarizer, served
 from helpers.running import run_blob
 
 from blob_hf import BlobModel, Sampling
-from blob_hf.app import demo
+from blob_hf.app import demo, space
+from blob_hf.app.engine import Engine
+from blob_hf.app.serving import Part, blocks, serve
+from blob_hf.inference.choices import ChoiceScoring
 from blob_hf.utils.errors import BlobError
 
 pytestmark = pytest.mark.slow
@@ -62,7 +67,8 @@ def test_two_visitors_at_once_and_nothing_of_them_in_the_log(classifier_run, tmp
         bad = clients[0].predict(text=SECRET, num_samples=1000, api_name="/predict")
         assert bad["error"] == "Samples N must be between 0 and 64, not 1000."
         page = urllib.request.urlopen(address)
-        assert "default-src 'self'" in page.headers["Content-Security-Policy"]
+        policy = page.headers["Content-Security-Policy"]
+        assert "default-src 'self'" in policy and "frame-ancestors 'self'" in policy and "ws:" not in policy
         host, port = re.search(r"//(.*):(\d+)", address).groups()
         assert host == "127.0.0.1"
         if (own := own_address()) is not None and not own.startswith("127."):
@@ -102,18 +108,65 @@ def test_a_space_that_could_not_start_is_refused(classifier_run, tmp_path, capsy
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     config = json.loads((classifier_run / "adapter_config.json").read_text())
-    odd = tmp_path / "odd"
-    odd.mkdir()
-    for path in classifier_run.iterdir():
-        (odd / path.name).write_bytes(path.read_bytes())
-    (odd / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/no/such/base"}))
-    for adapter, folder, said in (
-        (classifier_run, tmp_path / "full", "is not empty"),
-        (odd, tmp_path / "new", "is neither a folder here nor a name on the Hub"),
+    summarizer = save_summarizer(tmp_path)
+
+    def changed(name, **facts):
+        shutil.copytree(classifier_run, tmp_path / name)
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({**config, **facts}))
+        return tmp_path / name
+
+    odd = changed("odd", base_model_name_or_path="/no/such/base")
+    words_of = changed("words", task_type="TOKEN_CLS", auto_mapping=None)
+    choices = changed("choices")
+    ChoiceScoring(tokens=(5, 6)).save(None, choices)
+    for adapter, prompt, folder, said in (
+        (classifier_run, None, "full", "is not empty"),
+        (odd, None, "new", "is neither a folder here nor a name on the Hub"),
+        (words_of, None, "new", "a page is for classifiers and models that write"),
+        (choices, "Say {dialogue}", "new", "a prompt is for summarizers; "),
+        (classifier_run, "Say {dialogue}", "new", "a prompt is for summarizers"),
+        (summarizer, "Say it", "new", "must contain {dialogue} exactly once"),
     ):
-        assert run_blob("app", adapter, "--space", folder) == 2
+        more = () if prompt is None else ("--prompt", prompt)
+        assert run_blob("app", adapter, "--space", tmp_path / folder, *more) == 2
         printed = capsys.readouterr().err
         assert said in printed and printed.count("\n") == 1
+        assert not (tmp_path / "new").exists()
+
+
+def test_nothing_is_written_where_the_package_is_not_installed(classifier_run, tmp_path, monkeypatch):
+    def missing(name):
+        raise space.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(space.metadata, "requires", missing)
+    with pytest.raises(BlobError, match="because it is not installed"):
+        space.write_space(str(classifier_run), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_many_who_wait_leave_the_server_room(classifier_run):
+    from gradio_client import Client
+
+    from blob_hf.app.pages.classifier import ClassifierPage
+
+    part = ClassifierPage(Engine(classifier_run), None, [])
+    page = blocks([Part("Classifier", "", part.build)], "Page")
+    try:
+        address = serve(page, wait=False)
+        client = Client(address, verbose=False, analytics_enabled=False)
+        with part.engine._turn:
+            jobs = [client.submit(text="w5", num_samples=2, api_name="/predict") for _ in range(45)]
+            time.sleep(3)
+            assert urllib.request.urlopen(address, timeout=20).status == 200
+        assert len({job.result(120)["label"] for job in jobs}) == 1
+    finally:
+        page.close()
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BlobError, match="cannot write to .*; set XDG_CACHE_HOME"):
+        demo.demo_run("classifier", tmp_path / "file")
 
 
 @pytest.mark.thorough

@@ -1,6 +1,7 @@
 """What is shown of predictions, against the predictions themselves."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -145,7 +146,7 @@ def test_bad_input_is_a_sentence_that_does_not_repeat_it(value, said):
 def test_text_of_any_language_is_text():
     for text in ("東京 🎲", "a\tb\r\nc", "e\u0301\u200d", "العربية"):
         assert checked_text(text) == text
-    for value in (2.5, "3", None, True, -1, 65):
+    for value in (2.5, "3", None, True, -1, 65, math.nan, math.inf):
         with pytest.raises(BlobError, match="Samples N must be"):
             checked_count(value, "Samples N", 0, 64)
 
@@ -156,3 +157,13 @@ def test_what_is_written_is_escaped():
     view = text_view(found, tokenizer)
     evil = view.tokens[0].__class__(**{**vars(view.tokens[0]), "text": "<script>", "name": '"><script>'})
     assert "<script" not in token_html(evil)
+    word = "<script>alert(1)</script>"
+    samples = tuple(replace(one, text=word) for one in view.samples)
+    shown = text_html(replace(view, samples=samples, mbr=word, words=((word, 0.5), (word, 1.0))), word, sampled=True)
+    assert "<script" not in shown and shown.count("&lt;script&gt;") == len(samples) + 4
+    one = classifier()
+    mean = one.predict(words(1), tokenizer, 0)
+    seen = replace(class_view(mean, mean, 0), label=word)
+    for limit in (0.0, 100.0):
+        verdict = decision_html(decide(seen.entropy, limit, None), seen)
+        assert "<script" not in verdict and verdict.count("&lt;script&gt;") == 1

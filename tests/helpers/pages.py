@@ -8,11 +8,16 @@ import sys
 import time
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
-from blob_hf import BlobConfig, get_blob_model
+from blob_hf import BlobConfig, BlobModel, get_blob_model
+from blob_hf.baselines.conformal import ClassThresholds, PredictionSets
+from blob_hf.baselines.fitted_rules import fitted_to
 from blob_hf.data.demo import BACKBONE_DIR
-from helpers.models import TARGETS, randomize_b, tiny_bert, tiny_tokenizer
+from blob_hf.inference.choices import ChoiceScoring
+from helpers.models import TARGETS, randomize_b, save_word_llama, tiny_bert, tiny_tokenizer
+from helpers.sft import llama, tokenizer
 
 PROMPT = "{dialogue}"
 NAMES = {0: "no", 1: "perhaps", 2: "yes"}
@@ -47,6 +52,23 @@ def save_summarizer(folder):
     return folder / "adapter"
 
 
+def save_chat(folder):
+    """A causal model with a chat template whose networks disagree, with its base and tokenizer."""
+    torch.manual_seed(0)
+    base = llama()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.5)
+    base.save_pretrained(folder / "base")
+    tokenizer().save_pretrained(folder / "base")
+    config = BlobConfig(target_modules=["q_proj", "v_proj"], init_eps=0.9, task_type="CAUSAL_LM")
+    model = get_blob_model(type(base).from_pretrained(folder / "base"), config)
+    randomize_b(model)
+    model.save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
 @contextmanager
 def served(*arguments, program=("-m", "blob_hf", "app"), log, folder=None, **environment):
     """The address of a server that runs meanwhile; what it prints goes into the file `log`."""
@@ -66,3 +88,33 @@ def served(*arguments, program=("-m", "blob_hf", "app"), log, folder=None, **env
     finally:
         process.terminate()
         process.wait(30)
+
+
+def fit_sets(folder, sampling, quantile=0.665, confidence=0.37):
+    """Prediction sets beside a saved adapter, as if they were fitted to 50 rows with these samples."""
+    model = BlobModel.from_pretrained(folder)
+    own = ClassThresholds(quantile, confidence) if sampling.num_samples else None
+    rule = PredictionSets(0.1, 0.1, "lac", 50, ClassThresholds(0.66, None), own, fitted_to(model, sampling))
+    rule.save(model, folder)
+
+
+LETTERS = ["A", "B", "C"]
+
+
+def save_choices(folder):
+    """A causal model that answers questions of up to three choices by their letters, and whose networks disagree."""
+    save_word_llama(folder, ["[PAD]", "[UNK]", "[END]", *LETTERS, *(f"w{i}" for i in range(20))], 0.9)
+    model = BlobModel.from_pretrained(folder / "adapter")
+    model.set_companion(ChoiceScoring("letter", (3, 4, 5)))
+    model.save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+def some_questions(count):
+    """Of words that `save_choices` knows, with two or three choices."""
+    rng = np.random.default_rng(0)
+    return [
+        {"id": f"q{n}", "question": " ".join(f"w{i}" for i in rng.integers(0, 20, 4)),
+         "choices": [f"w{i}" for i in rng.integers(0, 20, 2 + n % 2)]}
+        for n in range(count)
+    ]  # fmt: skip

@@ -9,12 +9,14 @@ from typing import Any
 import gradio as gr
 
 from blob_hf.app.engine import Watch
+from blob_hf.app.inputs import MOST_SAMPLES
+from blob_hf.app.promises import Promise
 from blob_hf.utils.errors import BlobError
 
 logger = logging.getLogger(__name__)
 
-MOST_SAMPLES = 64
-FREE: dict[str, Any] = {"concurrency_limit": None}  # requests wait for the engine, which says so
+# Requests that wait for an engine hold a thread each; the server has 40, and needs some for all else.
+ENGINE: dict[str, Any] = {"concurrency_limit": 16, "concurrency_id": "engine"}
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _SHOWN = 80  # characters of an example in the list
 
@@ -29,6 +31,11 @@ def sentence(error: Exception) -> str:
     where = f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place is not None else "unknown place"
     logger.error("%s at %s while answering on the page", type(error).__name__, where)
     return f"Something went wrong inside ({type(error).__name__}); the log of the server says where."
+
+
+def promised(promise: Promise | None) -> dict[str, Any]:
+    """What the page's record says of decisions that were fitted to the adapter, beside them; nothing without a rule."""
+    return {} if promise is None else {"guarantee": promise.said, "guarantee_holds": promise.holds}
 
 
 class Watches:
@@ -62,12 +69,12 @@ class Watches:
             watch.stop()
 
 
-def example_list(examples: Sequence[Sequence[str]], boxes: Sequence[gr.Textbox], what: str = "the data") -> None:
+def example_list(examples: Sequence[Sequence[str]], boxes: Sequence[gr.Textbox]) -> None:
     """A list to fill the boxes from; nothing where there are no examples."""
     if not examples:
         return
     titles = [f"{number}. {_title(texts)}" for number, texts in enumerate(examples, start=1)]
-    chosen = gr.Dropdown(titles, value=None, label=f"Example from {what}", filterable=False)
+    chosen = gr.Dropdown(titles, value=None, label="Example", filterable=False)
 
     def fill(title: str | None) -> list[str]:
         texts = list(examples[titles.index(title)]) if title in titles else []
@@ -83,8 +90,13 @@ def _title(texts: Sequence[str]) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
 
 
-def samples_slider(is_point: bool, value: int = 10) -> gr.Slider:
-    """How many networks to draw; a point has none."""
+def seed_box(value: int) -> gr.Number:
+    """Which networks are drawn."""
+    return gr.Number(value, precision=0, label="Seed of the samples")
+
+
+def samples_slider(is_point: bool, value: int) -> gr.Slider:
+    """How many networks to draw, so many at first; a point has none."""
     info = (
         "This adapter is a point: it has no networks to draw."
         if is_point

@@ -7,19 +7,31 @@ from typing import Any
 import gradio as gr
 
 from blob_hf.app.engine import CHAT, Engine, Progress, Stopped, TextAnswer, Watch, Writing
-from blob_hf.app.inputs import checked_count, checked_number, checked_text
+from blob_hf.app.inputs import MOST_SAMPLES, MOST_SEED, checked_count, checked_number, checked_text
 from blob_hf.app.markup import escape, message
-from blob_hf.app.pages.common import FREE, HIDDEN, MOST_SAMPLES, Watches, example_list, samples_slider, sentence
+from blob_hf.app.pages.common import (
+    ENGINE,
+    HIDDEN,
+    Watches,
+    example_list,
+    promised,
+    samples_slider,
+    seed_box,
+    sentence,
+)
+from blob_hf.app.promises import fitted_number
 from blob_hf.app.text_markup import progress_html, text_html
-from blob_hf.app.text_view import text_view
+from blob_hf.app.text_view import fitted_abstention, text_view
+from blob_hf.baselines.conformal_texts import TextAbstention
 from blob_hf.data.conversations import Conversation
-from blob_hf.inference.writing import DECODINGS
 
-_MOST_SEED, _MOST_TOKENS = 2**31 - 1, 1024
+MOST_TOKENS = 1024
 _TICK = 0.15  # seconds between looks at what is written
-_CHOICES = [("predictive: of averaged probabilities", "predictive"), ("MBR: the sample most like the others", "mbr")]
+DECODING_CHOICES = [
+    ("predictive: of averaged probabilities", "predictive"),
+    ("MBR: the sample most like the others", "mbr"),
+]
 _TITLES = {"predictive": "The posterior predictive's text", "mbr": "The MBR choice, read by all networks"}
-assert {value for _, value in _CHOICES} == set(DECODINGS)
 
 Shown = tuple[str, str, Conversation, str]
 
@@ -29,7 +41,7 @@ class WriterPage:
 
     Args:
         examples: Texts.
-        max_new_tokens: Where the slider stands at first.
+        max_new_tokens: Where the slider stands at first, if it goes so far.
         api_name: Under which `gradio_client` finds the records of `model.predict`.
     """
 
@@ -37,7 +49,9 @@ class WriterPage:
         self, engine: Engine, examples: list[tuple[str, ...]], max_new_tokens: int = 128, api_name: str = "predict"
     ) -> None:
         self.engine, self.examples = engine, examples
-        self.max_new_tokens, self.api_name = max_new_tokens, api_name
+        self.rule = engine.rule if isinstance(engine.rule, TextAbstention) else None
+        longest = fitted_number(self.rule, "max_new_tokens", MOST_TOKENS, min(max_new_tokens, MOST_TOKENS))
+        self.max_new_tokens, self.api_name = longest, api_name
         self.talks = engine.kind == CHAT and engine.has_template
         self.watches = Watches()
 
@@ -58,7 +72,7 @@ class WriterPage:
             found = self.engine.write(self._asked(checked_text(text), []), how)
         except Exception as error:
             return {"error": sentence(error)}
-        return {**found.prediction.records()[0], "note": found.note}
+        return {**found.prediction.records()[0], "note": found.note, **promised(found.promise)}
 
     def answer(
         self,
@@ -82,7 +96,8 @@ class WriterPage:
                 for progress in work.progress():
                     yield progress_html(progress, count), "", before, turns_html(before)
                 found = work.result()
-            view = text_view(found.prediction, self.engine.tokenizer)
+            fitted = fitted_abstention(found.prediction, self.rule, found.promise, count > 0)
+            view = text_view(found.prediction, self.engine.tokenizer, fitted)
             title = _TITLES[how.decoding] if count else "The posterior mean's text (N=0)"
             after = [*asked, {"role": "assistant", "content": view.text}] if isinstance(asked, list) else []
             yield message(found.note), text_html(view, title, count > 0), after, turns_html(after)
@@ -95,14 +110,19 @@ class WriterPage:
         """End this visitor's answer at its next token."""
         self.watches.stop(request.session_hash)
 
+    def fresh(self, request: gr.Request) -> Shown:
+        """A new conversation; an answer that is still written belongs to the old one, and ends."""
+        self.stop(request)
+        return "", "", [], ""
+
     def _asked(self, text: str, turns: Conversation) -> str | Conversation:
         return [*turns, {"role": "user", "content": text}] if self.talks else text
 
     def _how(self, count: object, temperature: object, decoding: object, tokens: object, seed: object) -> Writing:
         return Writing(
-            checked_count(count, "Samples N", 0, MOST_SAMPLES), checked_count(seed, "The seed", 0, _MOST_SEED),
+            checked_count(count, "Samples N", 0, MOST_SAMPLES), checked_count(seed, "The seed", 0, MOST_SEED),
             str(decoding), checked_number(temperature, "The temperature", 0, 2),
-            checked_count(tokens, "The longest answer", 1, _MOST_TOKENS),
+            checked_count(tokens, "The longest answer", 1, MOST_TOKENS),
         )  # fmt: skip
 
     # ----- how it stands -----
@@ -115,18 +135,21 @@ class WriterPage:
             "Your message" if self.talks else "Text to go on from" if self.engine.kind == CHAT else "Dialogue or text"
         )
         text = gr.Textbox(label=label, lines=3 if self.talks else 6, max_lines=16, placeholder="Write or paste a text")
-        example_list(self.examples, [text], "the data set")
+        example_list(self.examples, [text])
         with gr.Row():
-            count = samples_slider(self.engine.is_point)
+            count = samples_slider(self.engine.is_point, fitted_number(self.rule, "num_samples", MOST_SAMPLES, 10))
             temperature = gr.Slider(
                 0, 2, value=0, step=0.05, label="Temperature of the samples", min_width=260,
                 info="0: each network writes its likeliest text; above it draws its tokens.",
             )  # fmt: skip
-        decoding = gr.Radio(_CHOICES, value="predictive", label="Decoding: which text is shown with its tokens")
+        own = None if self.rule is None else self.rule.fitted_to.get("decoding")
+        decoding = gr.Radio(
+            DECODING_CHOICES, value=own if own in _TITLES else "predictive",
+            label="Decoding: which text is shown with its tokens",
+        )  # fmt: skip
         with gr.Accordion("More settings", open=False):
-            most = max(self.max_new_tokens, min(512, _MOST_TOKENS))
-            tokens = gr.Slider(1, most, value=self.max_new_tokens, step=1, label="Longest answer (tokens)")
-            seed = gr.Number(0, precision=0, label="Seed of the samples")
+            tokens = gr.Slider(1, MOST_TOKENS, value=self.max_new_tokens, step=1, label="Longest answer (tokens)")
+            seed = seed_box(fitted_number(self.rule, "seed", MOST_SEED, 0))
         with gr.Row():
             run = gr.Button("Send" if self.talks else "Write", variant="primary", elem_id="write", scale=3)
             stop = gr.Button("Stop", elem_id="stop", scale=1)
@@ -134,12 +157,12 @@ class WriterPage:
         said = gr.HTML(padding=False, elem_id="writer-message")
         shown = gr.HTML(padding=False, elem_id="written")
         inputs, outputs = [text, turns, count, temperature, decoding, tokens, seed], [said, shown, turns, talk]
-        answered = run.click(self.answer, inputs, outputs, **FREE, **HIDDEN)
+        answered = run.click(self.answer, inputs, outputs, **ENGINE, **HIDDEN)
         if self.talks:
             answered.then(unsent, [text, turns], text, queue=False, **HIDDEN)
         stop.click(self.stop, None, None, queue=False, **HIDDEN)
-        clear.click(lambda: ("", "", [], ""), None, outputs, queue=False, **HIDDEN)
-        gr.api(self.predict, api_name=self.api_name, concurrency_limit=None)
+        clear.click(self.fresh, None, outputs, queue=False, cancels=[answered], **HIDDEN)
+        gr.api(self.predict, api_name=self.api_name, **ENGINE)
 
 
 class _Work:
