@@ -181,13 +181,16 @@ def plot(tables: dict[str, Table], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(tables), figsize=(4.2 * len(tables), 3.6), squeeze=False)
+    wide = min(3, len(tables) + 1)  # one panel is for the legend
+    high = -(-(len(tables) + 1) // wide)
+    figure, axes = plt.subplots(high, wide, figsize=(4.2 * wide, 3.4 * high), squeeze=False)
+    panels = list(axes.flat)
     kinds = {
         "iid": ("iid", "o-"), "antithetic": ("antithetic", "s-"), "qmc": ("evenly spread (qmc)", "^:"),
-        "trunk": ("shared trunk, N=6, k=1..L-1", "D-"), "auto": ("as many as needed", "v-"),
+        "trunk": ("shared trunk, N=6", "D-"), "auto": ("as many as needed", "v-"),
         "closed": ("closed form", "x"), "distilled": ("distilled", "P"),
     }  # fmt: skip
-    for axis, (setting, table) in zip(axes[0], tables.items(), strict=True):
+    for axis, (setting, table) in zip(panels, tables.items(), strict=False):
         for kind, (label, style) in kinds.items():
             names = [one for one in table if one.startswith(kind) and (kind != "trunk" or one.endswith("N=6"))]
             points = sorted((table[one]["cost"], table[one]["nll"]) for one in names)
@@ -197,11 +200,13 @@ def plot(tables: dict[str, Table], file: Path) -> None:
         axis.axhline(table["reference"]["nll"], color="grey", linewidth=0.8, label="all networks that were drawn")
         axis.set(title=setting, xlabel="cost, plain forwards", xlim=(0.5, 11), ylabel="NLL, nats")
         top = max(table["N=0"]["nll"], table["iid N=2"]["nll"])
-        axis.set_ylim(table["reference"]["nll"] * 0.97, top * 1.05)
+        axis.set_ylim(min(min(line.get_ydata()) for line in axis.lines) * 0.98, top * 1.05)
     named = {}
-    for axis in axes[0]:
+    for axis in panels[: len(tables)]:
         handles, labels = axis.get_legend_handles_labels()
         named |= dict(zip(labels, handles, strict=True))
-    axes[0][-1].legend(named.values(), named.keys(), fontsize=7)
+    for axis in panels[len(tables) :]:
+        axis.axis("off")
+    panels[-1].legend(named.values(), named.keys(), loc="center")
     figure.tight_layout()
     figure.savefig(file, dpi=130)
