@@ -7,6 +7,7 @@ from typing import Any
 from blob_hf.baselines.conformal import PredictionSets
 from blob_hf.baselines.conformal_texts import TextAbstention
 from blob_hf.baselines.fitted_rules import FittedRule
+from blob_hf.metrics.similarity import DEFAULT_UTILITY
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.sampling import Sampling
 
@@ -15,10 +16,11 @@ Rule = PredictionSets | TextAbstention
 _WORDS = {
     "num_samples": "N={}", "max_new_tokens": "a longest answer of {} tokens", "num_beams": "{} beams",
     "layers": "samples in the last {} layers", "tolerance": "a tolerance of {}", "prompt": "the prompt {!r}",
+    "utility": "the utility {}", "length_penalty": "a length penalty of {}",
 }  # fmt: skip
 _NONE = {
     "layers": "samples in all layers", "tolerance": "no tolerance", "prompt": "no prompt",
-    "temperature": "temperature 0",
+    "temperature": "temperature 0", "utility": f"the utility {DEFAULT_UTILITY}", "length_penalty": "no length penalty",
 }  # fmt: skip
 
 
