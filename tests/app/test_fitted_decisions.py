@@ -102,6 +102,24 @@ def test_samples_are_drawn_as_the_rule_was_fitted_to(other, model):
     assert answer.promise.holds
 
 
+def test_as_many_samples_are_drawn_as_the_rule_was_fitted_to_need(other, model):
+    as_needed = Sampling.auto(0.3, 8)
+    fit_sets(other, as_needed)
+    engine = Engine(other)
+    taken = set()
+    for text in words(4):
+        expected = model.predict([text], sampling=as_needed)
+        answer = engine.classify((text,), 8, 0)
+        np.testing.assert_array_equal(answer.prediction.probabilities, expected.probabilities)
+        view, decision, _ = seen(engine, answer, 8)
+        count = int(expected.networks[0])
+        taken.add(count)
+        assert view.num_samples == len(view.rows[0].samples) == count
+        assert np.mean(view.rows[0].samples) == pytest.approx(view.rows[0].probability, rel=1e-5)
+        assert answer.promise.holds and "with at most 8 samples of seed 0: the truth" in decision
+    assert min(taken) < 8
+
+
 def test_a_rule_of_the_posterior_mean_alone_says_nothing_of_samples(other):
     fit_sets(other, Sampling(0))
     engine = Engine(other)
