@@ -98,6 +98,8 @@ def class_view(
     """
     names = list(choices or found.class_names)
     probabilities, samples = found.probabilities[0, : len(names)], found.sample_probabilities[0]
+    if found.networks is not None:  # as many as it needed, which stand first
+        samples = samples[: found.networks[0]]
     order = (-probabilities).argsort(kind="stable")
     shown = order[:SHOWN_CLASSES]
     rows = tuple(

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from blob_hf.app import questions
-from blob_hf.app.promises import Promise, fitted_rule, promise_of, sampling_as_fitted
+from blob_hf.app.promises import Promise, fitted_number, fitted_rule, promise_of, sampling_as_fitted
 from blob_hf.cli.adapters import load_networks
 from blob_hf.data.conversations import Conversation
 from blob_hf.data.summarization import DEFAULT_PROMPT, Prompt
@@ -29,6 +29,7 @@ from blob_hf.tuner.sampling import Sampling
 from blob_hf.utils.errors import BlobError
 
 CLASSIFIER, SUMMARIZER, CHAT, CHOICES = "classifier", "summarizer", "chat", "multiple choice"
+MOST_BEAMS = 64
 RUNNERS_UP = 5  # likeliest tokens that are kept at each place
 _POLL = 0.1  # seconds
 _UNCUT = 1_000_000  # tokens
@@ -204,7 +205,9 @@ class Engine:
         self.rule = fitted_rule(self.model)
         then: Mapping[str, Any] = {} if self.rule is None else self.rule.fitted_to
         self.prompt = (prompt or then.get("prompt") or DEFAULT_PROMPT) if self.kind == SUMMARIZER else None
-        self.num_beams = int(then.get("num_beams") or 1)
+        self.beams: dict[str, Any] = {"num_beams": fitted_number(self.rule, "num_beams", MOST_BEAMS, 1) or 1}
+        if self.beams["num_beams"] > 1:
+            self.beams["length_penalty"] = then.get("length_penalty") or 1.0
         self.is_point = sampling_of(self.model, Sampling(1)).num_samples == 0  # no samples to draw
         if self.kind in (CLASSIFIER, CHOICES):  # what cannot be predicted is refused before there is a page
             self.classify(("a",) if self.scoring is None else questions.probe(self.scoring), 0)
@@ -249,14 +252,15 @@ class Engine:
         sampling = sampling_as_fitted(self.rule, how.num_samples, how.seed)
         options: dict[str, Any] = {
             "decoding": how.decoding, "temperature": how.temperature, "max_new_tokens": how.max_new_tokens,
-            "num_beams": self.num_beams,
+            **self.beams,
         }  # fmt: skip
         with self._own_turn(watch):
             found = self.model.predict(
                 [asked], self.tokenizer, sampling, prompt=self.prompt, top_tokens=RUNNERS_UP,
                 stopping_criteria=[follow], **options,
             )  # fmt: skip
-            note, promise = self._cut(text, room), self._promise(sampling, how_written(self.prompt, options))
+            note = self._cut(text, room)
+            promise = self._promise(sampling, how_written(self.model, self.prompt, options))
         assert isinstance(found, TextPrediction)
         return TextAnswer(found, note, promise)
 

@@ -7,6 +7,7 @@ from typing import Any
 from blob_hf.baselines.conformal import PredictionSets
 from blob_hf.baselines.conformal_texts import TextAbstention
 from blob_hf.baselines.fitted_rules import FittedRule
+from blob_hf.metrics.similarity import DEFAULT_UTILITY
 from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.sampling import Sampling
 
@@ -15,10 +16,11 @@ Rule = PredictionSets | TextAbstention
 _WORDS = {
     "num_samples": "N={}", "max_new_tokens": "a longest answer of {} tokens", "num_beams": "{} beams",
     "layers": "samples in the last {} layers", "tolerance": "a tolerance of {}", "prompt": "the prompt {!r}",
+    "utility": "the utility {}", "length_penalty": "a length penalty of {}",
 }  # fmt: skip
 _NONE = {
     "layers": "samples in all layers", "tolerance": "no tolerance", "prompt": "no prompt",
-    "temperature": "temperature 0",
+    "temperature": "temperature 0", "utility": f"the utility {DEFAULT_UTILITY}", "length_penalty": "no length penalty",
 }  # fmt: skip
 
 
@@ -44,7 +46,8 @@ def fitted_rule(model: BlobModel) -> Rule | None:
 def sampling_as_fitted(rule: FittedRule | None, num_samples: int, seed: int) -> Sampling:
     """So many samples of a seed, drawn in the way that a rule was fitted to."""
     then: Mapping[str, Any] = {} if rule is None else rule.fitted_to
-    return Sampling(num_samples, seed=seed, draw=then.get("draw") or "iid", layers=then.get("layers"))
+    own: dict[str, Any] = {name: then.get(name) for name in ("layers", "tolerance")}
+    return Sampling(num_samples, seed, then.get("draw") or "iid", **own)
 
 
 def fitted_number(rule: FittedRule | None, name: str, highest: int, default: int) -> int:
@@ -70,6 +73,7 @@ def promise_of(rule: Rule, model: BlobModel, sampling: Sampling, how: Mapping[st
         own, other = (", ".join(_worded(name, pair[i]) for name, pair in changed.items()) for i in (0, 1))
         return Promise(False, f"The rule was fitted with {own}. With {other} its guarantee does not hold.")
     drawn = f"{sampling.num_samples} samples of seed {sampling.seed}" if sampling.num_samples else "the posterior mean"
+    drawn = f"at most {drawn}" if sampling.num_samples and sampling.tolerance is not None else drawn
     after = " and the fitted temperature" if rule.fitted_to.get("temperatures") else ""
     inputs = f"Promised for inputs like the {rule.rows} held-out rows, with {drawn}{after}"
     return Promise(True, f"{inputs}: {_promised(rule)}. On average over inputs, not for each one.")

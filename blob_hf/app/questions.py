@@ -78,9 +78,12 @@ def prompts(asked: Question, scoring: ChoiceScoring) -> list[str]:
 
 
 def question_texts(row: Mapping[str, Any]) -> dict[str, str]:
-    """The parts of a question in a row of a file or of saved predictions, choices one a line; empty if it has none."""
+    """The parts of a question in a row of a file or of saved predictions; empty if it has none.
+
+    Choices are one a line, as they are read from their box: those of several lines become one.
+    """
     question, choices = row.get("question"), row.get("choices")
     if not isinstance(question, str) or not isinstance(choices, list):
         return {}
-    found = {**row, "choices": "\n".join(map(str, choices))}
+    found = {**row, "choices": "\n".join(" ".join(str(one).splitlines()) for one in choices)}
     return {name: found[name] for name in PARTS if isinstance(found.get(name), str)}

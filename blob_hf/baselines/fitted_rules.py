@@ -87,12 +87,12 @@ def still_holds(then: Mapping[str, object], now: Mapping[str, object]) -> None:
 def differences(then: Mapping[str, object], now: Mapping[str, object]) -> dict[str, tuple[object, object]]:
     """What a rule was fitted to and what it is asked about, of all that is not the same; empty where it holds."""
     sampled = bool(now["num_samples"])
-    relevant = [name for name in now if sampled or name not in _OF_SAMPLES]  # the mean has no samples to be others
-    return {name: (then.get(name), now[name]) for name in relevant if then.get(name) != now[name]}
+    names = [name for name in {**now, **then} if sampled or name not in _OF_SAMPLES]  # the mean has no samples
+    return {name: (then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)}
 
 
 _OF_SAMPLING = ("num_samples", "seed", "draw", "layers", "tolerance")
-_OF_SAMPLES = (*_OF_SAMPLING, "predictive", "posterior_scale")
+_OF_SAMPLES = (*_OF_SAMPLING, "predictive", "posterior_scale", "decoding", "temperature", "utility")
 
 
 @lru_cache

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blob_hf.inference.answers import TextPrediction
 from blob_hf.inference.decisions import Floats
-from blob_hf.inference.predictor import DECODINGS, predict
+from blob_hf.inference.predictor import DECODINGS, how_written, predict
 from blob_hf.trainer.engines import require_whole_models
 from blob_hf.trainer.seq2seq import BlobSeq2SeqTrainer
 from blob_hf.tuner.sampling import Sampling
@@ -72,7 +72,7 @@ class Answering:
     @property
     def decoding(self) -> dict[str, Any]:
         """How the texts are written, as `TextRule.abstains` takes it."""
-        return {name: self.options[name] for name in ("prompt", "decoding", "num_beams", "max_new_tokens")}
+        return how_written(self.trainer.blob_model, self.options["prompt"], self.options)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Answers]:
         """Answers to texts by kind; the processes share the work, and each has all of them."""

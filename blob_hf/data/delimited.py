@@ -77,7 +77,7 @@ def read_delimited(text: str, path: str | Path, delimiter: str | None = None) ->
     try:
         rows = _parse(text, given or _sniff(text))
     except _Ragged as error:
-        hint = "put texts with the delimiter into quotes" + ("" if given else ", or give --delimiter")
+        hint = "put texts with the delimiter into quotes" + ("" if given else ", or name the delimiter")
         raise BlobError(f"{path}: {error}; {hint}") from error
     finally:
         csv.field_size_limit(limit)

@@ -49,7 +49,7 @@ class TextRule(Protocol):
         """Whether texts of these uncertainties `(inputs,)` are withheld, `(inputs,)`; None where it was not fitted so.
 
         Args:
-            decoding: How the texts were written: decoding, prompt, num_beams, max_new_tokens.
+            decoding: How the texts were written, as `blob_hf.inference.predictor.how_written` says it.
         """
 
 

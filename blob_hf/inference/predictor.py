@@ -19,6 +19,7 @@ from blob_hf.inference.predict import class_log_probs, own_predictive, predict_c
 from blob_hf.inference.settling import settle
 from blob_hf.inference.texts import Inputs
 from blob_hf.inference.writing import DECODINGS, DEFAULT_NEW_TOKENS, write_texts
+from blob_hf.metrics.similarity import DEFAULT_UTILITY, utility_name
 from blob_hf.metrics.uncertainty import expected_entropy, mutual_information
 from blob_hf.tuner.base_model import is_sequence_classifier
 from blob_hf.tuner.model import BlobModel
@@ -96,23 +97,40 @@ def predict(
     if rule is None:
         return found
     return dataclasses.replace(
-        found, abstain=rule.abstains(model, found.uncertainty, drawn, how_written(prompt, options))
+        found, abstain=rule.abstains(model, found.uncertainty, drawn, how_written(model, prompt, options))
     )
 
 
 VERBS.predict = predict
-_WRITING = {"decoding": DECODINGS[0], "num_beams": 1, "max_new_tokens": DEFAULT_NEW_TOKENS}
 
 
-def how_written(prompt: str | None, options: Mapping[str, Any]) -> dict[str, object]:
+def how_written(model: BlobModel, prompt: str | None, options: Mapping[str, Any]) -> dict[str, object]:
     """How texts are written, as far as a rule that was fitted to texts depends on it.
 
     Args:
         options: Of `predict`, for models that write; what is not among them is as by default.
+
+    Returns:
+        prompt, decoding, num_beams and max_new_tokens; and only where they change a text and are not as by default
+        length_penalty, stop_strings, and of a sample's text temperature and the name of the utility.
     """
-    found = {"prompt": prompt, **_WRITING, **{name: options[name] for name in _WRITING if name in options}}
-    if found["decoding"] != DECODINGS[0] and options.get("temperature"):  # the answer is a text that was drawn
-        found["temperature"] = options["temperature"]
+    config: Any = options.get("generation_config") or model.generation_config
+    decoding = options.get("decoding", DECODINGS[0])
+    beams = options.get("num_beams", config.num_beams) or 1
+    penalty = options.get("length_penalty", config.length_penalty)
+    found = {
+        "prompt": prompt, "decoding": decoding, "num_beams": beams,
+        "max_new_tokens": options.get("max_new_tokens", DEFAULT_NEW_TOKENS),
+    }  # fmt: skip
+    if beams > 1 and penalty not in (None, 1.0):
+        found["length_penalty"] = penalty
+    if options.get("stop_strings"):
+        found["stop_strings"] = options["stop_strings"]
+    if decoding != DECODINGS[0]:  # the answer is the text of a sample
+        if options.get("temperature"):
+            found["temperature"] = options["temperature"]
+        if (utility := utility_name(options.get("utility"))) != DEFAULT_UTILITY:
+            found["utility"] = utility
     return found
 
 

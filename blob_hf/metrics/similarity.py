@@ -15,9 +15,27 @@ LIKE = 0.5  # texts of that similarity count as saying the same
 
 # Scores `(pairs,)` in which higher is more alike, of candidates against references; symmetric in the two.
 Utility = Callable[[Sequence[str], Sequence[str]], NDArray[np.float64]]
+DEFAULT_UTILITY = "rougeL"
 
 
-def rouge_utility(name: str = "rougeL") -> Utility:
+@dataclass(frozen=True)
+class _Rouge:
+    """ROUGE F1 of the kind `name`."""
+
+    name: str
+
+    def __call__(self, texts: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
+        return rouge_per_example(texts, [[text] for text in references], kinds=(self.name,))[self.name]
+
+
+def utility_name(utility: Utility | None) -> str:
+    """What a utility is called: its kind of ROUGE, a BERTScore's encoder, a function's name; None is the default."""
+    if utility is None:
+        return DEFAULT_UTILITY
+    return str(getattr(utility, "name", None) or getattr(utility, "__qualname__", type(utility).__name__))
+
+
+def rouge_utility(name: str = DEFAULT_UTILITY) -> Utility:
     """ROUGE F1 of one kind as a utility.
 
     Raises:
@@ -25,7 +43,7 @@ def rouge_utility(name: str = "rougeL") -> Utility:
     """
     if name not in ROUGE_TYPES:
         raise BlobError(f"utility must be one of {', '.join(ROUGE_TYPES)}, bertscore, got {name!r}")
-    return lambda texts, references: rouge_per_example(texts, [[text] for text in references], kinds=(name,))[name]
+    return _Rouge(name)
 
 
 def pairwise(texts: Sequence[str], utility: Utility) -> NDArray[np.float64]:

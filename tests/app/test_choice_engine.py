@@ -13,7 +13,7 @@ from blob_hf.app.beside import examples_of_questions, saved_evaluation, saved_ex
 from blob_hf.app.class_markup import classes_html, decision_html
 from blob_hf.app.class_view import class_view, decide, fitted_decisions
 from blob_hf.app.engine import CHOICES, Engine
-from blob_hf.app.questions import checked_question, choice_names, has_passage, probe, prompts
+from blob_hf.app.questions import checked_question, choice_names, has_passage, probe, prompts, question_texts
 from blob_hf.app.run_markup import rows_html
 from blob_hf.app.run_view import run_view
 from blob_hf.data.multiple_choice import BLANK, READING
@@ -103,6 +103,12 @@ def test_each_kind_of_question_is_asked_for_what_it_needs():
     with pytest.raises(BlobError, match="has no blank _"):
         checked_question("w1", "a\nb", "", blank)
     assert prompts(checked_question("w1 _ w2", "a\nb", "", blank), blank) == ["w1 a w2", "w1 b w2"]
+
+
+def test_a_choice_of_several_lines_stays_one():
+    texts = question_texts({"question": "w1", "choices": ["a\nb", "c\u2028d", "e"]})
+    plain = ChoiceScoring("letter", (3, 4, 5))
+    assert checked_question(texts["question"], texts["choices"], "", plain)["choices"] == ["a b", "c d", "e"]
 
 
 def test_a_question_that_is_too_long_is_answered_with_a_note(engine):

@@ -3,11 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from helpers.models import words
 from helpers.pages import PROMPT, fit_sets, save_classifier, save_summarizer
+from transformers import GenerationConfig
 
 from blob_hf import BlobModel, Sampling
 from blob_hf.app.class_markup import classes_html, decision_html
@@ -16,8 +18,9 @@ from blob_hf.app.engine import Engine, Writing
 from blob_hf.app.text_markup import text_html
 from blob_hf.app.text_view import fitted_abstention, text_view
 from blob_hf.baselines.conformal_texts import TextAbstention, TextThreshold
-from blob_hf.baselines.fitted_rules import fitted_to
+from blob_hf.baselines.fitted_rules import differences, fitted_to
 from blob_hf.inference.predictor import how_written
+from blob_hf.metrics.similarity import rouge_utility
 from blob_hf.utils.errors import BlobError
 
 DIALOGUE = "#Person1#: Can I borrow the tent?\n#Person2#: Yes. Please return it on Monday."
@@ -99,6 +102,24 @@ def test_samples_are_drawn_as_the_rule_was_fitted_to(other, model):
     assert answer.promise.holds
 
 
+def test_as_many_samples_are_drawn_as_the_rule_was_fitted_to_need(other, model):
+    as_needed = Sampling.auto(0.3, 8)
+    fit_sets(other, as_needed)
+    engine = Engine(other)
+    taken = set()
+    for text in words(4):
+        expected = model.predict([text], sampling=as_needed)
+        answer = engine.classify((text,), 8, 0)
+        np.testing.assert_array_equal(answer.prediction.probabilities, expected.probabilities)
+        view, decision, _ = seen(engine, answer, 8)
+        count = int(expected.networks[0])
+        taken.add(count)
+        assert view.num_samples == len(view.rows[0].samples) == count
+        assert np.mean(view.rows[0].samples) == pytest.approx(view.rows[0].probability, rel=1e-5)
+        assert answer.promise.holds and "with at most 8 samples of seed 0: the truth" in decision
+    assert min(taken) < 8
+
+
 def test_a_rule_of_the_posterior_mean_alone_says_nothing_of_samples(other):
     fit_sets(other, Sampling(0))
     engine = Engine(other)
@@ -123,7 +144,7 @@ def test_a_summary_is_withheld_as_predict_says(tmp_path):
     (folder / "run_settings.json").unlink()  # as in a repo of the Hub: the prompt is that which was fitted with
     model = BlobModel.from_pretrained(folder).eval()
     texts = [DIALOGUE, "#Person1#: Hello."]
-    own = {"prompt": PROMPT, "max_new_tokens": 6, "num_beams": 2}
+    own = {"prompt": PROMPT, "max_new_tokens": 6, "num_beams": 2, "length_penalty": 0.3}
     entropies = model.predict(texts, sampling=Sampling(3, seed=1), **own).entropy
     limit = float(entropies.mean())
     facts = {**fitted_to(model, Sampling(3, seed=1)), "decoding": "predictive", **own}
@@ -155,9 +176,37 @@ def test_a_summary_is_withheld_as_predict_says(tmp_path):
 
 
 def test_the_temperature_is_a_part_of_how_a_text_that_was_drawn_is_written():
-    assert "temperature" not in how_written(None, {"decoding": "predictive", "temperature": 0.7})
-    assert "temperature" not in how_written(None, {"decoding": "mbr", "temperature": 0.0})
-    assert how_written(None, {"decoding": "mbr", "temperature": 0.7})["temperature"] == 0.7
+    plain = SimpleNamespace(generation_config=GenerationConfig())
+    assert "temperature" not in how_written(plain, None, {"decoding": "predictive", "temperature": 0.7})
+    assert "temperature" not in how_written(plain, None, {"decoding": "mbr", "temperature": 0.0})
+    assert how_written(plain, None, {"decoding": "mbr", "temperature": 0.7})["temperature"] == 0.7
+
+
+def test_what_changes_a_text_is_a_part_of_how_it_is_written():
+    plain = SimpleNamespace(generation_config=GenerationConfig())
+    default = {"prompt": None, "decoding": "predictive", "num_beams": 1, "max_new_tokens": 128}
+    one_beam = {"length_penalty": 2.0, "utility": rouge_utility("rouge1")}  # that neither looks at
+    assert how_written(plain, None, {}) == how_written(plain, None, one_beam) == default
+    assert how_written(plain, None, {"num_beams": 2, "length_penalty": 1.0}) == {**default, "num_beams": 2}
+    searched = {"num_beams": 2, "length_penalty": 0.6}
+    assert how_written(plain, None, searched) == {**default, **searched}
+    config = GenerationConfig(num_beams=4, length_penalty=2.0)  # as of BART's summarizers
+    assert how_written(SimpleNamespace(generation_config=config), None, {}) == {
+        **default, "num_beams": 4, "length_penalty": 2.0,
+    }  # fmt: skip
+    assert how_written(plain, None, {"stop_strings": ["."]})["stop_strings"] == ["."]
+    by_mbr = {**default, "decoding": "mbr"}
+    for utility, named in ((None, {}), (rouge_utility(), {}), (rouge_utility("rouge2"), {"utility": "rouge2"})):
+        assert how_written(plain, None, {"decoding": "mbr", "utility": utility}) == {**by_mbr, **named}
+
+
+def test_what_a_rule_was_fitted_with_and_is_not_here_is_otherwise_but_of_the_mean_no_decoding():
+    sampled, mean = {"num_samples": 3, "decoding": "mbr"}, {"num_samples": 0, "decoding": "predictive"}
+    assert differences({**sampled, "temperature": 0.7, "utility": "rouge1"}, sampled) == {
+        "temperature": (0.7, None), "utility": ("rouge1", None),
+    }  # fmt: skip
+    assert differences({**sampled, "temperature": 0.7, "utility": "rouge1"}, mean) == {}  # its text is one, decoded
+    assert differences(sampled, {**mean, "num_beams": 2}) == {"num_beams": (None, 2)}
 
 
 def test_a_temperature_that_was_fitted_later_is_refused_before_there_is_a_page(other):

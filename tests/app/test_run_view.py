@@ -118,6 +118,9 @@ def test_examples_of_a_file_of_several_texts_name_their_columns(tmp_path):
     assert examples_of_file(str(path), ["three", "one"]) == [("c", "a")]
     with pytest.raises(BlobError, match="^--examples .* does not exist"):
         examples_of_file(str(tmp_path / "gone.jsonl"))
+    (tmp_path / "ragged.csv").write_text("one,two\na,b,c\n")
+    with pytest.raises(BlobError, match="or name the delimiter$"):  # by no flag: a page has none
+        examples_of_file(str(tmp_path / "ragged.csv"))
 
 
 def test_rows_of_a_summarizer_with_their_dialogues(tmp_path):
