@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from string import ascii_uppercase
 
 from blob_hf.app.beside import PREDICTIONS, TEXT_FILES, label_of, log_probs_of, read_rows, source_texts, texts_in
 from blob_hf.app.questions import lettered, question_texts
 from blob_hf.cli.artifacts import EVALUATION
 from blob_hf.cli.row_files import Row
+from blob_hf.inference.choices import LETTERS
 from blob_hf.metrics.uncertainty import predictive_entropy
 from blob_hf.reporting.report import REPORT
 from blob_hf.utils.errors import BlobError
@@ -153,7 +153,7 @@ def _of_class(row: Row) -> SavedRow:
     texts = texts_in(row)
     if question_texts(row):
         del texts["choices"]
-        if str(row["prediction"]) in ascii_uppercase:  # else they are always the same words
+        if str(row["prediction"]) in LETTERS:  # else they are always the same words
             texts["question"] += "\n" + "\n".join(lettered(row["choices"]))
     asked = "\n".join(texts.values())
     name = str(next((row[key] for key in ("id", "idx", "index") if key in row), ""))
