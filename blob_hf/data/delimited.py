@@ -57,7 +57,7 @@ def check_delimiter(delimiter: str) -> str:
     """
     found = _NAMED.get(delimiter.lower(), delimiter)
     if len(found) != 1 or found in '"\r\n':
-        raise BlobError(f"--delimiter must be one character (or tab), got {delimiter!r}")
+        raise BlobError(f"the delimiter must be one character (or tab), got {delimiter!r}")
     return found
 
 

@@ -38,7 +38,7 @@ def load_files(files: Mapping[str, str], delimiter: str | None = None) -> Datase
         check_delimiter(delimiter)
         kinds = {split: _suffix(path) for split, path in files.items()}
         if not set(_DELIMITED) & set(kinds.values()):
-            raise BlobError(f"--delimiter is of csv and tsv files, got {', '.join(files.values()) or 'no file'}")
+            raise BlobError(f"a delimiter is of csv and tsv files, got {', '.join(files.values()) or 'no file'}")
     return DatasetDict({split: _load_file(split, path, delimiter) for split, path in files.items()})
 
 

@@ -61,7 +61,7 @@ def test_a_delimiter_that_is_given(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.csv", "text,label\na\n", "line 2 has 1 cells, but the header has 2 \\(text, label\\).*--delimiter"),
+        ("x.csv", "text,label\na\n", "line 2 has 1 cells, but the header has 2 \\(text, label\\).*name the delimiter"),
         ("x.csv", "text,label\ngood, really,1\n", "line 2 has 3 cells"),
         ("x.csv", "text,label\n", "has a header \\(text, label\\) and no rows"),
         ("x.csv", "", "--train_file .*x.csv is empty"),
