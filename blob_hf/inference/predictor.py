@@ -124,8 +124,8 @@ def how_written(model: BlobModel, prompt: str | None, options: Mapping[str, Any]
     }  # fmt: skip
     if beams > 1 and penalty not in (None, 1.0):
         found["length_penalty"] = penalty
-    if options.get("stop_strings"):
-        found["stop_strings"] = options["stop_strings"]
+    if stops := options.get("stop_strings"):
+        found["stop_strings"] = [stops] if isinstance(stops, str) else list(stops)  # as a file gives them back
     if decoding != DECODINGS[0]:  # the answer is the text of a sample
         if options.get("temperature"):
             found["temperature"] = options["temperature"]

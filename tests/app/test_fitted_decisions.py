@@ -194,7 +194,8 @@ def test_what_changes_a_text_is_a_part_of_how_it_is_written():
     assert how_written(SimpleNamespace(generation_config=config), None, {}) == {
         **default, "num_beams": 4, "length_penalty": 2.0,
     }  # fmt: skip
-    assert how_written(plain, None, {"stop_strings": ["."]})["stop_strings"] == ["."]
+    for stops in (["."], (".",), "."):  # all the same to generate, and a list in the rule's file
+        assert how_written(plain, None, {"stop_strings": stops})["stop_strings"] == ["."]
     by_mbr = {**default, "decoding": "mbr"}
     for utility, named in ((None, {}), (rouge_utility(), {}), (rouge_utility("rouge2"), {"utility": "rouge2"})):
         assert how_written(plain, None, {"decoding": "mbr", "utility": utility}) == {**by_mbr, **named}

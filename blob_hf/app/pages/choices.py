@@ -37,15 +37,14 @@ class ChoicePage(ClassPage):
 
     def boxes(self) -> list[gr.Textbox]:
         hint = ", with a blank _ for its choices" if fills_blank(self.scoring) else ""
-        passage = gr.Textbox(
-            label="Passage", lines=4, max_lines=12, visible=has_passage(self.scoring), render=False,
-            placeholder="The text that the question is about",
-        )  # fmt: skip
         question = gr.Textbox(label="Question", lines=2, max_lines=12, placeholder=f"Write or paste a question{hint}")
         choices = gr.Textbox(
             label="Choices, one a line", lines=4, max_lines=26, visible=not self.scoring.answers,
             placeholder=f"2 to {len(self.scoring.tokens)} choices",
         )  # fmt: skip
-        passage.render()
+        passage = gr.Textbox(
+            label="Passage", lines=4, max_lines=12, visible=has_passage(self.scoring),
+            placeholder="The text that the question is about",
+        )  # fmt: skip
         example_list(self.examples, [question, choices, passage])
         return [question, choices, passage]

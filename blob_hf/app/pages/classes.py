@@ -1,6 +1,7 @@
 """What the pages share that show the probabilities of classes: of a classifier's, or of the choices of a question."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from blob_hf.baselines.conformal import PredictionSets
 from blob_hf.inference.predict import calibration_of
 
 
-class ClassPage:
+class ClassPage(ABC):
     """What a page of class probabilities does, and how it is laid out.
 
     Args:
@@ -42,25 +43,25 @@ class ClassPage:
 
     # ----- of each kind of page -----
 
+    @abstractmethod
     def boxes(self) -> list[gr.Textbox]:
         """Lay out what is written into, in the order of `asked`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def asked(self, *written: object) -> tuple[str, ...] | Question:
         """What the model is asked, from what was written into the boxes.
 
         Raises:
             BlobError: It cannot be.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def choices(self, asked: tuple[str, ...] | Question) -> list[str] | None:
         """What the choices of a question are called; None of a classifier."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, *args: Any) -> dict[str, Any]:
         """`record` of what a program has sent."""
-        raise NotImplementedError
 
     # ----- what it does -----
 
