@@ -34,7 +34,8 @@ SHOWN = {
 }
 TESTED = ("accuracy", "ece", "nll", "ood_auroc")
 BASE, CURED, OURS = "lora", f"lora_early_stopping{TEMPERATURE}", "blob"
-RANKED = (f"lora{TEMPERATURE}", CURED, "blob, N=0")  # beside each method as it is
+MEAN = f"blob, N=0{TEMPERATURE}"  # the posterior mean with the same cheap cure
+RANKED = (f"lora{TEMPERATURE}", CURED, "blob, N=0", MEAN)  # beside each method as it is
 SINGLE = ("lora", "lora_early_stopping", "map")  # of one network: their N=0 is all that there is
 
 
@@ -70,6 +71,7 @@ def write(
         "## Results, mean +- std over seeds\n\n" + results_text(results),
         "## BLoB against LoRA, on the same seeds\n\n" + comparisons_text(results, BASE),
         "## BLoB against LoRA with early stopping and a temperature\n\n" + comparisons_text(results, CURED),
+        "## Its mean with a temperature against the same\n\n" + comparisons_text(results, CURED, MEAN),
         "## Over all settings\n\n" + overall_text(results),
         "## Mean ranks\n\n" + ranks_text(results),
         "## Strengths that were chosen, and costs\n\n" + costs_text(results, strengths),
@@ -207,7 +209,7 @@ def results_text(results: pd.DataFrame) -> str:
     return markdown_table(("setting", "method", "seeds", *(label for label, *_ in SHOWN.values())), rows)
 
 
-def comparisons_text(results: pd.DataFrame, other: str) -> str:
+def comparisons_text(results: pd.DataFrame, other: str, ours: str = OURS) -> str:
     """Paired differences in each setting, Holm-corrected over the settings of a metric."""
     settings = list(dict.fromkeys(results["setting"]))
     cells: dict[str, list[str]] = {name: [name] for name in settings}
@@ -215,7 +217,7 @@ def comparisons_text(results: pd.DataFrame, other: str) -> str:
         _, factor, digits, more = SHOWN[metric]
         found = {}
         for name in settings:
-            first, second = _paired(results, name, OURS, other, metric)
+            first, second = _paired(results, name, ours, other, metric)
             if len(first) > 1:
                 found[name] = paired_test(first, second)
         corrected = dict(zip(found, holm([test.p_value for test in found.values()]), strict=True))
@@ -230,8 +232,9 @@ def comparisons_text(results: pd.DataFrame, other: str) -> str:
             low, high = (f"{factor * end:+.{digits}f}" for end in (interval.low, interval.high))
             cells[name].append(f"{factor * interval.value:+.{digits}f} [{low}, {high}]{word}")
     head = ("setting", *(SHOWN[metric][0] for metric in TESTED))
+    shown = f"`{ours}` (N=10, scale fitted)" if ours == OURS else f"`{ours}`"
     note = (
-        f"`{OURS}` (N=10, scale fitted) minus `{other}`: mean over seeds with its 95 % t-interval; **better** or "
+        f"{shown} minus `{other}`: mean over seeds with its 95 % t-interval; **better** or "
         "**worse** where the paired t-test's p < 0.05 after Holm's correction over the settings."
     )
     return f"{note}\n\n{markdown_table(head, list(cells.values()))}"

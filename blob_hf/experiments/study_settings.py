@@ -100,6 +100,8 @@ _COLA: dict[str, Any] = {
 }  # fmt: skip
 _PAIR: dict[str, Any] = {"columns": ("sentence1", "sentence2")}
 _WIC = {**_PAIR, "train": "super_glue/wic/train.jsonl", "test": "super_glue/wic/validation.jsonl", "task": "wic"}
+_MRPC = {**_PAIR, "train": "glue/mrpc/train.jsonl", "test": "glue/mrpc/validation.jsonl", "max_words": 48}
+_RTE = {**_PAIR, "train": "glue/rte/train.jsonl", "test": "glue/rte/validation.jsonl", "max_words": 48}
 
 SETTINGS = {
     setting.name: setting
@@ -109,6 +111,9 @@ SETTINGS = {
         Setting("banking-60", True, rows=60, held_out=30, steps=160, learning_rate=5e-3, **_BANKING),
         Setting("payments-120", True, rows=120, held_out=36, steps=400, learning_rate=5e-3, noise=0.2, **_PAYMENT),
         Setting("top-ups-120", True, rows=120, held_out=36, steps=400, learning_rate=5e-3, noise=0.2, **_TOP_UP),
+        Setting("mrpc-256", True, rows=256, held_out=64, steps=500, learning_rate=2e-3, **_MRPC),
+        Setting("rte-256", True, rows=256, held_out=64, steps=500, learning_rate=2e-3, **_RTE),
+        Setting("mrpc-1000", True, rows=1000, held_out=100, steps=1250, learning_rate=2e-3, **_MRPC),
         Setting("banking-200", False, rows=200, held_out=50, steps=150, learning_rate=2e-3, **_BANKING),
         Setting("clinc-150", False, rows=150, held_out=45, steps=150, learning_rate=2e-3, **_CLINC),
         Setting("cola-800", False, rows=800, held_out=80, steps=100, learning_rate=1e-3, **_COLA),
