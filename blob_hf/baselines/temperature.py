@@ -5,6 +5,7 @@ Thiery, NeurIPS 2021).
 """
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from blob_hf.tuner.model import BlobModel
 from blob_hf.tuner.registry import Companion, register_companion
 from blob_hf.utils import files
 from blob_hf.utils.errors import BlobError
+
+logger = logging.getLogger(__name__)
 
 TEMPERATURE_FILE = "temperature.json"
 
@@ -31,13 +34,21 @@ def scale(log_probs: np.ndarray, temperature: float) -> np.ndarray:
 def fit_temperature(log_probs: np.ndarray, labels: np.ndarray) -> float:
     """The temperature under which the labels have the smallest NLL.
 
-    The NLL is convex in 1/T, so what a bounded search finds is the minimum.
+    The NLL is convex in 1/T, so what a bounded search finds is the minimum. Where every label is the likeliest class it
+    has none: T is then at its bound, 0.02, and the log says so.
 
     Args:
         log_probs: `(examples, classes)`, nats.
         labels: Class ids `(examples,)`.
     """
     rows = np.arange(len(labels))
+    if (log_probs.argmax(axis=1) == labels).all():
+        logger.warning(
+            "all %d held-out rows are right, so their temperature is the least there is, %.2g: predictions become "
+            "certain, and one that is wrong costs much; hold more rows out, or leave temperature scaling",
+            len(labels),
+            np.exp(_BOUNDS[0]),
+        )
 
     def nll(log_temperature: float) -> float:
         return float(-scale(log_probs, np.exp(log_temperature))[rows, labels].mean())

@@ -33,3 +33,14 @@ def test_no_temperature_of_a_grid_is_better():
     grid = np.geomspace(0.02, 50, 4001)
     nll = [-scale(log_probs, t)[range(50), labels].mean() for t in grid]
     assert fit_temperature(log_probs, labels) == pytest.approx(grid[int(np.argmin(nll))], rel=3e-3)
+
+
+def test_rows_that_are_all_right_have_no_best_temperature_and_the_log_says_so(caplog):
+    log_probs, _ = drawn(rows=30)
+    assert fit_temperature(log_probs, log_probs.argmax(-1)) == pytest.approx(0.02, rel=1e-3)
+    assert "all 30 held-out rows are right" in caplog.text
+    caplog.clear()
+    one_wrong = log_probs.argmax(-1)
+    one_wrong[np.argmin(log_probs.max(-1))] = log_probs.argmin(-1)[np.argmin(log_probs.max(-1))]
+    assert fit_temperature(log_probs, one_wrong) > 0.021
+    assert not caplog.text
