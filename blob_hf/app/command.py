@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--examples", help=f"file of texts or questions to choose from: {FORMATS}; default: the run's")
     own.add_argument("--text_columns", nargs="+", help="of --examples: the one or two columns of the texts")
     own.add_argument("--prompt", help="summarizers: the prompt of the training; default: that of the run")
-    own.add_argument("--host", default=LOCALHOST, help=f"who may reach it; 0.0.0.0: all (default: {LOCALHOST})")
+    own.add_argument("--host", help=f"who may reach it; 0.0.0.0: all (default: {LOCALHOST})")
     own.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     return own
 
@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.space is not None:
             if not args.adapter or args.run or args.demo or args.examples:
                 raise BlobError("--space needs an adapter, and neither --run, --examples nor --demo")
+            if args.text_columns or args.host or args.port is not None:
+                raise BlobError("--space writes files and serves nothing: leave out --text_columns, --host and --port")
             texts = write_space(args.adapter, Path(args.space), args.prompt)
             print(f"{args.space} is a Space: python {args.space}/app.py starts it here, and its files are what to push")
             if texts:
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         if args.port is not None and not 0 < args.port < 65536:
             raise BlobError(f"--port must be between 1 and 65535, got {args.port}")
-        serve(blocks(parts_of(args), title_of(args)), args.host, args.port)
+        serve(blocks(parts_of(args), title_of(args)), args.host or LOCALHOST, args.port)
 
 
 if __name__ == "__main__":

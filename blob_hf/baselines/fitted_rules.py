@@ -91,7 +91,8 @@ def differences(then: Mapping[str, object], now: Mapping[str, object]) -> dict[s
     return {name: (then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)}
 
 
-_OF_SAMPLING = ("num_samples", "seed", "draw", "layers", "tolerance")
+_KINDS: dict[str, Any] = {"num_samples": int, "seed": int, "draw": str, "layers": int, "tolerance": (int, float)}
+_OF_SAMPLING = tuple(_KINDS)
 _OF_SAMPLES = (*_OF_SAMPLING, "predictive", "posterior_scale", "decoding", "temperature", "utility")
 
 
@@ -109,6 +110,21 @@ def check_finite(*values: object) -> None:
     """
     if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
         raise ValueError("not numbers")
+
+
+def check_samples(then: Mapping[str, object]) -> None:
+    """Refuse what no samples can have been drawn by.
+
+    Args:
+        then: What a rule was fitted to, as its file has it.
+
+    Raises:
+        ValueError: A value of another type, or out of its range.
+    """
+    given: dict[str, Any] = {name: then[name] for name in _OF_SAMPLING if then.get(name) is not None}
+    if not all(isinstance(value, _KINDS[name]) for name, value in given.items()):
+        raise ValueError("not a sampling")
+    Sampling(**given)
 
 
 class FittedRule(Companion):
@@ -140,6 +156,7 @@ class FittedRule(Companion):
                 name: None if found[name] is None else cls.thresholds(**found[name]) for name in ("mean", "predictive")
             }
             found["fitted_to"] = dict(found["fitted_to"])
+            check_samples(found["fitted_to"])
             if found["mean"] is None:
                 raise TypeError
             return cls(**found)

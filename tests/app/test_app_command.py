@@ -19,6 +19,7 @@ def test_without_gradio_the_extra_is_named(monkeypatch):
         ([], "name an adapter, or give --run FOLDER or --demo"),
         (["somewhere", "--demo"], "--demo has its own adapters"),
         (["--space", "x"], "--space needs an adapter"),
+        (["somewhere", "--space", "x", "--port", "7900"], "--space writes files and serves nothing"),
         (["--run", "x", "--prompt", "{dialogue}"], "--examples and --prompt are for the page of an adapter"),
         (["somewhere", "--text_columns", "a"], "--text_columns is of the file that --examples names"),
         (["--run", "/no/such/folder"], "there is no folder"),

@@ -296,6 +296,9 @@ def test_other_samples_are_warned_of_once_and_another_temperature_is_refused(fol
         {"mean": None},
         {"predictive": {"quantile": "x", "confidence": 0.5}},
         {"rest": 1},
+        {"fitted_to": {"num_samples": "four", "seed": 0}},
+        {"fitted_to": {"num_samples": 4, "seed": 0, "draw": "sobol"}},
+        {"fitted_to": {"num_samples": 4, "seed": 0, "tolerance": [1]}},
     ],
 )
 def test_a_damaged_file_is_one_line(folder, change):
