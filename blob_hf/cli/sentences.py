@@ -12,6 +12,7 @@ from blob_hf.metrics.uncertainty import predictive_entropy
 WANTED = 0.95  # accuracy that the share of abstentions is told for
 FEWEST = 20  # inputs that must remain for their accuracy to mean something
 NOTHING = 0.01  # relative change of an NLL that is none
+RISEN = 0.05  # relative rise of an NLL from its least that is overfitting
 
 
 def samples_sentence(nll: float, mean_nll: float, num_samples: int, unit: str) -> str:
@@ -33,6 +34,25 @@ def samples_sentence(nll: float, mean_nll: float, num_samples: int, unit: str) -
         return f"{who} change{verb} nothing: the NLL is {both}."
     better = "improve" if nll < mean_nll else "worsen"
     return f"{who} {better}{verb} the NLL from {mean_nll:.3g} (posterior mean) to {nll:.3g} nats per {unit}."
+
+
+def overfitting_sentence(history: Sequence[Mapping[str, Any]], name: str = "eval_nll") -> str:
+    """That a training went on past its best evaluation; "" where it did not, or where there were fewer than two.
+
+    Args:
+        history: Of the trainer's state: what was logged, with its step.
+        name: Of the NLL in it.
+    """
+    seen = [(row[name], row["step"]) for row in history if name in row and np.isfinite(row[name])]
+    if len(seen) < 2:
+        return ""
+    (least, step), (last, end) = min(seen), seen[-1]
+    if last <= (1 + RISEN) * least:
+        return ""
+    return (
+        f"the model overfits: the NLL of the evaluated rows was least at step {step:,} of {end:,}, {least:.3g}, and "
+        f"ended at {last:.3g}. Train for less, or hold training rows out and stop by them (--early_stopping_patience 5)"
+    )
 
 
 def networks_sentence(networks: NDArray[np.integer], most: int) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from blob_hf import cli
-from blob_hf.cli.sentences import abstention_sentence, agreement_sentence, samples_sentence
+from blob_hf.cli.sentences import abstention_sentence, agreement_sentence, overfitting_sentence, samples_sentence
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,18 @@ from blob_hf.cli.sentences import abstention_sentence, agreement_sentence, sampl
 )
 def test_what_samples_do(nll, mean_nll, num_samples, said):
     assert said in samples_sentence(nll, mean_nll, num_samples, "example")
+
+
+def watched(*nlls):
+    return [{"loss": 0.1, "step": 5}, *({"eval_nll": nll, "step": 1000 * (i + 1)} for i, nll in enumerate(nlls))]
+
+
+def test_a_training_that_went_on_past_its_best_is_told():
+    said = overfitting_sentence(watched(0.812, 0.906, 1.161))
+    assert "least at step 1,000 of 3,000, 0.812, and ended at 1.16." in said
+    assert overfitting_sentence(watched(0.9, 0.812, float("nan"), 0.9)).count("step 2,000 of 4,000") == 1
+    for as_good in (watched(0.9, 0.85, 0.86), watched(0.9, 0.8), watched(0.8), watched()):
+        assert overfitting_sentence(as_good) == ""
 
 
 def classifier(wrong):

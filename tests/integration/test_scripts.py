@@ -27,6 +27,19 @@ def read(path):
     return json.loads(path.read_text())
 
 
+def test_a_run_that_overfits_says_when_it_was_best(monkeypatch, tmp_path, capsys):
+    flags = [
+        "--method", "lora", "--max_train_samples", "16", "--max_steps", "60", "--learning_rate", "2e-2",
+        "--eval_strategy", "steps", "--eval_steps", "10", "--save_strategy", "no",
+    ]  # fmt: skip
+    assert run(monkeypatch, GLUE, *QUICK_GLUE, *flags, "--output_dir", tmp_path) == 0
+    history = [row for row in read(tmp_path / "trainer_state.json")["log_history"] if "eval_nll" in row]
+    best, last = min(history, key=lambda row: row["eval_nll"]), history[-1]
+    assert last["eval_nll"] > 1.05 * best["eval_nll"]  # sixteen rows, many passes
+    said = f"least at step {best['step']} of 60, {best['eval_nll']:.3g}, and ended at {last['eval_nll']:.3g}"
+    assert said in capsys.readouterr().out and said in (tmp_path / "report.md").read_text()
+
+
 def test_classification_leaves_every_artifact(monkeypatch, tmp_path, capsys):
     assert run(monkeypatch, GLUE, *QUICK_GLUE, "--compare_base", "true", "--output_dir", tmp_path) == 0
     printed = capsys.readouterr().out
