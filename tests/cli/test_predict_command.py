@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from helpers.adapters import trained
 from helpers.models import randomize_b, tiny_tokenizer, words
-from helpers.running import GLUE, ROOT, SUMMARIZATION, lines, predict, run_script
+from helpers.running import GLUE, ROOT, SUMMARIZATION, lines, predict, run_script, thorough
 from peft import AutoPeftModelForSequenceClassification, LoraConfig
 from transformers import AutoModelForSequenceClassification
 
@@ -283,7 +283,7 @@ def command(tiny, output, *launcher):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+@pytest.mark.parametrize("launcher", [thorough("accelerate"), "torchrun"])
 def test_launchers_write_the_file_of_one_process(tiny, tmp_path, launcher):
     """torchrun starts two; accelerate's own, on a CPU without MPI, one, whatever it is told."""
     assert run_tiny(tiny, tmp_path / "one.jsonl") == 0

@@ -235,7 +235,7 @@ def single_causal(tmp_path_factory):
 CAUSAL = {"causal": True, "remove_unused_columns": False, "max_steps": 3}
 
 
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["zero3", thorough("fsdp2")])
 def test_two_processes_train_a_causal_model_as_one(tmp_path, single_causal, engine):
     """Multiple choice by letters, with LoRA on lm_head, and under ZeRO-3 with gradient checkpointing."""
     config, changes = engine, CAUSAL
@@ -247,16 +247,13 @@ def test_two_processes_train_a_causal_model_as_one(tmp_path, single_causal, engi
 
 @pytest.mark.parametrize("class_weights", [thorough(None), "balanced"])
 def test_accumulation_processes_and_batch_commute(tmp_path, class_weights):
-    """24 rows a step: 1 x 24, 2 processes x 2 x 6, 2 x 3 x 4; without noise, which accumulated batches draw anew."""
+    """24 rows a step: 1 x 24 and 2 processes x 3 x 4; without noise, which accumulated batches draw anew."""
     quiet = {"quiet": True, "max_steps": 4, "class_weights": class_weights}
     expected = train(tmp_path, "one", 1, 24, **quiet)
-    for accumulation, per_device in ((2, 6), (3, 4)):
-        name = f"accumulated{accumulation}"
-        found = train(tmp_path, name, 2, per_device, gradient_accumulation_steps=accumulation, **quiet)
-        assert_the_same_training(found, expected)
+    assert_the_same_training(train(tmp_path, "two", 2, 4, gradient_accumulation_steps=3, **quiet), expected)
 
 
-@pytest.mark.parametrize("fault", ["kill", "nan"])
+@pytest.mark.parametrize("fault", ["kill", thorough("nan")])
 def test_a_fault_of_one_process_ends_all_and_the_run_resumes(tmp_path, single, fault):
     failed = launch(tmp_path, RUN, "run", 2, 4, "", "", json.dumps({"fault": fault}))
     assert failed.returncode != 0

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers.running import GLUE, ROOT, run_script
+from helpers.running import GLUE, ROOT, run_script, thorough
 from test_distributed import launch
 
 from blob_hf.baselines.laplace import library_is_there
@@ -27,7 +27,7 @@ def run_sharded(tmp_path, name, *arguments):
     return launch(tmp_path, code, name, 2, *DEMO, "--deepspeed", ZERO3, *arguments)
 
 
-@pytest.mark.parametrize("method", ["ensemble", "laplace", "scalabl", "ivon"])
+@pytest.mark.parametrize("method", ["ensemble", "laplace", thorough("scalabl"), thorough("ivon")])
 def test_a_saved_method_gives_the_numbers_of_one_process(monkeypatch, tmp_path, method):
     """A frozen head, members' biases and the curvature's mean are shards; the draws are those of one process."""
     if method == "laplace" and not library_is_there():
@@ -48,7 +48,7 @@ def test_a_saved_method_gives_the_numbers_of_one_process(monkeypatch, tmp_path, 
         assert results[key] == pytest.approx(expected[key], rel=1e-4), key
 
 
-@pytest.mark.parametrize("method", ["ensemble", "ivon"])
+@pytest.mark.parametrize("method", ["ensemble", thorough("ivon")])
 def test_fitting_under_zero3_is_refused(tmp_path, method):
     found = run_sharded(tmp_path, method, "--method", method, "--max_steps", 2)
     assert found.returncode and f"method {method} works with whole models, not under DeepSpeed" in found.stderr
