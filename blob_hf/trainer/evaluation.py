@@ -182,7 +182,8 @@ def information_gain(
 
 def spread(rows: Any, count: int) -> Any:
     """At most `count` rows of a data set, spread over it: a file may be sorted by class."""
-    chosen = list(range(0, len(rows), max(1, len(rows) // count)))[:count]
+    taken = min(count, len(rows))
+    chosen = [place * len(rows) // taken for place in range(taken)]
     return rows.select(chosen) if isinstance(rows, Dataset) else Subset(rows, chosen)
 
 
