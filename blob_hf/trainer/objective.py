@@ -158,6 +158,7 @@ class ObjectiveMixin(_Base):
             return total / (count if weights is None else total_weight([{"labels": labels}], weights)), outputs
         if isinstance(num_items, Tensor):
             num_items = num_items.flatten()[0].to(total.device)
+            num_items = num_items.masked_fill(num_items == 0, 1)  # texts cut before their targets have no loss
         return total * self._loss_scale(num_items) / num_items, outputs
 
     def _users_loss(
