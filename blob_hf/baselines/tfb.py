@@ -212,7 +212,8 @@ def fit_tfb(
     if gaussian_layers(model):
         raise BlobError("method tfb needs a plain LoRA adapter, but this one has a posterior already")
     adapter = str(model.active_adapter)
-    if not any(module.lora_B[adapter].weight.any() for _, module in lora_layers(model, adapter)):
+    outer: list[Any] = [module.lora_B[adapter] for _, module in lora_layers(model, adapter)]
+    if not any(layer.weight.any() for layer in outer):
         raise BlobError("method tfb needs a trained adapter, but B is 0 in every layer: noise in A would do nothing")
     config = config or TFBConfig()
     baseline = loss(0)
