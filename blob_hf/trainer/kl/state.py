@@ -90,8 +90,8 @@ class KLState:
         self.initial_stds, start = initial_stds(model), mean_posterior_std(model).item()
         if zeros := sum(int((std == 0).sum()) for std in self.initial_stds.values()):
             raise BlobError(
-                f"{zeros} stds of the posterior are 0, so its KL is infinite and cannot be trained (one that was "
-                "fitted, not trained, may have them): bayesianize the LoRA adapter that it was made from, and train that"
+                f"{zeros} stds of the posterior are 0, as one that was fitted may have them, which training cannot "
+                "widen (its KL is infinite): continue from the LoRA adapter that it was made of"
             )
         if checkpoint is not None and (checkpoint / INITIAL_STDS).is_file():
             self.initial_stds = load_file(checkpoint / INITIAL_STDS)

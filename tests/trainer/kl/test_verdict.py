@@ -195,7 +195,7 @@ def test_a_posterior_with_stds_of_0_has_no_kl_to_train(tmp_path):
     std = layer.std.detach().clone()
     std[2] = 0
     layer.set_std(std)
-    with pytest.raises(BlobError, match=f"^{std.shape[1]} stds of the posterior are 0, so its KL is infinite"):
+    with pytest.raises(BlobError, match=f"^{std.shape[1]} stds of the posterior are 0, .*its KL is infinite"):
         make_trainer(tmp_path, model).train()
 
 
