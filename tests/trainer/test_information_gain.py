@@ -61,6 +61,10 @@ def test_of_a_language_model_it_is_what_it_beats_its_base_by():
 
 def test_without_rows_there_is_nothing_to_know():
     assert information_gain(classifier(), [], lambda inputs: inputs.pop("labels"), SAMPLING) is None
+    torch.manual_seed(0)
+    model = get_blob_model(tiny_gpt2(), BlobConfig(target_modules=TARGETS["gpt2"], task_type="CAUSAL_LM")).eval()
+    no_targets = [{"input_ids": random_ids(2, 5), "labels": torch.full((2, 5), -100)}]
+    assert information_gain(model, no_targets, lambda inputs: inputs.pop("labels"), SAMPLING) is None
 
 
 @pytest.mark.parametrize("length", [5, 64, 100, 127, 191, 1000])

@@ -148,7 +148,7 @@ def judge(
         figures = replace(figures, information_gain=information_gain())
         gain = figures.information_gain
         if gain is None or gain < FORGOTTEN:
-            known = "" if gain is None else f", and it predicts {gain:.3f} nats better than without the task"
+            known = "" if gain is None else f", and it predicts {_compared(gain)} than without the task"
             reason = f"the posterior is the prior: KL < {COLLAPSED:g} nats per weight{known}"
             return Verdict("prior collapse", reason, figures)
         near = f"; most weights are at the prior, but the predictive is {gain:.3f} nats better than without the task"
@@ -159,6 +159,10 @@ def judge(
         return Verdict("deterministic", f"{agree}{_not_learned(figures)}", figures)
     differ = "not a point" if sample_gap is None else "the samples differ in what they predict"
     return Verdict("healthy", f"the KL was applied, and {differ}{near}", figures)
+
+
+def _compared(gain: float) -> str:
+    return f"{abs(gain):.3f} nats {'worse' if gain < 0 else 'better'}"
 
 
 def _not_learned(figures: KLFigures) -> str:

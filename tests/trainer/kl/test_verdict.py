@@ -58,6 +58,12 @@ def test_thresholds(changes, gap, gain, name):
     assert verdict.to_dict()["verdict"] == name and verdict.to_dict()["sample_gap"] == gap
 
 
+def test_a_predictive_that_is_worse_than_nothing_is_called_so():
+    forgotten = replace(HEALTHY, kl_end=10.0)
+    assert "it predicts 0.020 nats worse than without the task" in str(judge(forgotten, 0.3, lambda: -0.02))
+    assert "it predicts 0.005 nats better than" in str(judge(forgotten, 0.3, lambda: 0.005))
+
+
 def test_a_kl_that_waits_for_the_nll_is_not_told_to_take_what_it_has():
     """`kl_learning_rate auto` is what `adaptive` comes from, and M cancels in its rate."""
     unheard = replace(HEALTHY, schedule="adaptive", std_by_kl_alone=1.01, nll_start=4.3, nll_end=3.1)
