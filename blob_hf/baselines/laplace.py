@@ -290,7 +290,8 @@ def _choose_precision(model: BlobModel, held_out: DataLoader, predictive: str, s
     totals = np.zeros(len(PRECISION_GRID))
     for batch in held_out:
         labels, inputs = batch["labels"].to(model.device), _inputs(model, batch)
-        linear = Linearized.of(model, inputs) if predictive == "linearized" else None  # the same for all precisions
+        # the same for all precisions
+        linear = Linearized.of(model, inputs, sampling.layers) if predictive == "linearized" else None
         for index, precision in enumerate(PRECISION_GRID):
             _set_precision(layers, float(precision))
             found = predict_classes(model, inputs, sampling) if linear is None else linear.predict(sampling)

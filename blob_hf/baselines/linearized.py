@@ -17,6 +17,8 @@ from blob_hf.tuner.in_flight import Frozen, Later, fixed
 from blob_hf.tuner.posterior import posterior_mean, sampled_layers
 from blob_hf.tuner.sampled import SampledLinear
 from blob_hf.tuner.sampling import Sampling
+from blob_hf.tuner.stacks import in_last_layers
+from blob_hf.utils.errors import BlobError
 from blob_hf.utils.sharding import full_tensor, gathered
 
 
@@ -65,8 +67,20 @@ class LaplaceLinear(SampledLinear):
         return flat @ flat.transpose(1, 2)
 
 
-def laplace_layers(model: nn.Module) -> list[LaplaceLinear]:
-    return [layer for layer in sampled_layers(model) if isinstance(layer, LaplaceLinear)]
+def laplace_layers(model: nn.Module, last: int | None = None) -> list[LaplaceLinear]:
+    """The layers with a Laplace posterior; with `last` those in so many last layers of the model and its head.
+
+    Raises:
+        BlobError: None of them is there, or the model has not so many.
+    """
+    layers = [layer for layer in sampled_layers(model) if isinstance(layer, LaplaceLinear)]
+    if last is None:
+        return layers
+    is_last = in_last_layers(model, last)
+    there = {module for path, module in model.named_modules() if is_last(path)}
+    if not (found := [layer for layer in layers if layer in there]):
+        raise BlobError(f"no weight with a Laplace posterior is in the last {last} layers; take more of them")
+    return found
 
 
 @dataclass(frozen=True)
@@ -83,10 +97,14 @@ class Linearized:
     gradients: list[Tensor]
 
     @classmethod
-    def of(cls, model: nn.Module, inputs: dict[str, Any]) -> "Linearized":
+    def of(cls, model: nn.Module, inputs: dict[str, Any], last: int | None = None) -> "Linearized":
         """Each row gets a copy of the weights of its own, like a sample, so that one backward pass a class gives the
-        gradients of all rows."""
-        layers = laplace_layers(model)
+        gradients of all rows.
+
+        Args:
+            last: As `Sampling.layers`: below so many last layers the weights are the mean.
+        """
+        layers = laplace_layers(model, last)
         rows = len(next(value for value in inputs.values() if isinstance(value, Tensor) and value.dim()))
         copies = [layer.weight.detach().expand(rows, -1, -1).clone().requires_grad_() for layer in layers]
         frozen: dict[SampledLinear, Frozen | Later] = {
@@ -123,4 +141,4 @@ class Linearized:
 
 def linearized_prediction(model: nn.Module, inputs: dict[str, Any], sampling: Sampling) -> ClassPrediction:
     """Classes under the network linearised in its weights at the mean, from S draws of the logits."""
-    return Linearized.of(model, inputs).predict(sampling)
+    return Linearized.of(model, inputs, sampling.layers).predict(sampling)

@@ -12,6 +12,7 @@ draws one eps, and the KL has SGD steps of its own, weighted as BLoB's. Its KL i
 KL(q || p).
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,11 +22,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import has_length
 
 from blob_hf.baselines.base import METHOD_FILE, MethodState, register_method
 from blob_hf.reporting.run_summary import MethodCard
 from blob_hf.trainer.engines import require_whole_models
+from blob_hf.trainer.kl.diagnosis import diagnose
 from blob_hf.trainer.kl.schedule import KLSchedule, kl_cycle_length
 from blob_hf.trainer.kl.step import lr_scale_of, stop_at
 from blob_hf.tuner.adapter_files import read_beside, write_beside
@@ -40,6 +43,8 @@ from blob_hf.utils.sharding import full_tensor, gathered
 
 if TYPE_CHECKING:
     from blob_hf.trainer.trainer import BlobTrainerMixin
+
+logger = logging.getLogger(__name__)
 
 INIT_STD = 0.05  # published: sigma ~ U(0.05 / sqrt(2), 0.05) at the start
 STD_FILE = "scalabl.safetensors"
@@ -144,7 +149,9 @@ class ScalaBLState(MethodState):
         cycle = args.kl_cycle_steps or kl_cycle_length(count, args.gamma, batch)
         layers = subspace_layers(model)
         _split_stds(optimizer, layers)
-        schedule = KLSchedule("geometric", cycle)
+        schedule = KLSchedule("geometric", cycle, count)
+        trainer.remove_callback(_Forecast)
+        trainer.add_callback(_Forecast(schedule, batch, None if args.kl_cycle_steps else args.gamma))
 
         def after_step(stepped: torch.optim.Optimizer, *_: Any) -> None:
             weight = schedule(trainer.state.global_step + 1) * lr_scale_of(stepped.param_groups[-1])
@@ -153,6 +160,18 @@ class ScalaBLState(MethodState):
 
         optimizer.register_step_post_hook(after_step)
         return optimizer
+
+
+class _Forecast(TrainerCallback):
+    """Says before a training that its KL will not be applied, as BLoB's trainer does: sigma would stay at its start."""
+
+    def __init__(self, schedule: KLSchedule, batch_size: int, gamma: float | None) -> None:
+        self.schedule, self.batch_size, self.gamma = schedule, batch_size, gamma
+
+    def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:  # type: ignore[override]
+        whole = replace(self.schedule, total_steps=state.max_steps)
+        for warning in diagnose(whole, self.batch_size, self.gamma).warnings if state.is_world_process_zero else ():
+            logger.warning("%s", warning)
 
 
 def attach_scalabl(model: BlobModel, prior_std: float = 1.0) -> BlobModel:

@@ -207,12 +207,21 @@ def fit_tfb(
         sigma_q and how it was found; the model has it as its companion.
 
     Raises:
-        BlobError: The adapter has a posterior already.
+        BlobError: The adapter has a posterior already, or was not trained; the anchors' loss is 0.
     """
     if gaussian_layers(model):
         raise BlobError("method tfb needs a plain LoRA adapter, but this one has a posterior already")
+    adapter = str(model.active_adapter)
+    outer: list[Any] = [module.lora_B[adapter] for _, module in lora_layers(model, adapter)]
+    if not any(layer.weight.any() for layer in outer):
+        raise BlobError("method tfb needs a trained adapter, but B is 0 in every layer: noise in A would do nothing")
     config = config or TFBConfig()
     baseline = loss(0)
+    if not baseline > 0:
+        raise BlobError(
+            f"method tfb bounds the relative change of the anchors' loss, but that is {baseline:g} under the adapter; "
+            "give anchors that it was not trained on, or more of them"
+        )
     unit = _rotate_all(model)
     layers = gaussian_layers(model)
 

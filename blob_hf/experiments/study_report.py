@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import entr
 
 from blob_hf.baselines.temperature import scale
 from blob_hf.cli.costs import COSTS_FILE
@@ -138,7 +139,7 @@ def measures(log_probs: np.ndarray, labels: np.ndarray, outside: np.ndarray | No
 
 
 def _entropy(log_probs: np.ndarray) -> np.ndarray:
-    return -(np.exp(log_probs) * log_probs).sum(axis=1)
+    return entr(np.exp(log_probs)).sum(axis=1)
 
 
 def read_curve(key: Key, folder: Path) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ SCORINGS = ("letter", "text")
 NORMALIZATIONS = ("none", "characters", "tokens")
 ASKED_BY = "num_choices"  # the input by which a batch asks for choices
 LETTERS = tuple(ascii_uppercase)
-_NO_CHOICE = -1e9  # finite: its probability is 0, and 0 times its log is 0, not NaN
+NO_CHOICE = -1e9  # finite: its probability is 0, and 0 times its log is 0, not NaN
 FILE_NAME = "multiple_choice.json"
 
 
@@ -132,7 +132,7 @@ class ChoiceScoring(Companion):
         scores = self._of_letters(model, network, inputs) if letters else self._of_texts(network, inputs)
         scores = F.pad(scores.float(), (0, len(self.tokens) - scores.shape[1]))
         missing = torch.arange(len(self.tokens), device=scores.device) >= counts.unsqueeze(1)
-        return SequenceClassifierOutput(logits=scores.masked_fill(missing, _NO_CHOICE))
+        return SequenceClassifierOutput(logits=scores.masked_fill(missing, NO_CHOICE))
 
     def _of_letters(self, model: BlobModel, network: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
         """Logits of the letters at the last position, which is the same for all rows: they are padded on the left."""

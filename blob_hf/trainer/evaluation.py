@@ -157,7 +157,7 @@ def information_gain(
     """What the predictive knows of the task: how much smaller its NLL is than that of something that learned nothing.
 
     For classes that is the rates of these rows' labels, whatever the input; for tokens the base model without the
-    adapter. None where there are no rows.
+    adapter. None where there is nothing to predict.
 
     Returns:
         Nats per example or token.
@@ -171,9 +171,9 @@ def information_gain(
         if labels.dim() > 1:
             with _bare(model).disable_adapter():
                 reference -= token_log_probs(model(**inputs).logits, labels).sum().item()
-    if not seen:
+    all_labels = torch.cat(seen) if seen else torch.empty(0)
+    if not len(all_labels):
         return None
-    all_labels = torch.cat(seen)
     if reference == 0.0:
         counts = all_labels.bincount().double()
         reference = -torch.special.xlogy(counts, counts / len(all_labels)).sum().item()
@@ -182,7 +182,8 @@ def information_gain(
 
 def spread(rows: Any, count: int) -> Any:
     """At most `count` rows of a data set, spread over it: a file may be sorted by class."""
-    chosen = list(range(0, len(rows), max(1, len(rows) // count)))[:count]
+    taken = min(count, len(rows))
+    chosen = [place * len(rows) // taken for place in range(taken)]
     return rows.select(chosen) if isinstance(rows, Dataset) else Subset(rows, chosen)
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer
 
+from blob_hf.inference.choices import NO_CHOICE
 from blob_hf.inference.predict import IGNORED_LABEL
 from blob_hf.trainer.checkpoints import newest_complete
 from blob_hf.trainer.class_weights import total_weight
@@ -145,12 +146,16 @@ class ObjectiveMixin(_Base):
         outputs = model(**inputs)
         logits = outputs.logits.float().flatten(0, -2)
         weights = self.class_weights if model.training else None
+        smoothing = self.args.label_smoothing_factor if model.training else 0.0
+        targets = labels.flatten()
+        if smoothing and labels.dim() == 1 and (logits <= NO_CHOICE).any():
+            targets, smoothing = _smoothed_choices(logits, labels, smoothing), 0.0
         total = F.cross_entropy(
             logits,
-            labels.flatten(),
+            targets,
             weight=weights,
             ignore_index=IGNORED_LABEL,
-            label_smoothing=self.args.label_smoothing_factor if model.training else 0.0,
+            label_smoothing=smoothing,
             reduction="sum",
         )
         if num_items is None:
@@ -158,6 +163,7 @@ class ObjectiveMixin(_Base):
             return total / (count if weights is None else total_weight([{"labels": labels}], weights)), outputs
         if isinstance(num_items, Tensor):
             num_items = num_items.flatten()[0].to(total.device)
+            num_items = num_items.masked_fill(num_items == 0, 1)  # texts cut before their targets have no loss
         return total * self._loss_scale(num_items) / num_items, outputs
 
     def _users_loss(
@@ -232,3 +238,13 @@ class ObjectiveMixin(_Base):
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="mean")
+
+
+def _smoothed_choices(logits: Tensor, labels: Tensor, share: float) -> Tensor:
+    """Target probabilities `(rows, choices)`: the label's, of which a share is spread over the choices of the row.
+
+    (On one that a row does not have it would cost 1e9 nats.)
+    """
+    possible = (logits > NO_CHOICE).to(logits.dtype)
+    label = F.one_hot(labels, logits.shape[-1]).to(logits.dtype)
+    return torch.lerp(label, possible / possible.sum(-1, keepdim=True), share)

@@ -182,6 +182,24 @@ def test_draws_do_not_depend_on_the_signs_of_eigenvectors(monkeypatch):
     torch.testing.assert_close(again, found)
 
 
+def test_samples_of_the_last_layers_have_the_covariance_of_those_alone():
+    whole, part, below = lora_bert(), lora_bert(), lora_bert()
+    inputs = {"input_ids": random_ids(4, 8)}
+    factors = {name: one for name, one in random_factors(whole).items() if "classifier" not in name}  # it outweighs all
+    attach_factors(whole, factors, 2.0)
+    attach_factors(part, {name: one for name, one in factors.items() if ".layer.1." in name}, 2.0)
+    attach_factors(below, {name: one for name, one in factors.items() if ".layer.0." in name}, 2.0)
+    assert 0 < len(sampled_layers(part)) < len(sampled_layers(whole))
+    of_last, alone, of_all = (
+        linearized_prediction(model, inputs, Sampling(6, layers=layers)).sample_log_probs
+        for model, layers in ((whole, 1), (part, None), (whole, None))
+    )
+    torch.testing.assert_close(of_last, alone, atol=1e-6, rtol=1e-5)
+    assert (of_last - of_all).abs().max() > 100 * (of_last - alone).abs().max()
+    with pytest.raises(BlobError, match="no weight with a Laplace posterior is in the last 1 layers"):
+        linearized_prediction(below, inputs, Sampling(6, layers=1))
+
+
 def test_the_last_layer_is_the_head_or_the_last_layer_with_lora():
     assert {name.split(".")[2] for name in lora_weights(lora_bert(), "last_layer")} == {"classifier"}
     trained_head = get_lora_model(tiny_bert(), LoraConfig(target_modules=["query", "value"], task_type="SEQ_CLS"))

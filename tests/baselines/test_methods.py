@@ -111,6 +111,8 @@ def test_a_plain_peft_model_is_taken_over(tmp_path):
         model = as_blob_model(get_peft_model(tiny_bert(), config))
         if method == "mc_dropout":
             attach_mc_dropout(model)
+        if method == "tfb":  # is for what is trained
+            randomize_b(model)
         trainer, _ = fit(tmp_path / method, method, lambda model=model: model, num_anchors=8)
         trainer.create_model_card()
         trainer.save_model()

@@ -86,6 +86,17 @@ def test_training_applies_the_kl_as_blob_weighs_it_and_beta_is_its_prior(tmp_pat
         torch.testing.assert_close(after[name].log_std.detach(), log_std, atol=1e-6, rtol=1e-6)
 
 
+def test_a_kl_that_will_not_be_applied_is_said_before_the_training(tmp_path, caplog):
+    fit(tmp_path / "short", "scalabl", lambda: attach_scalabl(lora()), kl_cycle_steps=500)
+    assert "kl_cycle_steps gives a KL cycle of M = 500 steps, but the run has only 4" in caplog.text
+    caplog.clear()
+    fit(tmp_path / "gamma", "scalabl", lambda: attach_scalabl(lora()), kl_cycle_steps=None)  # 100 * 24**(pi / 8) / 8
+    assert "the KL will not be applied: gamma = 8 gives a KL cycle of M = 43 steps" in caplog.text
+    caplog.clear()
+    fit(tmp_path / "heard", "scalabl", lambda: attach_scalabl(lora()), kl_cycle_steps=2)
+    assert "KL" not in caplog.text
+
+
 def test_noise_of_a_training_step_is_one_network():
     model = attach_scalabl(lora()).train()
     layer = next(iter(subspace_layers(model).values()))

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from blob_hf import BlobError, BlobModel, BlobTrainer
 from blob_hf.baselines.tfb import TFBConfig, anchor_rows, largest_sigma, rotate
+from blob_hf.baselines.tfb import fit_tfb as library_fit
 from blob_hf.cli.method_arguments import MethodArguments
 from blob_hf.cli.routes import find_route
 from blob_hf.cli.tfb import main
@@ -158,6 +159,14 @@ def test_mistakes_are_one_line(tmp_path, caplog):
         anchor_rows(rows(3).select([]), 5)
     with pytest.raises(BlobError, match="needs a plain LoRA adapter, but this one has a posterior"):
         fit_tfb(tmp_path, blob_bert())
+    untrained = lora_bert()
+    randomize_b(untrained, 0.0)
+    with pytest.raises(BlobError, match="needs a trained adapter, but B is 0 in every layer"):
+        fit_tfb(tmp_path, untrained)
+    memorised = lora_bert()
+    with pytest.raises(BlobError, match="relative change of the anchors' loss, but that is 0 under the adapter"):
+        library_fit(memorised, lambda networks: 0.0)
+    assert not gaussian_layers(memorised)  # as it was
     fit_tfb(tmp_path, lora_bert(), tfb_tolerance=0.0, tfb_bound=1e9)
     assert "the posterior is a point" in caplog.text
     caplog.clear()

@@ -317,6 +317,12 @@ def test_the_numbers_of_a_run(runs):
     assert rows["blob"]["ood_auroc"] == pytest.approx(roc_auc_score(np.repeat([0, 1], 80), joint))
 
 
+def test_a_class_of_probability_0_adds_nothing_to_an_entropy():
+    certain = np.array([[0.0, -np.inf], [np.log(0.5), np.log(0.5)]])
+    found = study_report.measures(certain, np.array([0, 1]), certain[1:])
+    assert found["error_auroc"] == 1.0 and found["ood_auroc"] == pytest.approx(0.75)
+
+
 def test_the_report_compares_on_the_same_seeds_and_corrects(tmp_path, runs, capsys):
     curves = {key: path for key, path in runs.items() if key[1] in ("lora", "blob")}
     study_report.write(tmp_path, runs, curves, {("cola-128", "blob"): 0.5}, ["--dtype", "bfloat16"])

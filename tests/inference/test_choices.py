@@ -200,6 +200,26 @@ def test_trains_as_cross_entropy_of_the_choices_and_comes_back(way, tmp_path):
     assert found["eval_nll"] == pytest.approx(metrics["eval_nll"], rel=1e-5)
 
 
+def test_label_smoothing_spreads_over_the_choices_that_a_question_has(tmp_path):
+    model, how = blob(), scoring("letter")
+    model.set_companion(how)
+    rows = tokenize_choices(Dataset.from_list(QUESTIONS), of_words(), PUBLISHED, how.scoring, 100)
+    args = BlobTrainingArguments(
+        tmp_path, use_cpu=True, report_to="none", remove_unused_columns=False, kl_schedule="none",
+        label_smoothing_factor=0.3,
+    )  # fmt: skip
+    run = BlobTrainer(model, args, ChoiceCollator(0, how.scoring), rows)
+    for layer in [module for module in model.modules() if hasattr(module, "mean_only")]:
+        layer.mean_only = True
+    batch_of_all = run.data_collator([*rows])
+    found = run._nll(model.train(), dict(batch_of_all), None)[0]
+    expected = []
+    for row in QUESTIONS:  # of different numbers of choices
+        log_probs = by_a_loop(model, how, row)
+        expected.append(-0.7 * log_probs[row["label"]] - 0.3 * log_probs.mean())
+    torch.testing.assert_close(found, torch.stack(expected).mean())
+
+
 @pytest.mark.parametrize("way", WAYS[:2])
 def test_predict_answers_questions_by_letter(way):
     model, how = blob(), scoring(*way)

@@ -100,3 +100,15 @@ def test_a_quantised_base_trains_scores_and_writes(tmp_path, bits, quantised_hea
             torch.testing.assert_close(together[:, s], logits.log_softmax(-1), rtol=1e-3, atol=1e-3)
             alone = model.generate(**ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
         assert torch.equal(written.unflatten(0, (-1, 3))[:, s], alone)
+
+
+def test_a_batch_whose_texts_were_cut_before_their_targets_has_no_loss_and_ends_nothing(tmp_path):
+    ids = torch.randint(1, 64, (4, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    data = Dataset.from_dict({"input_ids": ids, "labels": [[-100] * 6] * 2 + ids[2:]})
+    torch.manual_seed(1)
+    model = get_blob_model(llama(), BlobConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", noise="shared"))
+    args = arguments(tmp_path, max_steps=4, per_device_train_batch_size=1)  # each text once
+    run = BlobTrainer(model, args, train_dataset=data)
+    run.train()
+    nlls = sorted(row["nll"] for row in run.kl.history.rows)
+    assert nlls[:2] == [0, 0] and 0 < nlls[2] < nlls[3] < 10

@@ -1,6 +1,7 @@
 """What a predictive knows of its task: against label rates by hand, and against the base model without its adapter."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from helpers.training import rows, trainer
 
 from blob_hf import BlobConfig, Sampling, get_blob_model
 from blob_hf.inference.predict import predict_classes
-from blob_hf.trainer.evaluation import information_gain
+from blob_hf.trainer.evaluation import information_gain, spread
 
 SAMPLING = Sampling(4)
 
@@ -60,6 +61,17 @@ def test_of_a_language_model_it_is_what_it_beats_its_base_by():
 
 def test_without_rows_there_is_nothing_to_know():
     assert information_gain(classifier(), [], lambda inputs: inputs.pop("labels"), SAMPLING) is None
+    torch.manual_seed(0)
+    model = get_blob_model(tiny_gpt2(), BlobConfig(target_modules=TARGETS["gpt2"], task_type="CAUSAL_LM")).eval()
+    no_targets = [{"input_ids": random_ids(2, 5), "labels": torch.full((2, 5), -100)}]
+    assert information_gain(model, no_targets, lambda inputs: inputs.pop("labels"), SAMPLING) is None
+
+
+@pytest.mark.parametrize("length", [5, 64, 100, 127, 191, 1000])
+def test_the_rows_that_are_looked_at_reach_from_the_first_to_the_last(length):
+    chosen = list(spread(list(range(length)), 64))
+    gaps = [b - a for a, b in pairwise([*chosen, length])]
+    assert chosen[0] == 0 and len(chosen) == min(64, length) and max(gaps) - min(gaps) <= 1
 
 
 def test_a_posterior_at_the_prior_that_still_predicts_is_not_called_collapsed(tmp_path):

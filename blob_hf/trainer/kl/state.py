@@ -22,6 +22,7 @@ from blob_hf.trainer.kl.target import TargetSchedule
 from blob_hf.trainer.kl.verdict import Verdict, initial_stds, judge, measure, std_by_kl_alone
 from blob_hf.tuner.config import BlobConfig
 from blob_hf.tuner.posterior import kl_divergence, mean_posterior_std
+from blob_hf.utils.errors import BlobError
 
 if TYPE_CHECKING:
     from blob_hf.trainer.training_args import BlobTrainingArguments
@@ -82,8 +83,16 @@ class KLState:
 
         Args:
             checkpoint: That the training is resumed from; its stds are then not those of the start.
+
+        Raises:
+            BlobError: A std is 0, so that the KL is infinite.
         """
         self.initial_stds, start = initial_stds(model), mean_posterior_std(model).item()
+        if zeros := sum(int((std == 0).sum()) for std in self.initial_stds.values()):
+            raise BlobError(
+                f"{zeros} stds of the posterior are 0, as one that was fitted may have them, which training cannot "
+                "widen (its KL is infinite): continue from the LoRA adapter that it was made of"
+            )
         if checkpoint is not None and (checkpoint / INITIAL_STDS).is_file():
             self.initial_stds = load_file(checkpoint / INITIAL_STDS)
             start = torch.cat([std.float().flatten() for std in self.initial_stds.values()]).mean().item()

@@ -32,6 +32,8 @@ ADVICE = {
     "deterministic": "take kl_learning_rate auto with a larger kl_pull, or fit posterior_scale",
     "healthy": "",
 }
+# of `adaptive`, in whose rate M cancels, and whose first step has no KL
+UNHEARD = "take more steps, or kl_learning_rate auto with a larger kl_pull"
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ class Verdict:
     figures: KLFigures = field(repr=False)
 
     def __str__(self) -> str:
-        advice = ADVICE[self.name]
+        unheard = self.name == "not applied" and self.figures.schedule == "adaptive"
+        advice = UNHEARD if unheard else ADVICE[self.name]
         return f"KL verdict: {self.name}. {self.reason[:1].upper()}{self.reason[1:]}{f'; {advice}' if advice else ''}."
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,15 +139,16 @@ def judge(
         return Verdict("diverged", reason, figures)
     alone = figures.std_by_kl_alone
     if alone is None and figures.exposure < LEAST_EXPOSURE:
-        return Verdict("not applied", f"sum of pi_t < {LEAST_EXPOSURE:g}", figures)
+        return Verdict("not applied", f"sum of pi_t < {LEAST_EXPOSURE:g}{_not_learned(figures)}", figures)
     if alone is not None and abs(math.log(alone)) < MOVED:
-        return Verdict("not applied", f"the KL alone would have changed the stds by less than {MOVED:.0%}", figures)
+        little = f"the KL alone would have changed the stds by less than {MOVED:.0%}"
+        return Verdict("not applied", f"{little}{_not_learned(figures)}", figures)
     near = ""
     if figures.kl_per_weight < COLLAPSED:
         figures = replace(figures, information_gain=information_gain())
         gain = figures.information_gain
         if gain is None or gain < FORGOTTEN:
-            known = "" if gain is None else f", and it predicts {gain:.3f} nats better than without the task"
+            known = "" if gain is None else f", and it predicts {_compared(gain)} than without the task"
             reason = f"the posterior is the prior: KL < {COLLAPSED:g} nats per weight{known}"
             return Verdict("prior collapse", reason, figures)
         near = f"; most weights are at the prior, but the predictive is {gain:.3f} nats better than without the task"
@@ -155,6 +159,10 @@ def judge(
         return Verdict("deterministic", f"{agree}{_not_learned(figures)}", figures)
     differ = "not a point" if sample_gap is None else "the samples differ in what they predict"
     return Verdict("healthy", f"the KL was applied, and {differ}{near}", figures)
+
+
+def _compared(gain: float) -> str:
+    return f"{abs(gain):.3f} nats {'worse' if gain < 0 else 'better'}"
 
 
 def _not_learned(figures: KLFigures) -> str:

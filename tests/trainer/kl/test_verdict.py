@@ -8,6 +8,7 @@ import torch
 from helpers.training import blob_bert
 from helpers.training import trainer as make_trainer
 
+from blob_hf import BlobError
 from blob_hf.trainer.kl.schedule import KLSchedule
 from blob_hf.trainer.kl.step import DecoupledKLStep
 from blob_hf.trainer.kl.verdict import KLFigures, initial_stds, judge, measure, std_by_kl_alone
@@ -55,6 +56,21 @@ def test_thresholds(changes, gap, gain, name):
     verdict = judge(replace(HEALTHY, **changes), gap, lambda: gain)
     assert verdict.name == name and f"KL verdict: {name}" in str(verdict)
     assert verdict.to_dict()["verdict"] == name and verdict.to_dict()["sample_gap"] == gap
+
+
+def test_a_predictive_that_is_worse_than_nothing_is_called_so():
+    forgotten = replace(HEALTHY, kl_end=10.0)
+    assert "it predicts 0.020 nats worse than without the task" in str(judge(forgotten, 0.3, lambda: -0.02))
+    assert "it predicts 0.005 nats better than" in str(judge(forgotten, 0.3, lambda: 0.005))
+
+
+def test_a_kl_that_waits_for_the_nll_is_not_told_to_take_what_it_has():
+    """`kl_learning_rate auto` is what `adaptive` comes from, and M cancels in its rate."""
+    unheard = replace(HEALTHY, schedule="adaptive", std_by_kl_alone=1.01, nll_start=4.3, nll_end=3.1)
+    said = str(judge(unheard))
+    assert "KL verdict: not applied" in said and "training NLL is still 3.10 nats" in said and "kl_pull" in said
+    assert "gamma" not in said and "kl_cycle_steps" not in said
+    assert "kl_cycle_steps" in str(judge(replace(unheard, schedule="geometric")))
 
 
 def test_what_the_predictive_knows_is_measured_only_where_it_decides():
@@ -177,6 +193,16 @@ def test_a_spike_at_the_end_of_the_run_falls_where_the_learning_rate_is_zero(tmp
     assert run.kl.diagnosis.total_weight == pytest.approx(1.0) and run.kl.diagnosis.exposure < 0.04
     assert run.kl.verdict.figures.exposure == pytest.approx(run.kl.diagnosis.exposure, rel=1e-4)  # as predicted
     assert run.kl.verdict.figures.total_weight == pytest.approx(1.0)
+
+
+def test_a_posterior_with_stds_of_0_has_no_kl_to_train(tmp_path):
+    model = blob_bert()
+    layer = next(iter(gaussian_layers(model).values()))
+    std = layer.std.detach().clone()
+    std[2] = 0
+    layer.set_std(std)
+    with pytest.raises(BlobError, match=f"^{std.shape[1]} stds of the posterior are 0, .*its KL is infinite"):
+        make_trainer(tmp_path, model).train()
 
 
 def test_plain_lora_has_no_verdict(tmp_path):
