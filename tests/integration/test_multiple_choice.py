@@ -151,9 +151,13 @@ def test_the_experiment_runs_the_grid(world, tmp_path):
         (["--scoring", "words"], "scoring"),
         (["--train_file", "missing.jsonl"], "--train_file missing.jsonl does not exist"),
         (["--max_train_samples", "0"], "must be >= 1"),
+        (["--train_file", "{test}"], "the train split has no labels"),
+        (["--temperature_scaling", "true", "--calibration_file", "{test}"], "the calibration split has no labels"),
+        (["--ood_file", "missing.jsonl"], "--ood_file missing.jsonl does not exist"),
     ],
 )
 def test_mistakes_are_one_line(world, more, message, monkeypatch, tmp_path, capsys):
+    more = [str(world / "test.jsonl") if part == "{test}" else part for part in more]
     code = run_script(monkeypatch, SCRIPT, *flags(world, *more, "--output_dir", tmp_path / "out"))
     shown = capsys.readouterr()
     assert code == 2 and message in shown.err and "Traceback" not in shown.err
