@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from helpers.running import predict, run_experiment, run_script
+from helpers.running import first_code, predict, run_experiment, run_script
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -88,6 +88,9 @@ def test_a_run_and_its_evaluation_again(world, scoring, monkeypatch, tmp_path, c
     found = read(tmp_path / "again" / "eval_results.json")
     assert found["eval_nll"] == pytest.approx(results["eval_nll"], rel=1e-5)
     assert BlobModel.from_pretrained(tmp_path / "run").companion("choices").scoring == scoring
+    used = first_code(tmp_path / "run" / "README.md")["found"]
+    assert used.probabilities.shape == (1, 4) and used.probabilities[0, 2:].tolist() == [0, 0]
+    assert used.sample_probabilities.shape[1] == 2
 
 
 @pytest.mark.slow

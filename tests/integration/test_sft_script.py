@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from helpers.models import words
-from helpers.running import run_script
+from helpers.running import first_code, run_script
 from helpers.sft import llama, tokenizer
 from safetensors.torch import load_file
 
@@ -45,6 +45,7 @@ def test_a_run_leaves_its_adapter_and_report_and_is_evaluated_again(files, monke
     assert len(stds) == len([name for name in load_file(run / "adapter_model.safetensors") if "lora_A" in name]) > 0
     assert "perplexity" in (run / "report.md").read_text() and (run / "README.md").is_file()
     assert "perplexity" in capsys.readouterr().out
+    assert len(first_code(run / "README.md")["found"].samples[0]) == 2
 
     again = ["--do_eval", "--adapter_name_or_path", run]
     assert run_script(monkeypatch, SFT, *given(files, "again"), *again) == 0
