@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from blob_hf import BlobTrainer, BlobTrainingArguments, cli
 from blob_hf.cli.classifier_run import CLASSIFICATION_METRICS, ClassifierRun
 from blob_hf.cli.evaluation import classification_metrics
+from blob_hf.cli.questions import check_smoothing, warn_of_unread_asking, width_note
 from blob_hf.data.loading import FORMATS, first_rows, hold_out, named_file
 from blob_hf.data.multiple_choice import PUBLISHED, TASKS, find_task, load_choices, require_answers, tokenize_choices
 from blob_hf.inference.choices import (
@@ -147,6 +148,9 @@ def main() -> None:
         asking, data_args.scoring, width, tokenizer, data_args.length_normalization, data_args.max_length
     )
     scoring.check_width(width)
+    warn_of_unread_asking(data_args, scoring, saved is not None)
+    if training_args.do_train:
+        check_smoothing(training_args.label_smoothing_factor, splits["train"], len(scoring.tokens))
     asked = {name: TASKS[name].asking if name in TASKS else scoring.asking for name in shifted}
     for name, other in asked.items():
         scoring.check_answers(other, name)
@@ -208,6 +212,8 @@ def main() -> None:
         run.add_predictions(prefix, split, output, splits[split].select_columns(columns).to_list())
         for name, rows in outside.items() if split == "validation" else ():
             run.add_shift(name, output, trainer.predict(rows, metric_key_prefix=f"ood_{name}"))
+            if note := width_note(name, shifted[name], splits[split]):
+                run.notes.append(note)
     run.finish()
 
 

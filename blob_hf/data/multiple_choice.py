@@ -337,10 +337,11 @@ def tokenize_choices(
             found["labels"] = row["label"]
         if scoring == "letter":
             return found | {"input_ids": shortened(tokenizer(letter_prompt(row, asking)).input_ids)}
-        parts = [_encoded(tokenizer, *pair) for pair in continuations(row, asking)]
+        pairs = list(continuations(row, asking))
+        parts = [_encoded(tokenizer, *pair) for pair in pairs]
         if any(len(text) >= max_length for _, text in parts):  # nothing would be left to continue
             raise BlobError(f"a choice of {row['question'][:40]!r} alone is longer than max_length {max_length}")
-        lengths = {"none": lambda i: 1.0, "characters": lambda i: float(len(row["choices"][i]))}
+        lengths = {"none": lambda i: 1.0, "characters": lambda i: float(len(pairs[i][1].strip()))}
         length = lengths.get(normalization, lambda i: float(len(parts[i][1])))
         return found | {
             "input_ids": [shortened(context + text) for context, text in parts],

@@ -343,6 +343,16 @@ def test_what_is_too_long_loses_its_beginning_and_is_counted(caplog):
         tokenize_choices(rows, of_words(), PUBLISHED, "text", 4)
 
 
+def test_words_after_a_blank_are_divided_by_their_own_length():
+    asked = Dataset.from_list([{"question": "the _ is here", "choices": ["man", "very old dog"]}])
+    asking = TASKS["winogrande_s"].asking
+    lengths = {
+        normalization: tokenize_choices(asked, of_words(), asking, "text", 100, normalization)[0]["choice_lengths"]
+        for normalization in ("characters", "tokens")
+    }
+    assert lengths == {"characters": [len("is here")] * 2, "tokens": [2.0, 2.0]}
+
+
 def test_letters_without_a_token_of_their_own_are_refused():
     with pytest.raises(BlobError, match="no token for the answer ' A'"):
         answer_tokens(of_bytes(), "ABCD", PUBLISHED.letter)

@@ -156,6 +156,7 @@ def test_the_experiment_runs_the_grid(world, tmp_path):
         (["--max_train_samples", "0"], "must be >= 1"),
         (["--train_file", "{test}"], "the train split has no labels"),
         (["--temperature_scaling", "true", "--calibration_file", "{test}"], "the calibration split has no labels"),
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor spreads probability over 4 choices"),
         (["--ood_file", "missing.jsonl"], "--ood_file missing.jsonl does not exist"),
     ],
 )
