@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from helpers.running import first_code, predict, run_experiment, run_script
+from helpers.running import first_code, lines, predict, run_experiment, run_script
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -91,6 +91,19 @@ def test_a_run_and_its_evaluation_again(world, scoring, monkeypatch, tmp_path, c
     used = first_code(tmp_path / "run" / "README.md")["found"]
     assert used.probabilities.shape == (1, 4) and used.probabilities[0, 2:].tolist() == [0, 0]
     assert used.sample_probabilities.shape[1] == 2
+
+
+def test_plain_lora_answers_a_file_with_its_temperature(world, monkeypatch, tmp_path):
+    how = ["--method", "lora", "--temperature_scaling", "true", "--output_dir", tmp_path / "run"]
+    assert run_script(monkeypatch, SCRIPT, *flags(world, *how)) == 0
+    asked = world / "validation.jsonl"
+    assert predict(tmp_path / "run", "--input", asked, "--output", tmp_path / "out.jsonl") == 0
+    temperature = read(tmp_path / "run" / "temperature.json")["mean"]
+    rows = lines(tmp_path / "run" / "validation_predictions.jsonl")
+    expected = (torch.tensor([row["mean_log_probs"] for row in rows]) / temperature).softmax(-1)
+    found = lines(tmp_path / "out.jsonl")
+    for row, own in zip(found, expected, strict=True):
+        assert torch.tensor(list(row["probabilities"].values())).allclose(own, atol=1e-4)
 
 
 @pytest.mark.slow
