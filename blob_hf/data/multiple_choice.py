@@ -239,6 +239,8 @@ def _rows(split: str, rows: Dataset, read: Callable[[Row], dict[str, Any]], labe
         if not isinstance(one["question"], str) or not one["question"].strip():
             raise BlobError(f"{where} is empty")
         found.append({**({"id": row["id"]} if "id" in row else {}), **one})
+    if len({type(one["id"]) for one in found if one.get("id") is not None}) > 1:  # a column has one type
+        found = [{**one, "id": None if one["id"] is None else str(one["id"])} for one in found]
     if not found:
         raise BlobError(f"{split} has no questions")
     if all(one["label"] is None for one in found):

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from blob_hf.inference.predict import IGNORED_LABEL
 from blob_hf.trainer.checkpoints import CheckpointMixin
-from blob_hf.trainer.sft_rows import check_cells, check_rows, check_tokenizer, first_row
+from blob_hf.trainer.sft_rows import check_set, check_tokenizer, first_row
 from blob_hf.trainer.trainer import BlobTrainerMixin
 from blob_hf.trainer.training_args import DEFINING, BlobTrainingArguments, as_blob_arguments
 from blob_hf.utils.errors import BlobError
@@ -156,7 +156,7 @@ class BlobSFTTrainer(BlobTrainerMixin, CheckpointMixin, _SFTTrainer):
         formatted = kwargs.get("formatting_func") is not None
         evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"evaluation": eval_dataset}
         for where, rows in {"training": train_dataset, **evaluated}.items():
-            _check(rows, own.dataset_text_field, formatted, where)
+            check_set(rows, own.dataset_text_field, where, formatted)
         check_tokenizer(processing_class, row, own.chat_template_path)
         # TRL insists on rows to train on: those of an evaluation show it the form
         given = (shown.select([0]) if isinstance(shown, Dataset) else shown) if train_dataset is None else train_dataset
@@ -224,19 +224,10 @@ class BlobSFTTrainer(BlobTrainerMixin, CheckpointMixin, _SFTTrainer):
         if not isinstance(rows, Dataset) or self._skip_prepare_dataset or "input_ids" in rows.column_names:
             return rows
         tokenizer = self.processing_class
-        _check(rows, self.args.dataset_text_field, self._formatting_func is not None, "evaluation")
+        check_set(rows, self.args.dataset_text_field, "evaluation", self._formatting_func is not None)
         return self._prepare_dataset(
             rows, tokenizer, self.args, bool(self.args.eval_packing), self._formatting_func, "test"
         )
-
-
-def _check(rows: Any, text_field: str, formatted: bool, where: str) -> None:
-    """Refuse rows that TRL cannot read; of a stream the first alone is looked at."""
-    if rows is None:
-        return
-    check_rows(first_row(rows), text_field, formatted, where)
-    if isinstance(rows, Dataset) and not formatted:
-        check_cells(rows, text_field, where)
 
 
 def _settled(args: BlobSFTConfig) -> BlobSFTConfig:

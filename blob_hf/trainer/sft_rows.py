@@ -52,6 +52,23 @@ def check_rows(row: Mapping[str, Any], text_field: str, formatted: bool, where: 
         )
 
 
+def check_set(rows: Any, text_field: str, where: str, formatted: bool = False) -> None:
+    """Refuse rows that TRL cannot read; of a stream the first alone is looked at.
+
+    Args:
+        rows: A data set; None passes.
+        text_field, where, formatted: As of `check_rows`.
+
+    Raises:
+        BlobError: naming the first such row.
+    """
+    if rows is None:
+        return
+    check_rows(first_row(rows), text_field, formatted, where)
+    if isinstance(rows, Dataset) and not formatted:
+        check_cells(rows, text_field, where)
+
+
 def check_cells(rows: Dataset, text_field: str, where: str) -> None:
     """Refuse a row without the text or the messages that its columns promise.
 

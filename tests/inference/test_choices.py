@@ -317,6 +317,12 @@ def test_labels_as_tables_write_them(tmp_path):
         assert load_choices(files=files)["train"]["label"] == [expected]
 
 
+def test_ids_of_two_kinds_are_texts(tmp_path):
+    asked = {"question": "q", "choices": ["x", "y"], "label": 1}
+    files = {"train": written(tmp_path / "rows.jsonl", [{"id": 1, **asked}, {"id": "b", **asked}])}
+    assert load_choices(files=files)["train"]["id"] == ["1", "b"]
+
+
 def test_each_split_has_a_form_of_its_own(tmp_path):
     own = {"question": "q", "choices": ["x", "y"], "label": 1}
     key = {"question": "q", "choices": ["x", "y"], "answerKey": "B"}

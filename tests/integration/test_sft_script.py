@@ -66,12 +66,20 @@ def test_peers_train_on_texts(files, monkeypatch, method):
         (["--target_modules", "q_proj", "lm_head"], "no adapter on lm_head"),
         (["--method", "laplace"], "method laplace predicts classes"),
         (["--loss_type", "dft"], "loss_type must be nll"),
+        (
+            ["--posterior_scale", "fit", "--calibration_file", "{other}"],
+            "calibration: rows need the columns prompt and",
+        ),
+        (["--do_train", "--do_predict", "--test_file", "{other}"], "test: rows need the columns prompt and completion"),
     ],
 )
 def test_mistakes_are_one_line(files, monkeypatch, capfd, extra, message):
+    (files / "other.jsonl").write_text(json.dumps({"question": "q", "label": 1}) + "\n")
+    extra = [files / "other.jsonl" if part == "{other}" else part for part in extra]
     assert run_script(monkeypatch, SFT, *given(files), *extra) == 2
     error = capfd.readouterr().err
     assert message in error and "Traceback" not in error
+    assert not list((files / "run").glob("adapter_*"))  # nothing was trained for it
 
 
 def test_without_trl_one_line_says_what_to_install(monkeypatch, capfd):
