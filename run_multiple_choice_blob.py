@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, set_seed
 from blob_hf import BlobTrainer, BlobTrainingArguments, cli
 from blob_hf.cli.classifier_run import CLASSIFICATION_METRICS, ClassifierRun
 from blob_hf.cli.evaluation import classification_metrics
+from blob_hf.cli.questions import warn_of_unread_asking, width_note
 from blob_hf.data.loading import FORMATS, first_rows, hold_out, named_file
-from blob_hf.data.multiple_choice import PUBLISHED, TASKS, find_task, load_choices, tokenize_choices
+from blob_hf.data.multiple_choice import PUBLISHED, TASKS, find_task, load_choices, require_answers, tokenize_choices
 from blob_hf.inference.choices import (
     NORMALIZATIONS,
     SCORINGS,
@@ -120,18 +121,21 @@ def main() -> None:
     splits = load_choices(task_name, {**files, **held_out_file}, dataset)
     if training_args.do_train:
         cli.require_split(splits, "train")
+        require_answers(splits, "train")
     claim = cli.claim_output_dir(training_args, adapter is None, method_args, model_args, data_args)
     for split in splits:
         splits[split] = data_args.chosen(splits[split], split)
     holds_out = route.holds_out(method_args) and (training_args.do_train or bool(held_out_file))
+    if holds_out:
+        require_answers(splits, "calibration")
     if holds_out and "calibration" not in splits:
         hold_out(splits, method_args.calibration_samples)
     cli.hold_out_decisions(splits, route, method_args)
     shifted = {}
     for name in [*(data_args.ood_tasks or []), *(data_args.ood_file or [])]:
         title, path = named_file(name)
-        other = load_choices(path) if path in TASKS else load_choices(None, {"validation": path})
-        shifted[title] = first_rows(other["validation"], data_args.max_eval_samples)
+        other = load_choices(path)["validation"] if path in TASKS else load_choices(None, {"ood": path})["ood"]
+        shifted[title] = first_rows(other, data_args.max_eval_samples)
 
     # ----- model -----
     set_seed(training_args.seed)
@@ -144,6 +148,7 @@ def main() -> None:
         asking, data_args.scoring, width, tokenizer, data_args.length_normalization, data_args.max_length
     )
     scoring.check_width(width)
+    warn_of_unread_asking(data_args, scoring, saved is not None)
     asked = {name: TASKS[name].asking if name in TASKS else scoring.asking for name in shifted}
     for name, other in asked.items():
         scoring.check_answers(other, name)
@@ -205,6 +210,8 @@ def main() -> None:
         run.add_predictions(prefix, split, output, splits[split].select_columns(columns).to_list())
         for name, rows in outside.items() if split == "validation" else ():
             run.add_shift(name, output, trainer.predict(rows, metric_key_prefix=f"ood_{name}"))
+            if note := width_note(name, shifted[name], splits[split]):
+                run.notes.append(note)
     run.finish()
 
 

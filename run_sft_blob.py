@@ -17,6 +17,7 @@ from blob_hf import BlobError, cli
 from blob_hf.cli.language_run import LANGUAGE_METRICS, LanguageRun
 from blob_hf.data.loading import FORMATS, hold_out, load_files, load_hub
 from blob_hf.reporting.run_summary import DataSource
+from blob_hf.trainer.sft_rows import check_set
 from blob_hf.tuner.config import default_target_modules
 
 with cli.user_errors():  # one line where there is no TRL
@@ -110,6 +111,11 @@ def main() -> None:
         splits.update(load_files({"calibration": data_args.calibration_file}))
     elif training_args.do_train and route.holds_out(method_args):
         hold_out(splits, method_args.calibration_samples)
+    used = [split for _, split in cli.asked_splits(training_args, splits)]
+    used += ["train"] if training_args.do_train else []
+    used += ["calibration"] if route.holds_out(method_args) and "calibration" in splits else []
+    for split in used:  # before a long training, not after it
+        check_set(splits[split], training_args.dataset_text_field, split)
 
     # ----- model -----
     set_seed(training_args.seed)

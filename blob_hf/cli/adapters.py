@@ -88,8 +88,11 @@ def adapter_to_evaluate(adapter_args: AdapterArguments, args: BlobTrainingArgume
 
 
 def load_networks(folder: Path) -> BlobModel:
-    """An adapter of any method; plain LoRA as the one network that it is, without an untrained posterior."""
-    if saved_method(folder) == "lora":
+    """An adapter of any method; plain LoRA as the one network that it is, without an untrained posterior.
+
+    What was saved beside it (how it asks questions, a temperature, decisions) comes along.
+    """
+    if saved_method(folder) == "lora" and not load_companions(folder):  # a companion keeps it a point
         return load_lora(load_base_model(folder, read_config(folder), None, {}), folder).eval()
     return BlobModel.from_pretrained(folder).eval()
 

@@ -9,7 +9,7 @@ from typing import Any
 from blob_hf.cli.costs import COSTS_FILE, training_costs
 from blob_hf.cli.held_out import settle_scale
 from blob_hf.cli.route import Job, Route
-from blob_hf.cli.sentences import overfitting_sentence
+from blob_hf.cli.sentences import kept_sentence, overfitting_sentence
 from blob_hf.metrics.samples import NLLCurve
 from blob_hf.reporting.classification_plots import (
     plot_nll_curve,
@@ -97,7 +97,14 @@ class Run:
             self.trainer.save_metrics("train", outcome.metrics())
         self.costs = training_costs(outcome)
         self.trainer.save_state()
-        if not self.args.load_best_model_at_end and (said := overfitting_sentence(self.trainer.state.log_history)):
+        args, state = self.args, self.trainer.state
+        if args.load_best_model_at_end:
+            said = kept_sentence(
+                state.best_global_step, state.global_step, args.metric_for_best_model, state.best_metric
+            )
+        else:
+            said = overfitting_sentence(state.log_history)
+        if said:
             self.notes.append(said)
         if self.trainer.kl_verdict is not None:
             self.add_plot("kl", lambda path: plot_kl(self.folder / FILE_NAME, path))

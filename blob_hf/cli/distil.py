@@ -44,6 +44,7 @@ from blob_hf.distillation import (
     require_samples,
     score_texts,
 )
+from blob_hf.inference.choices import ChoiceScoring
 from blob_hf.inference.inputs import find_tokenizer
 from blob_hf.metrics.calibration import calibration_metrics
 from blob_hf.reporting.model_card import write_model_card
@@ -194,6 +195,14 @@ def _scorer(given: Given, batch_size: int) -> Callable[[BlobModel, Sampling], di
     return score
 
 
+def card_task(student: BlobModel) -> str | None:
+    """What the Hub calls the task of a student; None where its adapter does not say."""
+    if student.companion(ChoiceScoring.slot) is not None:
+        return "multiple-choice"
+    kind = student.active_peft_config.task_type
+    return _TASKS.get(str(getattr(kind, "value", kind)))
+
+
 def _report(
     student: BlobModel, output: Path, args: argparse.Namespace, facts: dict[str, Any], compared: Comparison | None
 ) -> None:
@@ -207,7 +216,7 @@ def _report(
     summary = RunSummary(
         base_model=config.base_model_name_or_path or "", data=DataSource(Path(args.data[0]).name.split(".")[0]),
         method=student.method, card=method_card(student), settings={**method_settings(student), **settings},
-        repo=str(output), task=_TASKS.get(str(getattr(config.task_type, "value", config.task_type))),
+        repo=str(output), task=card_task(student),
         auto_class=auto_class, auto_arguments=auto_arguments,
     )  # fmt: skip
     if compared is None:

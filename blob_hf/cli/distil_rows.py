@@ -102,7 +102,7 @@ def _of_choices(
     labels = [row.pop("label", None) for row in asked]
     if labelled and None in labels:
         raise BlobError(f"question {labels.index(None) + 1} of {paths[0]} has no label")
-    tokenized = choice_rows(Dataset.from_list(asked), scoring, find_tokenizer(model), args.max_length)
+    tokenized = choice_rows(asked, scoring, find_tokenizer(model), args.max_length)
     rows = ClassRows(asked, tokenized, args.max_length)
     return Given(rows, labels=np.array(labels) if labelled else None)
 

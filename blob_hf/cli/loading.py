@@ -4,7 +4,15 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from blob_hf.tuner.adapter_files import read_config, resolve
 from blob_hf.utils.errors import BlobError
@@ -66,8 +74,10 @@ class LoadingArguments:
             settings: More for its `from_pretrained`.
 
         Raises:
-            BlobError: It cannot be had, or its head is of another size.
+            BlobError: It cannot be had, its head is of another size, or it is an encoder that is to write.
         """
+        if kind is AutoModelForCausalLM:
+            _require_causal(self.load_config(name) if settings.get("config") is None else settings["config"], name)
         try:
             with fetching("model", name, MODEL_FLAG):
                 return kind.from_pretrained(
@@ -79,6 +89,20 @@ class LoadingArguments:
             raise BlobError(
                 f"{name} has a head of another size than this task; --ignore_mismatched_sizes true makes a new one"
             ) from error
+
+
+def _require_causal(config: PreTrainedConfig, name: str) -> None:
+    """Refuse an encoder: transformers gives it a head to write with, but its tokens see those that they are to predict.
+
+    Raises:
+        BlobError: It is one.
+    """
+    causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False) or config.is_encoder_decoder
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not causal:
+        raise BlobError(
+            f"{name} is an encoder ({config.model_type}): its tokens see those that follow, so it cannot learn to "
+            "write them; choose a causal model such as SmolLM2, Qwen or Llama"
+        )
 
 
 Loading = TypeVar("Loading", bound=LoadingArguments)

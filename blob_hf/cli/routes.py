@@ -221,7 +221,7 @@ class LaplaceRoute(FittedRoute):
         return method_args.laplace_prior == "validation" or super().holds_out(method_args)
 
     def check_texts(self) -> None:
-        raise BlobError(f"method {self.name} predicts classes; for summaries take another method")
+        raise BlobError(f"method {self.name} predicts classes; for texts take another method")
 
     def fit(self, job: Job, trainer: BlobTrainer) -> int:
         rows: Any = trainer.train_dataset

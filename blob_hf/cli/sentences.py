@@ -55,6 +55,21 @@ def overfitting_sentence(history: Sequence[Mapping[str, Any]], name: str = "eval
     )
 
 
+def kept_sentence(step: int | None, end: int, metric: str | None, value: float | None) -> str:
+    """Which step's adapter a training has kept, where it keeps the best; "" where it is that of the last.
+
+    Args:
+        step: Of the best evaluation; None where there was none.
+        end: The step that the training ended at.
+        metric, value: By which it was the best.
+    """
+    if step is None or value is None or step >= end:
+        return ""
+    return (
+        f"the adapter is that of step {step:,}, the best by {metric} ({value:.3g}); the training ended at step {end:,}"
+    )
+
+
 def networks_sentence(networks: NDArray[np.integer], most: int) -> str:
     """How many networks inputs took where they take as many as they need.
 

@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from blob_hf.data.loading import load_files, load_hub, require_columns
+from blob_hf.data.loading import load_files, load_hub
 from blob_hf.utils.errors import BlobError
 
 logger = logging.getLogger(__name__)
@@ -83,9 +83,11 @@ class ChoiceTask:
 
 
 def _read_arc(row: Row) -> dict[str, Any]:
-    labels = [str(label) for label in row["choices"]["label"]]
     question = row.get("question") or row.get("question_stem")
     answer = str(row.get("answerKey") or "")
+    if not isinstance(row["choices"], Mapping):
+        return {"question": question, "choices": row["choices"], "label": answer}
+    labels = [str(label) for label in row["choices"]["label"]]
     return {
         "question": question, "choices": row["choices"]["text"], "label": labels.index(answer) if answer else None,
     }  # fmt: skip
@@ -154,8 +156,23 @@ def load_choices(
         name, config = dataset or (task.dataset, task.config)  # type: ignore[union-attr]
         data = load_hub(name, config, "--train_file and --validation_file")
         data.update(load_files({split: path for split, path in (files or {}).items() if split == "calibration"}))
-    read = _reader(data, task)
-    return DatasetDict({split: _rows(split, rows, read) for split, rows in data.items()})
+    return DatasetDict({split: _rows(split, rows, _reader(split, rows, task)) for split, rows in data.items()})
+
+
+def require_answers(splits: Mapping[str, Dataset], *names: str) -> None:
+    """Refuse questions without labels where something is learned from them.
+
+    Args:
+        names: Of such splits; those that are not there are passed over.
+
+    Raises:
+        BlobError: One has no labels.
+    """
+    for name in names:
+        if name in splits and "label" not in splits[name].column_names:
+            raise BlobError(
+                f"the {name} split has no labels, which it needs: add the column label (index, letter or text)"
+            )
 
 
 def questions(rows: Dataset, labelled: bool = True) -> Dataset:
@@ -167,7 +184,7 @@ def questions(rows: Dataset, labelled: bool = True) -> Dataset:
     Raises:
         BlobError: As `load_choices`.
     """
-    return _rows("inputs", rows, _reader(DatasetDict(inputs=rows), None), labelled)
+    return _rows("inputs", rows, _reader("inputs", rows, None), labelled)
 
 
 def holds_questions(columns: Collection[str]) -> bool:
@@ -180,14 +197,19 @@ def _form_of(columns: Collection[str]) -> Callable[[Row], dict[str, Any]] | None
     return next((read for form, read in _FORMS if form <= set(columns)), None)
 
 
-def _reader(data: DatasetDict, task: ChoiceTask | None) -> Callable[[Row], dict[str, Any]]:
-    """The reader of a named task for files in its own columns, else that of the form that they have."""
-    columns = next(iter(data.values())).column_names
+def _reader(split: str, rows: Dataset, task: ChoiceTask | None) -> Callable[[Row], dict[str, Any]]:
+    """The reader of a named task for a split in its own columns, else that of the form that it has."""
+    columns = rows.column_names
     if task is not None and not {"question", "choices", "label"} <= set(columns):
         return task.read
     found = _form_of(columns)
     if found is None:
-        require_columns(data, ("question", "choices"), "--train_file")
+        missing = next((name for name in ("question", "choices") if name not in columns), None)
+        if missing is not None:
+            raise BlobError(
+                f"the {split} split has no column {missing!r}, only {', '.join(columns)}; questions have the columns "
+                "question, choices and label"
+            )
     return found or _read_own
 
 
@@ -217,6 +239,8 @@ def _rows(split: str, rows: Dataset, read: Callable[[Row], dict[str, Any]], labe
         if not isinstance(one["question"], str) or not one["question"].strip():
             raise BlobError(f"{where} is empty")
         found.append({**({"id": row["id"]} if "id" in row else {}), **one})
+    if len({type(one["id"]) for one in found if one.get("id") is not None}) > 1:  # a column has one type
+        found = [{**one, "id": None if one["id"] is None else str(one["id"])} for one in found]
     if not found:
         raise BlobError(f"{split} has no questions")
     if all(one["label"] is None for one in found):
@@ -225,7 +249,13 @@ def _rows(split: str, rows: Dataset, read: Callable[[Row], dict[str, Any]], labe
     elif any(one["label"] is None for one in found):
         missing = next(number for number, one in enumerate(found, start=1) if one["label"] is None)
         raise BlobError(f"{split}, question {missing} has no label, but others have; leave all out, or none")
-    return Dataset.from_list(found)
+    return table(found)
+
+
+def table(rows: Sequence[Row]) -> Dataset:
+    """Rows as a data set with the columns that any of them has; `Dataset.from_list` knows those of the first alone."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return Dataset.from_list([{name: row.get(name) for name in columns} for row in rows])
 
 
 def _choices(choices: Any, where: str) -> list[str]:
@@ -240,15 +270,15 @@ def _choices(choices: Any, where: str) -> list[str]:
 
 def _label(label: Any, choices: Sequence[str], where: str) -> int | None:
     """An index, or the letter or the text of a choice, as an index."""
-    if label is None or label == "":
+    if label is None or label == "" or label != label:  # NaN is what pandas writes for none
         return None
     if isinstance(label, str):
-        letter = label.strip().upper()
+        label, letter = label.strip(), label.strip().upper()
         if label in choices:
             return choices.index(label)
         if re.fullmatch("[A-Z]", letter) and ascii_uppercase.index(letter) < len(choices):
             return ascii_uppercase.index(letter)
-    elif int(label) == label and 0 <= label < len(choices):
+    elif isinstance(label, (int, float)) and label in range(len(choices)):
         return int(label)
     raise BlobError(
         f"{where}: the label {label!r} is none of its {len(choices)} choices (index from 0, letter or text)"
@@ -309,10 +339,11 @@ def tokenize_choices(
             found["labels"] = row["label"]
         if scoring == "letter":
             return found | {"input_ids": shortened(tokenizer(letter_prompt(row, asking)).input_ids)}
-        parts = [_encoded(tokenizer, *pair) for pair in continuations(row, asking)]
+        pairs = list(continuations(row, asking))
+        parts = [_encoded(tokenizer, *pair) for pair in pairs]
         if any(len(text) >= max_length for _, text in parts):  # nothing would be left to continue
             raise BlobError(f"a choice of {row['question'][:40]!r} alone is longer than max_length {max_length}")
-        lengths = {"none": lambda i: 1.0, "characters": lambda i: float(len(row["choices"][i]))}
+        lengths = {"none": lambda i: 1.0, "characters": lambda i: float(len(pairs[i][1].strip()))}
         length = lengths.get(normalization, lambda i: float(len(parts[i][1])))
         return found | {
             "input_ids": [shortened(context + text) for context, text in parts],

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from blob_hf.data.multiple_choice import PUBLISHED, Asking, questions, tokenize_choices
+from blob_hf.data.multiple_choice import PUBLISHED, Asking, questions, table, tokenize_choices
 from blob_hf.inference.cut_head import cut_head
 from blob_hf.tuner.base_model import call_classes
 from blob_hf.tuner.model import BlobModel
@@ -303,7 +303,7 @@ def choice_rows(
     """
     if not isinstance(inputs, Dataset):
         listed = [inputs] if isinstance(inputs, Mapping) else list(inputs)
-        inputs = Dataset.from_list([dict(one) for one in listed])
+        inputs = table(listed)
     asked = questions(inputs, labelled=False)
     scoring.check_width(max(map(len, asked["choices"])))
     limit = max_length or scoring.max_length

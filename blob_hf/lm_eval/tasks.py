@@ -1,6 +1,7 @@
 """What the task `blob_choices` reads, and how it scores the answers; blob_choices.yaml names these functions."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ def load(data_file: str | None = None, task_name: str | None = None, **others: A
     """
     if data_file is None:
         raise BlobError("blob_choices needs a file of questions: --metadata data_file=questions.jsonl")
+    if not Path(data_file).exists():
+        raise BlobError(f"data_file {data_file} does not exist")
     template = (PUBLISHED if task_name is None else find_task(task_name).asking).text
     rows = load_choices(task_name, {"test": str(data_file)})["test"]
     if "label" not in rows.column_names:

@@ -17,6 +17,7 @@ from blob_hf.version import __version__
 _USE: dict[str | None, str] = {
     "text-classification": "Classifying texts like those it was trained on, where it matters how sure the answer is.",
     "summarization": "Summarizing texts like those it was trained on, where it matters how far to trust a summary.",
+    "multiple-choice": "Answering questions like those it was trained on, where it matters how sure the answer is.",
     None: "What its base model is for, on data like that it was trained on.",
 }
 

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from blob_hf.inference.predict import IGNORED_LABEL
 from blob_hf.trainer.checkpoints import CheckpointMixin
-from blob_hf.trainer.sft_rows import check_rows, check_tokenizer, first_row
+from blob_hf.trainer.sft_rows import check_set, check_tokenizer, first_row
 from blob_hf.trainer.trainer import BlobTrainerMixin
 from blob_hf.trainer.training_args import DEFINING, BlobTrainingArguments, as_blob_arguments
 from blob_hf.utils.errors import BlobError
@@ -153,7 +153,10 @@ class BlobSFTTrainer(BlobTrainerMixin, CheckpointMixin, _SFTTrainer):
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(network.config._name_or_path)
         row = first_row(shown)
-        check_rows(row, own.dataset_text_field, kwargs.get("formatting_func") is not None)
+        formatted = kwargs.get("formatting_func") is not None
+        evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"evaluation": eval_dataset}
+        for where, rows in {"training": train_dataset, **evaluated}.items():
+            check_set(rows, own.dataset_text_field, where, formatted)
         check_tokenizer(processing_class, row, own.chat_template_path)
         # TRL insists on rows to train on: those of an evaluation show it the form
         given = (shown.select([0]) if isinstance(shown, Dataset) else shown) if train_dataset is None else train_dataset
@@ -221,6 +224,7 @@ class BlobSFTTrainer(BlobTrainerMixin, CheckpointMixin, _SFTTrainer):
         if not isinstance(rows, Dataset) or self._skip_prepare_dataset or "input_ids" in rows.column_names:
             return rows
         tokenizer = self.processing_class
+        check_set(rows, self.args.dataset_text_field, "evaluation", self._formatting_func is not None)
         return self._prepare_dataset(
             rows, tokenizer, self.args, bool(self.args.eval_packing), self._formatting_func, "test"
         )

@@ -30,9 +30,10 @@ def fetching(what: str, name: str, local_flag: str) -> Iterator[None]:
     except BlobError:
         raise
     except (OSError, ValueError, HttpError, DatasetsError) as error:
+        why = "it is a file; a folder is needed" if os.path.isfile(name) else reason(error)
         raise BlobError(
-            f"cannot get the {what} {name!r} from a local folder or the Hugging Face Hub ({reason(error)}). "
-            f"Use --demo to run without network, or give a local path with {local_flag}"
+            f"cannot get the {what} {name!r} from a local folder or the Hugging Face Hub ({why}). "
+            f"Give a local path with {local_flag}, or run without network by --demo where the script has it"
         ) from error
 
 

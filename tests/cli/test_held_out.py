@@ -81,6 +81,8 @@ def test_given_rows_are_held_out_and_all_of_train_is_trained_on(monkeypatch, tmp
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     evaluated = [entry for entry in state["log_history"] if "eval_nll" in entry]
     assert evaluated and (tmp_path / "run" / "calibration_results.json").is_file()
+    best, end, report = state["best_global_step"], state["global_step"], (tmp_path / "run" / "report.md").read_text()
+    assert (f"the adapter is that of step {best}, the best by nll" in report) == (best < end)
     # 120 rows in batches of 32 are 4 steps an epoch; a held-out tenth would leave 108
     assert evaluated[0]["epoch"] == pytest.approx(evaluated[0]["step"] / 4)
 

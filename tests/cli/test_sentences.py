@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from blob_hf import cli
-from blob_hf.cli.sentences import abstention_sentence, agreement_sentence, overfitting_sentence, samples_sentence
+from blob_hf.cli.sentences import (
+    abstention_sentence,
+    agreement_sentence,
+    kept_sentence,
+    overfitting_sentence,
+    samples_sentence,
+)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +38,12 @@ def test_a_training_that_went_on_past_its_best_is_told():
     assert overfitting_sentence(watched(0.9, 0.812, float("nan"), 0.9)).count("step 2,000 of 4,000") == 1
     for as_good in (watched(0.9, 0.85, 0.86), watched(0.9, 0.8), watched(0.8), watched()):
         assert overfitting_sentence(as_good) == ""
+
+
+def test_which_step_is_kept():
+    said = kept_sentence(1000, 3000, "nll", 0.8123)
+    assert said == "the adapter is that of step 1,000, the best by nll (0.812); the training ended at step 3,000"
+    assert kept_sentence(3000, 3000, "nll", 0.8) == kept_sentence(None, 3000, "nll", None) == ""
 
 
 def classifier(wrong):

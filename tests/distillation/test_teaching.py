@@ -24,6 +24,7 @@ from blob_hf import (
     get_lora_model,
     make_student,
 )
+from blob_hf.cli.distil import card_task
 from blob_hf.cli.routes import find_route
 from blob_hf.distillation import (
     ClassRows,
@@ -381,6 +382,7 @@ def test_a_student_of_choices_answers_questions(kind, tmp_path):
     np.testing.assert_allclose(rows.log_probs.exp().numpy(), expected, atol=1e-5)
     assert (expected[1, 2], expected[3, 2]) == (0, 0)  # a choice that is not there
     student = make_student(tmp_path / "adapter")
+    assert card_task(student) == "multiple-choice"
     before = np.abs(student.predict(questions, sampling=0).probabilities - expected).max()
     DistilTrainer(student, arguments(tmp_path / "t", max_steps=40), rows).train()
     assert np.abs(student.predict(questions, sampling=0).probabilities - expected).max() < 0.5 * before

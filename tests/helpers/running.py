@@ -52,6 +52,13 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def first_code(card):
+    """The names that the first Python example of a model card leaves, run as it stands."""
+    found = {}
+    exec(card.read_text().split("```python\n")[1].split("```")[0], found)
+    return found
+
+
 def thorough(value):
     """A value of a parametrized test that differs little from the others: CI leaves it out."""
     return pytest.param(value, marks=pytest.mark.thorough)

@@ -27,9 +27,10 @@ from blob_hf.data.multiple_choice import (
     letter_prompt,
     load_choices,
     questions,
+    require_answers,
     tokenize_choices,
 )
-from blob_hf.inference.choices import ChoiceCollator, ChoiceScoring, answer_tokens
+from blob_hf.inference.choices import ChoiceCollator, ChoiceScoring, answer_tokens, choice_rows
 from blob_hf.inference.predict import predict_classes
 from blob_hf.utils.errors import BlobError
 
@@ -297,6 +298,9 @@ def test_rows_of_the_hub_and_own_ones_are_read_alike(tmp_path):
         ({"question": "q", "choices": ["x", "y"], "label": "C"}, "the label 'C' is none of its 2 choices"),
         ({"question": " ", "choices": ["x", "y"], "label": 1}, "question 1 is empty"),
         ({"question": "q", "choices": "x or y", "label": 1}, "choices must be a list of texts"),
+        ({"question": "q", "choices": ["x", "y"], "label": [1]}, "the label .1. is none of its 2 choices"),
+        ({"question": "q", "choices": ["x", "y"], "label": 0.5}, "the label 0.5 is none of its 2 choices"),
+        ({"question": "q", "choices": "x or y", "answerKey": "A"}, "choices must be a list of texts"),
         ({"text": "q", "label": 1}, "has no column 'question'"),
     ],
 )
@@ -304,6 +308,53 @@ def test_questions_that_cannot_be_asked(row, message, tmp_path):
     with pytest.raises(BlobError, match=message) as error:
         load_choices(files={"train": written(tmp_path / "rows.jsonl", [row])})
     assert "\n" not in str(error.value)
+
+
+def test_a_passage_that_the_first_question_lacks_is_read(tmp_path):
+    rows = [
+        {"question": "q", "choices": ["x", "y"], "label": 0},
+        {"question": "r", "choices": ["x", "y"], "label": 0, "passage": "p"},
+    ]
+    found = load_choices(files={"train": written(tmp_path / "rows.jsonl", rows)})["train"]
+    assert found["passage"] == [None, "p"]
+    how = ChoiceScoring("text", (0, 0), text_prompt="{passage} {question}")
+    first, second = choice_rows(rows, how, of_words()).rows
+    alone = choice_rows(rows[1], how, of_words()).rows[0]
+    assert second == alone and len(first["input_ids"][0]) < len(second["input_ids"][0])
+
+
+def test_labels_as_tables_write_them(tmp_path):
+    """A missing one of a column of floats is NaN; a text may have blanks around it, as its choice may."""
+    asked = {"question": "q", "choices": ["x ", "y"]}
+    for label in (float("nan"), None, ""):
+        files = {"train": written(tmp_path / "rows.jsonl", [{**asked, "label": label}])}
+        rows = load_choices(files=files)
+        assert rows["train"].column_names == ["question", "choices"]
+        with pytest.raises(BlobError, match="the train split has no labels"):
+            require_answers(rows, "train", "calibration")
+    for label, expected in ((1.0, 1), (" y", 1), ("x ", 0), (True, 1)):
+        files = {"train": written(tmp_path / "rows.jsonl", [{**asked, "label": label}])}
+        assert load_choices(files=files)["train"]["label"] == [expected]
+
+
+def test_ids_of_two_kinds_are_texts(tmp_path):
+    asked = {"question": "q", "choices": ["x", "y"], "label": 1}
+    files = {"train": written(tmp_path / "rows.jsonl", [{"id": 1, **asked}, {"id": "b", **asked}])}
+    assert load_choices(files=files)["train"]["id"] == ["1", "b"]
+
+
+def test_each_split_has_a_form_of_its_own(tmp_path):
+    own = {"question": "q", "choices": ["x", "y"], "label": 1}
+    key = {"question": "q", "choices": ["x", "y"], "answerKey": "B"}
+    arc = {"question": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}
+    files = {
+        split: written(tmp_path / f"{split}.jsonl", [row])
+        for split, row in (("train", own), ("validation", key), ("test", arc))
+    }
+    assert [rows[0]["label"] for rows in load_choices(files=files).values()] == [1, 1, 1]
+    files["validation"] = written(tmp_path / "other.jsonl", [{"text": "q", "label": 1}])
+    with pytest.raises(BlobError, match="the validation split has no column 'question'"):
+        load_choices(files=files)
 
 
 def test_what_is_too_long_loses_its_beginning_and_is_counted(caplog):
@@ -316,6 +367,16 @@ def test_what_is_too_long_loses_its_beginning_and_is_counted(caplog):
     assert all(cut["input_ids"][index] == whole["input_ids"][index][-25:] for index in longer)
     with pytest.raises(BlobError, match="alone is longer than max_length 4"):
         tokenize_choices(rows, of_words(), PUBLISHED, "text", 4)
+
+
+def test_words_after_a_blank_are_divided_by_their_own_length():
+    asked = Dataset.from_list([{"question": "the _ is here", "choices": ["man", "very old dog"]}])
+    asking = TASKS["winogrande_s"].asking
+    lengths = {
+        normalization: tokenize_choices(asked, of_words(), asking, "text", 100, normalization)[0]["choice_lengths"]
+        for normalization in ("characters", "tokens")
+    }
+    assert lengths == {"characters": [len("is here")] * 2, "tokens": [2.0, 2.0]}
 
 
 def test_letters_without_a_token_of_their_own_are_refused():

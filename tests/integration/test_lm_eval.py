@@ -226,6 +226,8 @@ def test_a_task_without_its_file_or_labels(tmp_path):
     (tmp_path / "own.jsonl").write_text('{"question": "which", "choices": ["red", "blue"]}')
     with pytest.raises(BlobError, match="has no labels"):
         load(str(tmp_path / "own.jsonl"))
+    with pytest.raises(BlobError, match="data_file nowhere.jsonl does not exist"):
+        load("nowhere.jsonl")
 
 
 def test_the_scores_of_a_question():

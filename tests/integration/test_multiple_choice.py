@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from helpers.running import predict, run_experiment, run_script
+from helpers.running import first_code, lines, predict, run_experiment, run_script
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -88,6 +88,22 @@ def test_a_run_and_its_evaluation_again(world, scoring, monkeypatch, tmp_path, c
     found = read(tmp_path / "again" / "eval_results.json")
     assert found["eval_nll"] == pytest.approx(results["eval_nll"], rel=1e-5)
     assert BlobModel.from_pretrained(tmp_path / "run").companion("choices").scoring == scoring
+    used = first_code(tmp_path / "run" / "README.md")["found"]
+    assert used.probabilities.shape == (1, 4) and used.probabilities[0, 2:].tolist() == [0, 0]
+    assert used.sample_probabilities.shape[1] == 2
+
+
+def test_plain_lora_answers_a_file_with_its_temperature(world, monkeypatch, tmp_path):
+    how = ["--method", "lora", "--temperature_scaling", "true", "--output_dir", tmp_path / "run"]
+    assert run_script(monkeypatch, SCRIPT, *flags(world, *how)) == 0
+    asked = world / "validation.jsonl"
+    assert predict(tmp_path / "run", "--input", asked, "--output", tmp_path / "out.jsonl") == 0
+    temperature = read(tmp_path / "run" / "temperature.json")["mean"]
+    rows = lines(tmp_path / "run" / "validation_predictions.jsonl")
+    expected = (torch.tensor([row["mean_log_probs"] for row in rows]) / temperature).softmax(-1)
+    found = lines(tmp_path / "out.jsonl")
+    for row, own in zip(found, expected, strict=True):
+        assert torch.tensor(list(row["probabilities"].values())).allclose(own, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -151,9 +167,13 @@ def test_the_experiment_runs_the_grid(world, tmp_path):
         (["--scoring", "words"], "scoring"),
         (["--train_file", "missing.jsonl"], "--train_file missing.jsonl does not exist"),
         (["--max_train_samples", "0"], "must be >= 1"),
+        (["--train_file", "{test}"], "the train split has no labels"),
+        (["--temperature_scaling", "true", "--calibration_file", "{test}"], "the calibration split has no labels"),
+        (["--ood_file", "missing.jsonl"], "--ood_file missing.jsonl does not exist"),
     ],
 )
 def test_mistakes_are_one_line(world, more, message, monkeypatch, tmp_path, capsys):
+    more = [str(world / "test.jsonl") if part == "{test}" else part for part in more]
     code = run_script(monkeypatch, SCRIPT, *flags(world, *more, "--output_dir", tmp_path / "out"))
     shown = capsys.readouterr()
     assert code == 2 and message in shown.err and "Traceback" not in shown.err

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from helpers.models import words
-from helpers.running import run_script
+from helpers.running import first_code, run_script
 from helpers.sft import llama, tokenizer
 from safetensors.torch import load_file
 
@@ -45,6 +45,7 @@ def test_a_run_leaves_its_adapter_and_report_and_is_evaluated_again(files, monke
     assert len(stds) == len([name for name in load_file(run / "adapter_model.safetensors") if "lora_A" in name]) > 0
     assert "perplexity" in (run / "report.md").read_text() and (run / "README.md").is_file()
     assert "perplexity" in capsys.readouterr().out
+    assert len(first_code(run / "README.md")["found"].samples[0]) == 2
 
     again = ["--do_eval", "--adapter_name_or_path", run]
     assert run_script(monkeypatch, SFT, *given(files, "again"), *again) == 0
@@ -65,12 +66,20 @@ def test_peers_train_on_texts(files, monkeypatch, method):
         (["--target_modules", "q_proj", "lm_head"], "no adapter on lm_head"),
         (["--method", "laplace"], "method laplace predicts classes"),
         (["--loss_type", "dft"], "loss_type must be nll"),
+        (
+            ["--posterior_scale", "fit", "--calibration_file", "{other}"],
+            "calibration: rows need the columns prompt and",
+        ),
+        (["--do_train", "--do_predict", "--test_file", "{other}"], "test: rows need the columns prompt and completion"),
     ],
 )
 def test_mistakes_are_one_line(files, monkeypatch, capfd, extra, message):
+    (files / "other.jsonl").write_text(json.dumps({"question": "q", "label": 1}) + "\n")
+    extra = [files / "other.jsonl" if part == "{other}" else part for part in extra]
     assert run_script(monkeypatch, SFT, *given(files), *extra) == 2
     error = capfd.readouterr().err
     assert message in error and "Traceback" not in error
+    assert not list((files / "run").glob("adapter_*"))  # nothing was trained for it
 
 
 def test_without_trl_one_line_says_what_to_install(monkeypatch, capfd):

@@ -217,6 +217,10 @@ def _without(name):
     return made
 
 
+def of(**columns):
+    return Dataset.from_dict(columns)
+
+
 @pytest.mark.parametrize(
     ("rows", "made", "targets", "changes", "message"),
     [
@@ -230,6 +234,11 @@ def _without(name):
         (pairs, tokenizer, TARGETS, {"max_length": 1}, "no row has a token to train within max_length 1"),
         (pairs, tokenizer, TARGETS, {"chat_template_path": "nowhere"}, "chat_template_path must be a Jinja file"),
         (lambda: pairs().rename_columns({"prompt": "question"}), tokenizer, TARGETS, {}, "these have question, compl"),
+        (lambda: of(prompt=["a", "b"], completion=["c", None]), tokenizer, TARGETS, {}, "row 2: completion is missing"),
+        (lambda: of(prompt=[1], completion=["c"]), tokenizer, TARGETS, {}, "row 1: prompt must be a text or a list of"),
+        (lambda: of(text=["a", ""]), tokenizer, TARGETS, {}, "training, row 2: text is empty; leave such rows out"),
+        (lambda: of(messages=["hello"]), tokenizer, TARGETS, {}, "row 1: messages must be a list of messages"),
+        (lambda: of(messages=[[{"role": "user"}]]), tokenizer, TARGETS, {}, "messages has no content in message 0"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(tmp_path, rows, made, targets, changes, message):
@@ -239,3 +248,23 @@ def test_mistakes_are_one_line(tmp_path, rows, made, targets, changes, message):
             peft_config=BlobConfig(target_modules=targets, task_type="CAUSAL_LM"),
         )  # fmt: skip
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (of(question=["a"]), "rows need the columns prompt and completion, messages, or text; these have question"),
+        (of(prompt=["a", "b"], completion=[None, "c"]), "evaluation, row 1: completion is missing"),
+    ],
+)
+def test_rows_to_evaluate_are_looked_at_as_those_to_train_on(tmp_path, rows, message):
+    def trainer(**more):
+        return BlobSFTTrainer(
+            llama(), BlobSFTConfig(**settings(tmp_path)), train_dataset=pairs(), processing_class=tokenizer(),
+            peft_config=BlobConfig(target_modules=TARGETS, task_type="CAUSAL_LM"), **more,
+        )  # fmt: skip
+
+    with pytest.raises(BlobError, match=message):
+        trainer(eval_dataset=rows)
+    with pytest.raises(BlobError, match=message):
+        trainer().predict(rows)
