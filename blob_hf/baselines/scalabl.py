@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from blob_hf.baselines.base import METHOD_FILE, MethodState, register_method
@@ -168,7 +168,9 @@ class _Forecast(TrainerCallback):
     def __init__(self, schedule: KLSchedule, batch_size: int, gamma: float | None) -> None:
         self.schedule, self.batch_size, self.gamma = schedule, batch_size, gamma
 
-    def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:  # type: ignore[override]
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         whole = replace(self.schedule, total_steps=state.max_steps)
         for warning in diagnose(whole, self.batch_size, self.gamma).warnings if state.is_world_process_zero else ():
             logger.warning("%s", warning)

@@ -36,14 +36,13 @@ def samples_sentence(nll: float, mean_nll: float, num_samples: int, unit: str) -
     return f"{who} {better}{verb} the NLL from {mean_nll:.3g} (posterior mean) to {nll:.3g} nats per {unit}."
 
 
-def overfitting_sentence(history: Sequence[Mapping[str, Any]], name: str = "eval_nll") -> str:
+def overfitting_sentence(history: Sequence[Mapping[str, Any]]) -> str:
     """That a training went on past its best evaluation; "" where it did not, or where there were fewer than two.
 
     Args:
         history: Of the trainer's state: what was logged, with its step.
-        name: Of the NLL in it.
     """
-    seen = [(row[name], row["step"]) for row in history if name in row and np.isfinite(row[name])]
+    seen = [(row["eval_nll"], row["step"]) for row in history if np.isfinite(row.get("eval_nll", np.nan))]
     if len(seen) < 2:
         return ""
     (least, step), (last, end) = min(seen), seen[-1]

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import entr
 
 from blob_hf.baselines.temperature import scale
 from blob_hf.cli.costs import COSTS_FILE
@@ -15,6 +14,7 @@ from blob_hf.experiments.statistics import Ranks, holm, mean_ranks, paired_test,
 from blob_hf.experiments.study_settings import SETTINGS
 from blob_hf.metrics.calibration import ReliabilityBins, calibration_metrics, reliability_bins
 from blob_hf.metrics.detection import detection_metrics
+from blob_hf.metrics.uncertainty import predictive_entropy
 from blob_hf.reporting.classification_plots import plot_reliability
 from blob_hf.reporting.study_plots import plot_curves, plot_ranks
 from blob_hf.reporting.tables import markdown_table
@@ -127,19 +127,15 @@ def measures(log_probs: np.ndarray, labels: np.ndarray, outside: np.ndarray | No
     """The metrics of `SHOWN`; errors and out-of-scope inputs are told by the entropy."""
     found = calibration_metrics(log_probs, labels)
     wrong = log_probs.argmax(axis=1) != labels
-    entropy = _entropy(log_probs)
+    entropy = predictive_entropy(log_probs[:, None])
     both = wrong.any() and not wrong.all()
     found["error_auroc"] = detection_metrics(entropy[~wrong], entropy[wrong])["auroc"] if both else float("nan")
-    detected = detection_metrics(entropy, _entropy(outside)) if outside is not None else {}
+    detected = detection_metrics(entropy, predictive_entropy(outside[:, None])) if outside is not None else {}
     return {
         **{name: found[name] for name in ("accuracy", "ece", "nll", "brier", "error_auroc")},
         "ood_auroc": detected.get("auroc", float("nan")),
         "ood_fpr95": detected.get("fpr95", float("nan")),
     }
-
-
-def _entropy(log_probs: np.ndarray) -> np.ndarray:
-    return entr(np.exp(log_probs)).sum(axis=1)
 
 
 def read_curve(key: Key, folder: Path) -> list[dict[str, Any]]:

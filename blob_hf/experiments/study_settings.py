@@ -1,8 +1,8 @@
 """The settings of the study: a task, so many training rows, and how long LoRA trains on them.
 
-In the first group LoRA overfits: 20 passes or more over a few hundred rows. In the second it does not. Every seed draws
+In the first group LoRA overfits: 20 passes or more over at most 1,000 rows. In the second it does not. Every seed draws
 training and held-out rows of its own; the test rows are the same for all. Only short texts are taken (`max_words`),
-so that a run takes well under a minute on one core.
+so that most runs take a minute or two on one core; those of MRPC and RTE take several.
 """
 
 import gzip

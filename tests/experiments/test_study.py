@@ -317,6 +317,20 @@ def test_the_numbers_of_a_run(runs):
     assert rows["blob"]["ood_auroc"] == pytest.approx(roc_auc_score(np.repeat([0, 1], 80), joint))
 
 
+def test_any_two_methods_are_compared():
+    rng = np.random.default_rng(0)
+    values = {name: rng.normal(mean, 0.05, (2, 6)) for name, mean in (("a", 0.9), ("b", 0.5))}
+    rows = [
+        {"setting": setting, "method": name, "seed": seed, **dict.fromkeys(study_report.TESTED, drawn[place, seed])}
+        for place, setting in enumerate(("wic-128", "cola-128"))
+        for name, drawn in values.items()
+        for seed in range(6)
+    ]
+    note, table = study_report.comparisons_text(pd.DataFrame(rows), "b", "a").split("\n\n")
+    assert note.startswith("`a` minus `b`") and f"{(values['a'] - values['b'])[0].mean():+.3f} [" in table
+    assert table.count("**better**") == table.count("**worse**") == 4  # higher in all: good for accuracy and AUROC
+
+
 def test_a_class_of_probability_0_adds_nothing_to_an_entropy():
     certain = np.array([[0.0, -np.inf], [np.log(0.5), np.log(0.5)]])
     found = study_report.measures(certain, np.array([0, 1]), certain[1:])
